@@ -1,0 +1,153 @@
+"""What the quickstart trains: every flag, in three tables, for its full and its tiny size."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ultramem_megatron.errors import UltraMemError
+
+Flags = Mapping[str, str | int | float | bool]
+
+MODEL: Flags = {
+    "num-layers": 6,
+    "hidden-size": 256,
+    "num-attention-heads": 4,
+    "seq-length": 256,
+    "max-position-embeddings": 256,
+    "position-embedding-type": "rope",
+    "normalization": "RMSNorm",
+    "disable-bias-linear": True,
+    "hidden-dropout": 0.0,
+    "attention-dropout": 0.0,
+}
+
+# Two memories of 128 x 128 values; with four virtual values each, 65,536 addresses per memory.
+MEMORY: Flags = {
+    "ultramem-spans": "2:3/5:6",
+    "ultramem-num-keys": 128,
+    "ultramem-key-dim": 64,
+    "ultramem-value-dim": 128,
+    "ultramem-topk": 16,
+    "ultramem-heads": 2,
+    "ultramem-tucker-rank": 2,
+    "ultramem-cores": 2,
+    "ultramem-value-expansion": 4,
+}
+
+TRAINING: Flags = {
+    "micro-batch-size": 8,
+    "global-batch-size": 16,
+    "lr": 2e-3,
+    "min-lr": 2e-4,
+    "lr-decay-style": "cosine",
+    "lr-warmup-fraction": 0.05,
+    "adam-beta2": 0.95,
+    "weight-decay": 0.1,
+    "clip-grad": 1.0,
+    "seed": 1234,
+}
+
+TINY: Flags = {
+    "num-layers": 2,
+    "hidden-size": 32,
+    "num-attention-heads": 2,
+    "seq-length": 32,
+    "max-position-embeddings": 32,
+    "ultramem-spans": "1:2",
+    "ultramem-num-keys": 16,
+    "ultramem-key-dim": 16,
+    "ultramem-value-dim": 16,
+    "ultramem-topk": 4,
+    "micro-batch-size": 2,
+    "global-batch-size": 4,
+}
+"""Replaces entries of the tables above where only the plumbing is of interest."""
+
+STEPS, TINY_STEPS = 240, 4
+VOCAB_SIZE, TINY_VOCAB_SIZE = 8192, 512
+EVALUATIONS = 8  # during training; each on EVAL_BATCHES global batches
+EVAL_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run that is checkpointed and left at `resume_at`, then resumed up to `steps`.
+
+    Attributes:
+        model, memory, training: Megatron's flags without their dashes, and their values.
+        steps: optimizer steps in all.
+        extra: the user's own flags, appended as they are.
+    """
+
+    model: Flags
+    memory: Flags
+    training: Flags
+    steps: int
+    vocab_size: int
+    extra: tuple[str, ...]
+
+    @property
+    def eval_interval(self) -> int:
+        """Steps between two evaluations."""
+        return max(1, self.steps // EVALUATIONS)
+
+    @property
+    def resume_at(self) -> int:
+        """The step whose checkpoint is resumed from: three quarters, with an evaluation."""
+        intervals = max(1, round(0.75 * self.steps / self.eval_interval))
+        return min(intervals * self.eval_interval, self.steps - 1)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens all ranks together train on in one step."""
+        return int(self.training["global-batch-size"]) * int(self.model["seq-length"])
+
+    def arguments(self, data: Path, run: Path) -> list[str]:
+        """The command line of `ultramem_megatron.pretrain`, all but where it stops and starts."""
+        schedule: Flags = {
+            "train-iters": self.steps,
+            "eval-interval": self.eval_interval,
+            "eval-iters": EVAL_BATCHES,
+            "log-interval": 1,
+            "save-interval": self.steps,
+        }
+        files: Flags = {
+            "tokenizer-type": "HuggingFaceTokenizer",
+            "tokenizer-model": str(data / "tokenizer"),
+            "train-data-path": str(data / "train"),
+            "valid-data-path": str(data / "valid"),
+            "data-cache-path": str(run / "data_index"),
+            "save": str(run / "checkpoints"),
+            "tensorboard-dir": str(run / "tensorboard"),
+        }
+        tables = (self.model, self.memory, self.training, schedule, files)
+        return [part for table in tables for part in as_arguments(table)] + list(self.extra)
+
+
+def make_recipe(*, tiny: bool, steps: int | None, extra: tuple[str, ...] = ()) -> Recipe:
+    """The quickstart's recipe at one of its sizes.
+
+    Raises:
+        UltraMemError: too few steps to train, save, resume and train on.
+    """
+    steps = steps if steps is not None else (TINY_STEPS if tiny else STEPS)
+    if steps < 2:
+        raise UltraMemError(
+            f"--steps {steps}: must be at least 2, one before the checkpoint and one after it."
+        )
+    replaced = TINY if tiny else {}
+    model, memory, training = (
+        {name: replaced.get(name, value) for name, value in table.items()}
+        for table in (MODEL, MEMORY, TRAINING)
+    )
+    vocab_size = TINY_VOCAB_SIZE if tiny else VOCAB_SIZE
+    return Recipe(model, memory, training, steps, vocab_size, extra)
+
+
+def as_arguments(flags: Flags) -> list[str]:
+    """`{"lr": 1e-3, "swiglu": True}` as `["--lr", "0.001", "--swiglu"]`."""
+    arguments: list[str] = []
+    for name, value in flags.items():
+        if value is not False:
+            arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return arguments

@@ -1,0 +1,125 @@
+"""What a run leaves for people to look at: curve, numbers, parameter counts.
+
+Losses come from the TensorBoard events, not from the text log: they are the record that stays.
+"""
+
+import itertools
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LOSS, VALIDATION_LOSS = "lm loss", "lm loss validation"  # Megatron's tags
+VALUE_TABLE = ".values."  # in the name of every value table's parameter
+
+
+@dataclass(frozen=True)
+class Point:
+    """One scalar: optimizer step, wall time in seconds since 1970, value."""
+
+    step: int
+    time: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The losses of a run, one point per step, in nats per token."""
+
+    train: list[Point]
+    valid: list[Point]
+
+
+def read_curves(folder: Path) -> Curves:
+    """Reads the losses from TensorBoard events.
+
+    Raises:
+        ValueError: there are no training or no validation losses.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    found = set(events.Tags()["scalars"])
+    if missing := {LOSS, VALIDATION_LOSS} - found:
+        raise ValueError(f"no scalar named {sorted(missing)} in the events of {folder}")
+    train, valid = (
+        # Of two values for a step the later stands: a step is repeated when a run was resumed,
+        # and evaluated twice when it is the last.
+        list({s.step: Point(s.step, s.wall_time, s.value) for s in events.Scalars(tag)}.values())
+        for tag in (LOSS, VALIDATION_LOSS)
+    )
+    return Curves(train, valid)
+
+
+def tokens_per_second(curve: list[Point], tokens_per_step: int) -> float:
+    """Typical training speed: the median step, which excludes start-up, evaluation and saving.
+
+    Raises:
+        ValueError: fewer than two consecutive steps.
+    """
+    seconds = [
+        after.time - before.time
+        for before, after in itertools.pairwise(curve)
+        if after.step == before.step + 1
+    ]
+    if not seconds:
+        raise ValueError("a speed needs two consecutive steps")
+    return tokens_per_step / statistics.median(seconds)
+
+
+def count_parameters(checkpoint: Path) -> dict[str, int]:
+    """Counts the trained numbers in a torch_dist checkpoint.
+
+    Returns:
+        "sparse": in value tables, of which a token reads a few rows; "dense": in all the rest;
+        "total".
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    entries = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    counts = {"dense": 0, "sparse": 0}
+    for name, entry in entries.items():
+        # What Adam keeps a mean for is a parameter; buffers and generator states are not.
+        trained = f"optimizer.state.exp_avg.{name}" in entries
+        if trained and isinstance(entry, TensorStorageMetadata):
+            counts["sparse" if VALUE_TABLE in f".{name}" else "dense"] += entry.size.numel()
+    return {**counts, "total": sum(counts.values())}
+
+
+def latest_checkpoint(folder: Path) -> tuple[int, Path] | None:
+    """Step and path of the newest complete checkpoint that Megatron saved below `folder`."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    if not tracker.exists():
+        return None
+    step = int(tracker.read_text())
+    return step, folder / f"iter_{step:07d}"
+
+
+def plot(curves: Curves, unigram_entropy: float, resume_at: int, file: Path) -> None:
+    """Draws both losses over steps, the unigram entropy and the step resumed from, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    train, valid = ([(p.step, p.value) for p in c] for c in (curves.train, curves.valid))
+    axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.6, label="training")
+    axes.plot(*zip(*valid, strict=True), color="tab:red", marker="o", label="validation")
+    axes.axhline(unigram_entropy, color="black", linestyle="--", label="unigram entropy")
+    axes.axvline(resume_at, color="tab:green", linestyle=":", label="saved and resumed")
+    axes.set(title="UltraMem GPT", xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def write_json(content: Mapping[str, Any], file: Path) -> None:
+    """Writes JSON for people and programs, whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(file)

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Makes .venv with the pinned packages; does nothing, at once, when it is current.
+#   bash launch/setup.sh
+#   PYTHON=/path/to/python3.12 bash launch/setup.sh
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+venv=$root/.venv
+stamp=$venv/.made-from         # says what a complete .venv was made from
+unfinished=$venv/.unfinished   # there while packages are being installed
+# shellcheck source=launch/find_python.sh
+source "$root/launch/find_python.sh"
+
+# What decides whether .venv is current. The folder counts because scripts in .venv name it.
+made_from() {
+    {
+        echo "$root"
+        "$venv/bin/python" -V
+        sha256sum <"$root/requirements.txt"
+        sha256sum <"$root/pyproject.toml"
+    } 2>&1
+}
+
+is_current() {
+    [[ -f $stamp && ! -e $unfinished && -x $venv/bin/python ]] &&
+        [[ $(made_from) == "$(<"$stamp")" ]]
+}
+
+# A .venv of another folder or Python, or one whose installation was cut short, is made anew;
+# one whose pins merely changed is brought up to date.
+is_usable() {
+    [[ ! -e $unfinished ]] && python_behind "$venv/bin/python" >/dev/null &&
+        "$venv/bin/python" -m pip --version >/dev/null 2>&1 &&
+        { [[ ! -f $stamp ]] || [[ $(head -n 1 "$stamp") == "$root" ]]; }
+}
+
+warn_when_disk_is_short() {
+    local free_gb
+    free_gb=$(df --output=avail -BG "$root" | tail -n 1 | tr -dc '0-9')
+    if ((free_gb < 10)); then
+        echo "warning: ${free_gb} GB free here; the packages need about 10 GB while they install." >&2
+    fi
+}
+
+install_packages() {
+    cat <<MESSAGE
+Installing the packages of requirements.txt and the development tools into .venv.
+The first time this downloads some 3 GB, PyTorch with its CUDA libraries most of it, and takes
+3 to 10 minutes; .venv then has 6 GB.
+MESSAGE
+    : >"$unfinished"
+    # PIP_USER and PYTHONHOME would send packages, or Python itself, elsewhere.
+    if ! (cd "$root" && env -u PYTHONHOME -u PYTHONPATH PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+        "$venv/bin/python" -m pip install --editable ".[dev]"); then
+        cat >&2 <<MESSAGE
+error: pip could not install the packages; its message is above. Most often:
+  no network, or a mirror is needed:   export PIP_INDEX_URL=https://your.mirror/simple
+  no space left:                       df -h . (10 GB are needed), TMPDIR=/somewhere/else
+Then call this again.
+MESSAGE
+        return 1
+    fi
+    made_from >"$stamp.new"
+    mv "$stamp.new" "$stamp"
+    rm "$unfinished"
+}
+
+main() {
+    is_current && return
+    # Two calls at once: the second waits and then finds everything done.
+    exec 9>"$root/.venv.lock"
+    if command -v flock >/dev/null && ! flock --nonblock 9; then
+        echo "Waiting for another set-up of this folder to finish."
+        flock 9
+    fi
+    is_current && return
+    SECONDS=0
+    warn_when_disk_is_short
+    if ! is_usable; then
+        rm -f "$stamp" # first: nothing of a half deleted .venv may look complete
+        make_venv "$venv"
+    fi
+    install_packages
+    echo "Environment ready in .venv after $SECONDS s."
+}
+
+main "$@"

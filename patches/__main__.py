@@ -1,0 +1,37 @@
+"""`python -m ultramem_megatron.patches`: what we change in Megatron, and whether it is needed here."""
+
+import textwrap
+from importlib.metadata import version
+
+from ultramem_megatron.patches.patch import Patch
+from ultramem_megatron.patches.registry import all_patches, is_applied
+
+_WIDTH = 100
+
+
+def describe(patch: Patch) -> str:
+    """Several lines about one patch."""
+    rows = (
+        ("changes", ", ".join(patch.symbols)),
+        ("because", patch.reason),
+        ("versions", f"megatron-core {patch.versions}"),
+        ("delete when", patch.delete_when),
+        ("active here", "yes" if patch.active() else "no"),
+        ("applied", "yes" if is_applied(patch.name) else "no"),
+    )
+    lines = [patch.name]
+    for label, text in rows:
+        indent = " " * 16
+        body = textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+        lines.append(f"  {label:<12}  {body.lstrip()}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table of patches."""
+    print(f"megatron-core {version('megatron-core')} is installed.\n")
+    print("\n\n".join(describe(patch) for patch in all_patches()))
+
+
+if __name__ == "__main__":
+    main()

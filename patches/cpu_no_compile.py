@@ -1,0 +1,26 @@
+"""torch.compile runs functions as they are written where there is no CUDA.
+
+Megatron compiles its small fused functions at import. On a CPU that would start a C++ compiler in
+every process for no gain. `torch.compiler.set_stance` also reaches what is compiled already.
+"""
+
+import torch
+
+from ultramem_megatron.patches.cpu_devices import without_cuda
+from ultramem_megatron.patches.patch import Editor, Patch
+
+
+def _install(editor: Editor) -> None:
+    previous = torch._dynamo.eval_frame._stance
+    torch.compiler.set_stance("force_eager")
+    editor.on_revert(lambda: setattr(torch._dynamo.eval_frame, "_stance", previous))
+
+
+PATCH = Patch(
+    name="cpu_no_compile",
+    symbols=("torch.compile, through torch.compiler.set_stance",),
+    reason="megatron.core.jit decides at import and offers no setting that comes early enough.",
+    delete_when="megatron.core.jit leaves functions alone where there is no CUDA.",
+    install=_install,
+    active=without_cuda,
+)

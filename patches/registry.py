@@ -1,0 +1,116 @@
+"""All patches, applied and reverted together.
+
+To add one: write `patches/<name>.py` ending in `PATCH = Patch(...)` and add <name> to PATCH_MODULES.
+"""
+
+import importlib
+import logging
+import os
+from collections.abc import Collection
+from importlib.metadata import version as installed_version
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from ultramem_megatron.patches.patch import Editor, Patch, PatchError
+
+PATCH_MODULES = (
+    # A machine without CUDA.
+    "cpu_devices",
+    "cpu_cuda_calls",
+    "cpu_initialize",
+    "cpu_rng_state",
+    "cpu_no_compile",
+    # Every machine, where the defect exists.
+    "jit_warmup",
+    "dataset_helpers",
+    # What memory layers need.
+    "value_learning_rate",
+    "memory_metrics",
+    "memory_flops",
+    # "distopt_initial_state",
+    # "distopt_missing_step",
+    # "distopt_shared_step",
+)
+"""Order of application; every name is a file in this folder."""
+
+OVERRIDE = "ULTRAMEM_ALLOW_UNTESTED_MEGATRON"
+
+logger = logging.getLogger(__name__)
+_applied: dict[str, Editor] = {}
+
+
+def all_patches() -> tuple[Patch, ...]:
+    """Every patch we have, active here or not, in order of application."""
+    return tuple(
+        importlib.import_module(f"ultramem_megatron.patches.{name}").PATCH for name in PATCH_MODULES
+    )
+
+
+def is_applied(name: str) -> bool:
+    """Whether the patch of this name is in force in this process."""
+    return name in _applied
+
+
+def apply_all(only: Collection[str] | None = None) -> tuple[str, ...]:
+    """Apply every patch that this machine needs; a patch already in force is left alone.
+
+    Args:
+        only: names to choose from; None means all. (The tests compare runs with few and many.)
+
+    Returns:
+        Names of all patches in force afterwards.
+
+    Raises:
+        PatchError: unknown name in `only`, unsupported Megatron, or an upstream symbol that is
+            not the one a patch was written for. Then nothing stays half applied.
+    """
+    patches = all_patches()
+    unknown = set(only or ()) - {patch.name for patch in patches}
+    if unknown:
+        raise PatchError(f"unknown patches {sorted(unknown)}; known: {[p.name for p in patches]}.")
+    wanted = [p for p in patches if (only is None or p.name in only) and not is_applied(p.name)]
+    needed = [patch for patch in wanted if patch.active()]
+    check_versions(needed)
+    for patch in needed:
+        _apply(patch)
+    if needed and os.environ.get("RANK", "0") == "0":
+        print(f"ultramem_megatron: patches applied: {', '.join(_applied)}", flush=True)
+    return tuple(_applied)
+
+
+def revert_all() -> None:
+    """Undo every patch in force, last first; afterwards upstream is as it was imported."""
+    for name in reversed(list(_applied)):
+        _applied.pop(name).revert()
+
+
+def check_versions(patches: Collection[Patch]) -> None:
+    """Refuse a megatron-core that some patch was not checked with.
+
+    Raises:
+        PatchError: names the version found, the ones supported and the environment variable
+            that lets the run go on regardless.
+    """
+    found = Version(installed_version("megatron-core"))
+    misfits = [p for p in patches if not SpecifierSet(p.versions).contains(found, prereleases=True)]
+    if not misfits:
+        return
+    supported = sorted({patch.versions for patch in misfits})
+    message = (
+        f"megatron-core {found} is installed, but {', '.join(p.name for p in misfits)} "
+        f"support {' and '.join(supported)}. Install a supported version"
+    )
+    if os.environ.get(OVERRIDE) != "1":
+        raise PatchError(f"{message}, or set {OVERRIDE}=1 to try this one at your own risk.")
+    logger.warning("%s; going on because %s=1.", message, OVERRIDE)
+
+
+def _apply(patch: Patch) -> None:
+    editor = Editor(patch.name)
+    try:
+        patch.install(editor)
+    except BaseException:
+        editor.revert()
+        raise
+    _applied[patch.name] = editor

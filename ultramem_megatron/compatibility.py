@@ -1,0 +1,107 @@
+"""Refusals before training: Megatron features that memory layers do not work with, and checkpoints
+that were made with another memory design.
+"""
+
+import dataclasses
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ultramem_megatron.config import UltraMemConfig, flag
+from ultramem_megatron.errors import UltraMemError
+
+_RESUMABLE = {"value_lr_decay", "aux_loss_weight", "aux_loss_margin", "init", "seed"}
+"""Fields that a resumed run may change: they shape neither tensors nor what is read from them."""
+
+
+def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -> None:
+    """Raise UltraMemError for Megatron flags that memory layers cannot honour, saying what to do."""
+    if ultramem is None:
+        return
+    convolution = f"{flag('query_conv_kernel')} {ultramem.query_conv_kernel}"
+    has_convolution = ultramem.query_conv_kernel > 1
+    refused = (
+        (args.sequence_parallel, "--sequence-parallel",
+         "memory layers read whole sequences under tensor parallelism. Drop the flag"),
+        (args.cuda_graph_impl != "none", f"--cuda-graph-impl {args.cuda_graph_impl}",
+         "graphs capture a layer without its memory branch. Use --cuda-graph-impl none"),
+        (args.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm",
+         "its schedule does not call the layer's forward. Drop the flag"),
+        (args.use_megatron_fsdp, "--use-megatron-fsdp",
+         "value tables need Megatron's DDP. Drop the flag; --use-distributed-optimizer works"),
+        (getattr(args, "use_torch_fsdp2", False), "--use-torch-fsdp2",
+         "value tables need Megatron's DDP. Drop the flag; --use-distributed-optimizer works"),
+        (args.hybrid_layer_pattern is not None, "--hybrid-layer-pattern",
+         "memory layers attach to GPT models only. Drop the flag"),
+        (args.context_parallel_size > 1 and has_convolution,
+         f"--context-parallel-size {args.context_parallel_size} with {convolution}",
+         f"the convolution would need its neighbours' tokens. Use {flag('query_conv_kernel')} 0"),
+        (args.fp8 is not None, f"--fp8-format {args.fp8}",
+         "memory layers compute in fp32, fp16 or bf16. Drop the flag"),
+    )  # fmt: skip
+    for present, given, reason in refused:
+        if present:
+            raise UltraMemError(f"{given} cannot be combined with memory layers: {reason}.")
+
+
+def check_checkpoint(args: Namespace, ultramem: UltraMemConfig | None) -> None:
+    """Raise UltraMemError if the checkpoint to be loaded holds another memory design.
+
+    Compares the flags stored in a `torch_dist` checkpoint under --load; a folder without a
+    checkpoint (a fresh start), or one made without this package, is not refused here.
+    """
+    stored = _stored_args(args)
+    if stored is None or not hasattr(stored, "ultramem_spans"):
+        return
+    from ultramem_megatron.arguments import config_from_args
+
+    saved = config_from_args(stored)
+    if saved is None or ultramem is None:
+        if saved is not ultramem:
+            has, wants = ("no", "asks for") if saved is None else ("has", "asks for no")
+            raise UltraMemError(
+                f"--load {args.load}: the checkpoint {has} memory layers, this run {wants} them. "
+                f"Give the --ultramem-* flags it was made with, or load another checkpoint."
+            )
+        return
+    differences = [
+        f"{flag(name)} is {_shown(mine)} here, {_shown(theirs)} in the checkpoint"
+        for name, mine, theirs in _fields(ultramem, saved)
+        if mine != theirs and name not in _RESUMABLE
+    ]
+    if differences:
+        raise UltraMemError(
+            f"--load {args.load}: the checkpoint was made with another memory design: "
+            f"{'; '.join(differences)}. Use the checkpoint's values, or start afresh without --load."
+        )
+
+
+def _fields(mine: UltraMemConfig, theirs: UltraMemConfig) -> list[tuple[str, Any, Any]]:
+    names = [field.name for field in dataclasses.fields(UltraMemConfig)]
+    return [(name, getattr(mine, name), getattr(theirs, name)) for name in names]
+
+
+def _shown(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _stored_args(args: Namespace) -> Namespace | None:
+    if not args.load:
+        return None
+    from megatron.core import dist_checkpointing
+    from megatron.training.checkpointing import get_checkpoint_name
+    from megatron.training.checkpointing import get_checkpoint_tracker_filename as tracker_name
+
+    tracker = Path(tracker_name(args.load))
+    if not tracker.is_file():
+        return None
+    iteration, release = args.ckpt_step or 0, False
+    if not args.ckpt_step:
+        text = tracker.read_text().strip()
+        release = text == "release"
+        iteration = 0 if release else int(text)
+    folder = get_checkpoint_name(args.load, iteration, release, return_base_dir=True)
+    if not dist_checkpointing.check_is_distributed_checkpoint(folder):
+        return None
+    stored: Namespace | None = dist_checkpointing.load_common_state_dict(folder).get("args")
+    return stored

@@ -1,0 +1,139 @@
+"""Initial values: the paper's (appendix A), calibrated to mean score 1, and the authors' code's.
+
+Every tensor is drawn from a generator of its own, seeded by (seed, layer, name, block of rows), so
+that the result depends neither on what else was drawn nor on how a table is cut over ranks.
+"""
+
+import hashlib
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ultramem_megatron.layer import UltraMemLayer
+
+ROWS_PER_BLOCK = 4096
+CALIBRATION_TOKENS = 256
+
+
+def generator_for(device: torch.device, *key: object) -> torch.Generator:
+    """A generator on `device` whose seed is a hash of the key."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@torch.no_grad()
+def reset_parameters(layer: "UltraMemLayer", *, num_layers: int) -> None:
+    """Initialise a layer of a model with `num_layers` transformer layers."""
+    key = (layer.config.seed, layer.layer_number)
+    (_reset_as_paper if layer.config.init == "paper" else _reset_as_official)(
+        layer, num_layers, key
+    )
+    if layer.query.conv is not None:
+        layer.query.conv.weight.zero_()
+        layer.query.conv.weight[:, -1] = 1  # identity: inert at the start
+    if isinstance(layer.shuffle, nn.Module) and hasattr(layer.shuffle, "reset"):
+        layer.shuffle.reset(generator_for(torch.device("cpu"), *key, "shuffle"))
+    layer.update_filter()
+    if layer.config.init == "paper" and not layer.config.softmax:
+        calibrate(layer, generator_for(layer.values.weight.device, *key, "calibration"))
+
+
+def value_std(config_m: int, heads: int, expansion: int, num_layers: int) -> float:
+    """sqrt(E / (2 m H L)): output variance 1/(2L) when scores average 1 (appendix A)."""
+    return math.sqrt(expansion / (2 * config_m * heads * num_layers))
+
+
+def _reset_as_paper(layer: "UltraMemLayer", num_layers: int, key: tuple[int, int]) -> None:
+    config = layer.config
+    hidden_size = layer.query.proj.in_features
+    _fill_norm(layer.query.norm, 1.0)  # calibrated later
+    _fill_norm(layer.retrieval.keys.norm, config.key_dim**-0.5)
+    _normal(layer.query.proj.weight, hidden_size**-0.5, *key, "query")
+    _normal(layer.retrieval.keys.weight, config.key_dim**-0.5, *key, "keys")
+    std = value_std(config.topk, config.heads, config.value_expansion, num_layers)
+    normal_rows(layer.values.weight, std, 0, *key, "values")
+    _reset_value_projection(layer, key)
+    if layer.cores is not None:
+        # The sum of h independent cores has entries of variance 1.
+        _normal(layer.cores.weight, config.cores**-0.5, *key, "cores")
+
+
+def _reset_as_official(layer: "UltraMemLayer", _num_layers: int, key: tuple[int, int]) -> None:
+    key_dim = layer.config.key_dim
+    _fill_norm(layer.query.norm, key_dim**-0.33)
+    _fill_norm(layer.retrieval.keys.norm, key_dim**-0.33)
+    _normal(layer.query.proj.weight, key_dim**-0.5, *key, "query")
+    _normal(layer.retrieval.keys.weight, key_dim**-0.5, *key, "keys")
+    normal_rows(layer.values.weight, 0.02, 0, *key, "values")
+    _reset_value_projection(layer, key)
+    if layer.cores is not None:
+        weight = layer.cores.weight
+        weight.copy_(
+            torch.rand(
+                weight.shape,
+                generator=generator_for(weight.device, *key, "cores"),
+                device=weight.device,
+            )
+        )
+
+
+def _reset_value_projection(layer: "UltraMemLayer", key: tuple[int, int]) -> None:
+    if isinstance(layer.value_proj, nn.Linear):
+        fan_in = layer.value_proj.in_features  # E * Dv
+        _normal(layer.value_proj.weight, fan_in**-0.5, *key, "value_proj")
+
+
+def _fill_norm(norm: nn.Module, gain: float) -> None:
+    weight = getattr(norm, "weight", None)
+    if weight is not None:
+        weight.fill_(gain)
+
+
+def _normal(tensor: Tensor, std: float, *key: object) -> None:
+    drawn = torch.randn(
+        tensor.shape, generator=generator_for(tensor.device, *key), device=tensor.device
+    )
+    tensor.copy_(drawn * std)
+
+
+def normal_rows(rows: Tensor, std: float, first_row: int, *key: object) -> None:
+    """Fill `rows` with rows first_row.. of a table drawn block by block, N(0, std^2).
+
+    first_row must be a multiple of ROWS_PER_BLOCK or the block is drawn and cut.
+    """
+    total = first_row + len(rows)
+    for block in range(first_row // ROWS_PER_BLOCK, -(-total // ROWS_PER_BLOCK)):
+        start = block * ROWS_PER_BLOCK
+        drawn = torch.randn(
+            ROWS_PER_BLOCK,
+            rows.shape[1],
+            device=rows.device,
+            generator=generator_for(rows.device, *key, block),
+        )
+        low, high = max(start, first_row), min(start + ROWS_PER_BLOCK, total)
+        rows[low - first_row : high - first_row] = drawn[low - start : high - start] * std
+
+
+@torch.no_grad()
+def calibrate(layer: "UltraMemLayer", generator: torch.Generator) -> float:
+    """Scale the queries once so that the weights of the values average 1; returns the mean before.
+
+    Queries are drawn at random and normalised; the top-m scores of the real keys and cores are
+    averaged over tokens, picks and cores. TDQKR scores grow with the square of the query's gain,
+    product-key scores with the gain itself.
+    """
+    weight = layer.query.proj.weight
+    drawn = torch.randn(
+        CALIBRATION_TOKENS, *layer.query.shape, generator=generator, device=weight.device
+    )
+    scores = layer.retrieval(layer.query.norm(drawn.to(weight.dtype))).scores
+    mean = float(scores.mean())
+    if not mean > 0:
+        return mean
+    power = 0.5 if layer.cores is not None else 1.0
+    gain = getattr(layer.query.norm, "weight", None)
+    (weight if gain is None else gain).mul_(mean**-power)
+    return mean

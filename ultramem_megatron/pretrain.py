@@ -1,0 +1,101 @@
+"""Pre-train a GPT with memory layers by Megatron's own `pretrain()`.
+
+    torchrun ... -m ultramem_megatron.pretrain <Megatron's flags> --ultramem-spans 3:5/6:8 ...
+
+Without --ultramem flags it is a plain GPT. Without torchrun (`python -m ultramem_megatron.pretrain ...`) it is a run of one process.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.patches import machine_flags, registry
+
+
+def set_single_process_environment() -> None:
+    """Describe a world of one process in the environment, where no launcher did."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free_port = probe.getsockname()[1]
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port),
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """End the process with status 2 and the message of an UltraMemError, shown once, on rank 0."""
+    try:
+        yield
+    except UltraMemError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def main(argv: Sequence[str] | None = None, patches: Collection[str] | None = None) -> None:
+    """Parse Megatron's command line, build the model configuration and train.
+
+    Args:
+        argv: flags; None takes them from the command line.
+        patches: names of the patches to apply; None applies all that this machine needs.
+
+    Raises UltraMemError for a wrong flag, size or combination, before anything is built.
+    """
+    set_single_process_environment()
+    registry.apply_all(patches)
+    # Megatron reads sys.argv itself.
+    given = sys.argv[1:] if argv is None else list(argv)
+    sys.argv = [sys.argv[0], *machine_flags.complete(given)]
+
+    # Imported here, as Megatron takes seconds to import and the patches come first.
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        core_transformer_config_from_args,
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    from ultramem_megatron import gpt_task
+    from ultramem_megatron.arguments import add_ultramem_arguments, config_from_args
+    from ultramem_megatron.compatibility import check_checkpoint, refuse_unsupported_flags
+    from ultramem_megatron.model import UltraMemGPTModelConfig
+    from ultramem_megatron.pipeline_layout import check_pipeline
+
+    args = parse_and_validate_args(extra_args_provider=add_ultramem_arguments)
+    gpt_task.refuse_other_tasks(args)
+    ultramem = config_from_args(args)
+    refuse_unsupported_flags(args, ultramem)
+    transformer_config = core_transformer_config_from_args(args)
+    if ultramem is not None:
+        check_pipeline(ultramem.spans, transformer_config)
+    check_checkpoint(args, ultramem)
+    model_config = gpt_config_from_args(
+        args, config=transformer_config, model_config_cls=UltraMemGPTModelConfig
+    )
+    model_config.ultramem = ultramem
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        gpt_task.train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        gpt_task.forward_step,
+        get_embedding_ranks=gpt_task.get_embedding_ranks,
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

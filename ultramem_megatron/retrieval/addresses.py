@@ -1,0 +1,59 @@
+"""Virtual address to (physical row, expansion group): the fixed shuffle of IVE (paper 3.4, eq. 13).
+
+The E copies of a value must not share a row or a column of the key grid, so addresses are shuffled
+once and for all. A table of E*N numbers would cost more memory than the keys; the default shuffle
+is computed instead.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class GridShuffle(nn.Module):
+    """A fixed random permutation of the side x side grid from a few tables of `side` numbers.
+
+    A Feistel network on Z_side x Z_side: each round adds a random function of one coordinate to the
+    other, which is invertible for any side. Its tables are saved with the model.
+    """
+
+    ROUNDS = 4
+    tables: Tensor
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.register_buffer("tables", torch.zeros(self.ROUNDS, side, dtype=torch.int32))
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw new round tables; with all zeros the permutation is the identity."""
+        self.tables.copy_(
+            torch.randint(self.side, self.tables.shape, generator=generator, dtype=torch.int32)
+        )
+
+    def forward(self, addresses: Tensor) -> Tensor:
+        """Shuffled addresses, same shape, int64, a permutation of 0..side^2-1."""
+        row, column = addresses // self.side, addresses % self.side
+        for index in range(0, self.ROUNDS, 2):
+            row = (row + self.tables[index][column]) % self.side
+            column = (column + self.tables[index + 1][row]) % self.side
+        return row * self.side + column
+
+
+class StoredShuffle(nn.Module):
+    """A permutation given as a list, kept exactly (models trained elsewhere)."""
+
+    permutation: Tensor
+
+    def __init__(self, permutation: Tensor) -> None:
+        """permutation: (E*N,), any integer dtype; kept as int32."""
+        super().__init__()
+        self.register_buffer("permutation", permutation.to(torch.int32))
+
+    def forward(self, addresses: Tensor) -> Tensor:
+        """Shuffled addresses, same shape, int64."""
+        return self.permutation[addresses].long()
+
+
+def split_address(shuffled: Tensor, num_values: int) -> tuple[Tensor, Tensor]:
+    """Physical row (0..N-1) and expansion group (0..E-1) of a shuffled address."""
+    return shuffled % num_values, shuffled // num_values

@@ -1,0 +1,115 @@
+"""Layer specs with memory: any GPT layer spec of Megatron in, the same with memories out."""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from ultramem_megatron.config import UltraMemConfig
+from ultramem_megatron.pipeline_layout import check_pipeline
+from ultramem_megatron.spans import Span, span_covering
+from ultramem_megatron.transformer_layer import (
+    TransformerMemory,
+    UltraMemTransformerLayerSubmodules,
+    with_memory_branch,
+)
+
+
+def with_memory(
+    spec: ModuleSpec | TransformerBlockSubmodules,
+    ultramem: UltraMemConfig,
+    config: TransformerConfig,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+) -> TransformerBlockSubmodules:
+    """Add memories to the layers of one pipeline stage (or virtual chunk).
+
+    spec: what Megatron's own spec functions return, one layer's ModuleSpec or a whole block's
+    submodules; it is not modified. pp_rank: this rank's pipeline stage, by default the one of
+    Megatron's parallel state. Raises UltraMemError when a span leaves its stage or chunk.
+    """
+    check_pipeline(ultramem.spans, config)
+    if pp_rank is None:
+        pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    layers = _layer_specs(spec, get_num_layers_to_build(config, vp_stage, pp_rank))
+    with_memories = [
+        _layer_with_memory(layer, ultramem, offset + index)
+        for index, layer in enumerate(layers, start=1)
+    ]
+    if isinstance(spec, TransformerBlockSubmodules):
+        return dataclasses.replace(spec, layer_specs=with_memories)
+    return TransformerBlockSubmodules(layer_specs=with_memories, layer_norm=LayerNormImpl)
+
+
+def _layer_specs(
+    spec: ModuleSpec | TransformerBlockSubmodules, num_layers: int
+) -> Sequence[ModuleSpec]:
+    if isinstance(spec, TransformerBlockSubmodules):
+        return spec.layer_specs or []
+    return [spec] * num_layers
+
+
+def _layer_with_memory(
+    layer: ModuleSpec, ultramem: UltraMemConfig, layer_number: int
+) -> ModuleSpec:
+    span = span_covering(ultramem.spans, layer_number)
+    if span is None:
+        return layer
+    fields = {
+        field.name: getattr(layer.submodules, field.name)
+        for field in dataclasses.fields(layer.submodules)
+    }
+    if span.start == layer_number:
+        fields |= _memory_at(span, ultramem, fields)
+    return ModuleSpec(
+        module=with_memory_branch(layer.module),
+        params={**layer.params, "span": span},
+        submodules=UltraMemTransformerLayerSubmodules(**fields),
+    )
+
+
+def _memory_at(span: Span, ultramem: UltraMemConfig, fields: dict[str, Any]) -> dict[str, Any]:
+    memory = ModuleSpec(module=TransformerMemory, params={"ultramem": ultramem})
+    return {"memory": memory} | _separate_pre_mlp_norm(fields)
+
+
+def _separate_pre_mlp_norm(fields: dict[str, Any]) -> dict[str, Any]:
+    """Take the pre-MLP norm out of a fused norm-and-linear, so that the memory can read its output.
+
+    Transformer Engine's dense layers fuse it into linear_fc1. Checkpoint names stay those of the
+    fused layer, as Megatron's local layers also keep them.
+    """
+    if fields["pre_mlp_layernorm"] is not IdentityOp or fields["mlp"] is IdentityOp:
+        return {}
+    engine = TESpecProvider()
+    mlp = fields["mlp"]
+    if isinstance(mlp, functools.partial):
+        submodules = copy.copy(mlp.keywords["submodules"])
+        separated: Any = functools.partial(
+            mlp.func, *mlp.args, **{**mlp.keywords, "submodules": submodules}
+        )
+    else:
+        separated = copy.copy(mlp)
+        submodules = separated.submodules = copy.copy(mlp.submodules)
+    submodules.linear_fc1 = engine.column_parallel_linear()
+    names = {**fields["sharded_state_dict_keys_map"]}
+    names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return {
+        "pre_mlp_layernorm": engine.layer_norm(),
+        "mlp": separated,
+        "sharded_state_dict_keys_map": names,
+    }
