@@ -293,7 +293,7 @@ def summarize(run: Run, data: prepare.Prepared, prompt: str, text: str) -> dict[
         "resumed_at_step": resume_at,
         "parameters": report.count_parameters(latest[1]),
         "tokens_per_second": round(
-            report.tokens_per_second(curves.train, run.recipe.tokens_per_step)
+            report.tokens_per_second(curves.train, run.recipe.tokens_per_step, resume_at)
         ),
         "sample": {"prompt": prompt, "text": text},
         "config": {**asdict(run.recipe), "ranks": run.ranks},

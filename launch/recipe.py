@@ -64,7 +64,7 @@ TINY: Flags = {
 """Replaces entries of the tables above where only the plumbing is of interest."""
 
 STEPS, TINY_STEPS = 240, 4
-VOCAB_SIZE, TINY_VOCAB_SIZE = 8192, 512
+VOCAB_SIZE, TINY_VOCAB_SIZE = 4096, 512
 EVALUATIONS = 8  # during training; each on EVAL_BATCHES global batches
 EVAL_BATCHES = 4
 
@@ -131,17 +131,45 @@ def make_recipe(*, tiny: bool, steps: int | None, extra: tuple[str, ...] = ()) -
         UltraMemError: too few steps to train, save, resume and train on.
     """
     steps = steps if steps is not None else (TINY_STEPS if tiny else STEPS)
-    if steps < 2:
+    if steps < 3:
         raise UltraMemError(
-            f"--steps {steps}: must be at least 2, one before the checkpoint and one after it."
+            f"--steps {steps}: must be at least 3, two before the checkpoint and one after it."
         )
-    replaced = TINY if tiny else {}
+    replaced, rest = _take_known(extra)
+    replaced = {**(TINY if tiny else {}), **replaced}
     model, memory, training = (
         {name: replaced.get(name, value) for name, value in table.items()}
         for table in (MODEL, MEMORY, TRAINING)
     )
     vocab_size = TINY_VOCAB_SIZE if tiny else VOCAB_SIZE
-    return Recipe(model, memory, training, steps, vocab_size, extra)
+    return Recipe(model, memory, training, steps, vocab_size, rest)
+
+
+def _take_known(extra: tuple[str, ...]) -> tuple[Flags, tuple[str, ...]]:
+    """Splits the user's flags into new values for our tables' entries, and the rest.
+
+    Megatron would accept a flag twice; the summary must name the value that counts.
+    """
+    known = {n: v for table in (MODEL, MEMORY, TRAINING) for n, v in table.items() if v is not True}
+    replaced: dict[str, str | int | float | bool] = {}
+    rest: list[str] = []
+    arguments = iter(extra)
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if name in known and argument.startswith("--"):
+            replaced[name] = _like(known[name], value if equals else next(arguments, ""), name)
+        else:
+            rest.append(argument)
+    return replaced, tuple(rest)
+
+
+def _like(default: str | int | float | bool, text: str, name: str) -> str | int | float | bool:
+    """`text` in the type of the value it replaces."""
+    try:
+        return type(default)(text)
+    except ValueError:
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise UltraMemError(f"--{name} {text}: must be {kind}, for example {default}.") from None
 
 
 def as_arguments(flags: Flags) -> list[str]:

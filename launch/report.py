@@ -54,16 +54,21 @@ def read_curves(folder: Path) -> Curves:
     return Curves(train, valid)
 
 
-def tokens_per_second(curve: list[Point], tokens_per_step: int) -> float:
-    """Typical training speed: the median step, which excludes start-up, evaluation and saving.
+def tokens_per_second(curve: list[Point], tokens_per_step: int, resumed_at: int) -> float:
+    """Typical training speed: the median step, which leaves out start-up, evaluation and saving.
+
+    Args:
+        curve: one point per step.
+        tokens_per_step: tokens of all ranks together.
+        resumed_at: the step after which the processes were started anew.
 
     Raises:
-        ValueError: fewer than two consecutive steps.
+        ValueError: no two consecutive steps of the same processes.
     """
     seconds = [
         after.time - before.time
         for before, after in itertools.pairwise(curve)
-        if after.step == before.step + 1
+        if after.step == before.step + 1 and before.step != resumed_at
     ]
     if not seconds:
         raise ValueError("a speed needs two consecutive steps")
@@ -80,13 +85,13 @@ def count_parameters(checkpoint: Path) -> dict[str, int]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    entries = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
     counts = {"dense": 0, "sparse": 0}
+    entries = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
     for name, entry in entries.items():
-        # What Adam keeps a mean for is a parameter; buffers and generator states are not.
-        trained = f"optimizer.state.exp_avg.{name}" in entries
+        # Megatron's parameters and ours are all called so, buffers are not.
+        trained = name.endswith(("weight", "bias")) and not name.startswith("optimizer.")
         if trained and isinstance(entry, TensorStorageMetadata):
-            counts["sparse" if VALUE_TABLE in f".{name}" else "dense"] += entry.size.numel()
+            counts["sparse" if VALUE_TABLE in name else "dense"] += entry.size.numel()
     return {**counts, "total": sum(counts.values())}
 
 

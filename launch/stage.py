@@ -18,6 +18,8 @@ _STEP = re.compile(
     r"iteration\s+(\d+)/\s*(\d+) \|.* elapsed time per iteration \(ms\): ([\d.]+) "
     r"\|.* lm loss: (\S+) \|"
 )
+# torchrun reports a dead rank at length; what the rank itself said comes before.
+_LAUNCHER = re.compile(r"torch/distributed/elastic/multiprocessing/\w+\.py:\d+\]")
 _VALIDATION = re.compile(r"validation loss at iteration (\d+) \| lm loss value: (\S+) \|")
 
 
@@ -80,10 +82,13 @@ def _follow(
 ) -> None:
     lines = process.stdout or process.stderr
     assert lines is not None, "one of them is a pipe"
+    telling = True
     for line in lines:
         file.write(line)
         file.flush()
-        last.append(line if line.endswith("\n") else line + "\n")
+        telling = telling and not _LAUNCHER.search(line)
+        if telling:
+            last.append(line if line.endswith("\n") else line + "\n")
         if on_line is not None:
             on_line(line)
     process.wait()

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from ultramem_megatron.patches.cpu_devices import without_cuda
+from ultramem_megatron.patches.cpu_devices import import_dynamo, without_cuda
 from ultramem_megatron.patches.patch import Editor, Patch
 
 _PAGE_BYTES = resource.getpagesize()
@@ -84,8 +84,8 @@ def _resident_bytes(device: Any = None) -> int:
 
 
 def _peak_bytes(device: Any = None) -> int:
-    """Largest resident memory of this process so far (the kernel counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident memory of this process so far (the kernel counts in KiB, a little late)."""
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, _resident_bytes())
 
 
 def _memory_stats(device: Any = None) -> dict[str, int]:
@@ -155,6 +155,7 @@ CALLS: dict[str, Any] = {
 
 
 def _install(editor: Editor) -> None:
+    import_dynamo()
     for name, answer in CALLS.items():
         editor.replace(f"torch.cuda.{name}", answer)
 

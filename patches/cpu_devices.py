@@ -7,9 +7,10 @@ is made or moved (measured 2026-11, torch 2.15.0), and it holds in all threads.
 """
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils import _device
@@ -60,6 +61,21 @@ def _to_host_device(original: Callable[..., Any]) -> Callable[..., Any]:
     return to
 
 
+class _AnyGenerator(type(torch.Generator)):  # type: ignore[misc]
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, _GENERATOR)
+
+
+_GENERATOR = torch.Generator
+
+
+class HostGenerator(torch.Generator, metaclass=_AnyGenerator):
+    """torch.Generator on the CPU for any way to write a CUDA device."""
+
+    def __new__(cls, device: Any = "cpu") -> Self:
+        return super().__new__(cls, host_device(device))
+
+
 def _stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return self
 
@@ -86,13 +102,23 @@ def _constructor_paths() -> list[str]:
     return sorted(names | {f"torch.{name}" for name in (*_LIKE, *_RANDOM_LIKE)})
 
 
+def import_dynamo() -> None:
+    """Let torch's compiler list torch's functions, by identity, before some are replaced.
+
+    It does so when it is imported, which Megatron does at some point anyway.
+    """
+    importlib.import_module("torch._dynamo")
+
+
 def _install(editor: Editor) -> None:
+    import_dynamo()
     for path in _constructor_paths():
         editor.wrap(path, _with_host_device)
     for method in _METHODS:
         editor.wrap(f"torch.Tensor.{method}", _with_host_device)
     editor.wrap("torch.Tensor.to", _to_host_device)
     editor.replace("torch.Tensor.cuda", _stay)
+    editor.replace("torch.Generator", HostGenerator)
     editor.wrap("torch.Tensor.type", _type_for_megatron)
 
 

@@ -11,9 +11,8 @@ from ultramem_megatron.patches.patch import Editor, Patch
 
 
 def _install(editor: Editor) -> None:
-    previous = torch._dynamo.eval_frame._stance
-    torch.compiler.set_stance("force_eager")
-    editor.on_revert(lambda: setattr(torch._dynamo.eval_frame, "_stance", previous))
+    stance = torch.compiler.set_stance("force_eager")
+    editor.on_revert(lambda: stance.__exit__(None, None, None))
 
 
 PATCH = Patch(

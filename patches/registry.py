@@ -28,9 +28,11 @@ PATCH_MODULES = (
     "value_learning_rate",
     "memory_metrics",
     "memory_flops",
-    # "distopt_initial_state",
-    # "distopt_missing_step",
-    # "distopt_shared_step",
+    "memory_footprint",
+    "distopt_initial_state",
+    "distopt_missing_step",
+    "distopt_shared_step",
+    "distopt_load_without_grad",
 )
 """Order of application; every name is a file in this folder."""
 

@@ -6,6 +6,8 @@
 """
 
 import functools
+import inspect
+import multiprocessing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +76,8 @@ class RankRun:
     gradients: dict[str, Any] = field(default_factory=dict)
     """Name -> main_grad (float32) as the optimizer found it: reduced, not yet clipped. Under the
     distributed optimizer only this rank's part of each buffer is reduced."""
+    initial_parameters: dict[str, Any] = field(default_factory=dict)
+    """Name -> value before the first iteration (after loading a checkpoint, if there was one)."""
     parameters: dict[str, Any] = field(default_factory=dict)
     """Name -> value after the last iteration; a second model chunk's names start with "1."."""
     finished: Any = None
@@ -107,6 +111,7 @@ def run_pretrain(
     argv: Sequence[str],
     *,
     gradients_at: int | None = None,
+    initial_parameters: bool = False,
     parameters: bool = False,
     before: Callable[[], None] | None = None,
     on_finish: Callable[[Trained], Any] | None = None,
@@ -121,6 +126,7 @@ def run_pretrain(
         world_size: number of processes.
         argv: Megatron's flags, see `tiny_gpt`.
         gradients_at: iteration whose gradients to return (1 is the first), None for none.
+        initial_parameters: whether to return the parameters as training found them.
         parameters: whether to return the final parameters.
         before: called in every rank before anything else; a function at the top of its module.
         on_finish: called in every rank after training; likewise.
@@ -135,6 +141,7 @@ def run_pretrain(
         _pretrain_rank,
         list(argv),
         gradients_at,
+        initial_parameters,
         parameters,
         before,
         on_finish,
@@ -149,6 +156,7 @@ def run_pretrain(
 def _pretrain_rank(
     argv: list[str],
     gradients_at: int | None,
+    initial_parameters: bool,
     parameters: bool,
     before: Callable[[], None] | None,
     on_finish: Callable[[Trained], Any] | None,
@@ -159,9 +167,15 @@ def _pretrain_rank(
 
     if before is not None:
         before()
+    if "--save" in argv:
+        _make_saving_fast()
     run = RankRun()
-    trained = _record(run, gradients_at)
-    main(argv, patches=patches)
+    trained = _record(run, gradients_at, initial_parameters)
+    try:
+        main(argv, patches=patches)
+    except SystemExit as stop:  # --exit-interval
+        if stop.code:
+            raise
     if parameters:
         run.parameters = _collect(trained[0].model, lambda parameter: parameter)
     if on_finish is not None:
@@ -169,7 +183,17 @@ def _pretrain_rank(
     return run
 
 
-def _record(run: RankRun, gradients_at: int | None) -> list[Trained]:
+def _make_saving_fast() -> None:
+    """Fork the process that Megatron's checkpoint writer would spawn, importing torch anew (3 s).
+
+    Must come before anything starts threads.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+
+
+def _record(run: RankRun, gradients_at: int | None, initial_parameters: bool) -> list[Trained]:
     """Listen to Megatron's training loop; returns a list that will hold what it trained."""
     from megatron.training import training
 
@@ -184,6 +208,8 @@ def _record(run: RankRun, gradients_at: int | None) -> list[Trained]:
     @functools.wraps(train)
     def recorded_train(step: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         trained.append(Trained(model, optimizer, training.get_args()))
+        if initial_parameters:
+            run.initial_parameters = _collect(model, lambda parameter: parameter)
         _snapshot_gradients(run, trained[0], gradients_at)
         return train(step, model, optimizer, *args, **kwargs)
 
@@ -193,8 +219,6 @@ def _record(run: RankRun, gradients_at: int | None) -> list[Trained]:
 
 def _numbers(*args: Any, **kwargs: Any) -> dict[str, float]:
     """One record from the arguments of Megatron's `training_log`."""
-    import inspect
-
     from megatron.training import training
 
     given = inspect.signature(training.training_log).bind(*args, **kwargs).arguments

@@ -14,6 +14,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
 
 from ultramem_megatron.layer import UltraMemLayer
+from ultramem_megatron.retrieval.retrieved import at_least_float32
 
 
 def finalize_with_auxiliary_loss(model: list[Any], *args: Any, **kwargs: Any) -> None:
@@ -48,7 +49,8 @@ def add_auxiliary_gradients(layers: Iterable[UltraMemLayer], loss_scale: float) 
         if target is None:
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             target = weight.grad
-        target.add_(gradient.to(target.dtype), alpha=loss_scale)
+        # Scaled before the cast: too large a loss scale must show as infinity, and skip the step.
+        target.add_((at_least_float32(gradient) * loss_scale).to(target.dtype))
 
 
 def _loss_scale(config: Any) -> float:

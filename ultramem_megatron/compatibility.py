@@ -50,7 +50,7 @@ def check_checkpoint(args: Namespace, ultramem: UltraMemConfig | None) -> None:
     Compares the flags stored in a `torch_dist` checkpoint under --load; a folder without a
     checkpoint (a fresh start), or one made without this package, is not refused here.
     """
-    stored = _stored_args(args)
+    stored = _saved_args(args)
     if stored is None or not hasattr(stored, "ultramem_spans"):
         return
     from ultramem_megatron.arguments import config_from_args
@@ -85,23 +85,48 @@ def _shown(value: Any) -> str:
     return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _stored_args(args: Namespace) -> Namespace | None:
-    if not args.load:
-        return None
+def checkpoint_folder(load: str, ckpt_step: int | None = None) -> str:
+    """The iteration's folder of a `torch_dist` checkpoint under `load`, by default the latest.
+
+    Raises UltraMemError if there is none.
+    """
     from megatron.core import dist_checkpointing
     from megatron.training.checkpointing import get_checkpoint_name
     from megatron.training.checkpointing import get_checkpoint_tracker_filename as tracker_name
 
-    tracker = Path(tracker_name(args.load))
+    tracker = Path(tracker_name(load))
     if not tracker.is_file():
-        return None
-    iteration, release = args.ckpt_step or 0, False
-    if not args.ckpt_step:
-        text = tracker.read_text().strip()
-        release = text == "release"
-        iteration = 0 if release else int(text)
-    folder = get_checkpoint_name(args.load, iteration, release, return_base_dir=True)
+        raise UltraMemError(
+            f"--load {load}: no checkpoint there ({tracker.name} is missing). Give the folder "
+            f"that training had as --save."
+        )
+    text = tracker.read_text().strip() if ckpt_step is None else str(ckpt_step)
+    release = text == "release"
+    folder: str = get_checkpoint_name(
+        load, 0 if release else int(text), release, return_base_dir=True
+    )
     if not dist_checkpointing.check_is_distributed_checkpoint(folder):
+        found = sorted(path.name for path in Path(load).glob("iter_*"))
+        raise UltraMemError(
+            f"--load {load}: {Path(folder).name} is not a torch_dist checkpoint; found: "
+            f"{', '.join(found) or 'none'}. Choose one with --ckpt-step."
+        )
+    return folder
+
+
+def stored_args(folder: str) -> Namespace:
+    """The flags of the run that wrote a checkpoint."""
+    from megatron.core import dist_checkpointing
+
+    args: Namespace = dist_checkpointing.load_common_state_dict(folder)["args"]
+    return args
+
+
+def _saved_args(args: Namespace) -> Namespace | None:
+    """Flags stored under --load; None where Megatron would start afresh or read another format."""
+    if not args.load:
         return None
-    stored: Namespace | None = dist_checkpointing.load_common_state_dict(folder).get("args")
-    return stored
+    try:
+        return stored_args(checkpoint_folder(args.load, args.ckpt_step))
+    except (UltraMemError, KeyError):
+        return None

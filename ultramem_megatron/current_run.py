@@ -16,6 +16,7 @@ class CurrentRun:
 
     ultramem: UltraMemConfig | None = None
     hidden_size: int = 0
+    memories_on_fullest_stage: int = 0
     monitor: MemoryMonitor | None = None
     scheduler: ValueLearningRateScheduler | None = None
 

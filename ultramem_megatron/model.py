@@ -17,6 +17,7 @@ from ultramem_megatron.auxiliary_loss import finalize_with_auxiliary_loss, memor
 from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.current_run import current_run
 from ultramem_megatron.metrics import MemoryMonitor
+from ultramem_megatron.pipeline_layout import most_on_one_stage
 from ultramem_megatron.size import memory_size
 from ultramem_megatron.specs import with_memory
 
@@ -63,6 +64,9 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
         current_run.hidden_size = config.transformer.hidden_size
         current_run.monitor = current_run.scheduler = None
         if config.ultramem is not None:
+            current_run.memories_on_fullest_stage = most_on_one_stage(
+                config.ultramem.spans, config.transformer
+            )
             layers = [layer for model in models for layer in memory_layers(model)]
             current_run.monitor = MemoryMonitor(
                 {layer.layer_number: layer for layer in layers},

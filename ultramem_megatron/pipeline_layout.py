@@ -66,6 +66,14 @@ def check_pipeline(spans: tuple[Span, ...], config: TransformerConfig) -> None:
             )
 
 
+def most_on_one_stage(spans: tuple[Span, ...], config: TransformerConfig) -> int:
+    """Number of memories on the pipeline stage that holds the most."""
+    held = [0] * config.pipeline_model_parallel_size
+    for chunk in pipeline_chunks(config):
+        held[chunk.pp_rank] += sum(chunk.first <= span.start <= chunk.last for span in spans)
+    return max(held)
+
+
 def _advice(
     spans: tuple[Span, ...], num_layers: int, pipeline_size: int, chunks: list[Chunk]
 ) -> str:

@@ -1,0 +1,38 @@
+"""Fixtures shared by all tests."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+_EMPTY_FUNCTIONS = ("empty", "empty_like", "empty_strided")
+
+
+def _filled_with_nan(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.dtype.is_floating_point and tensor.device.type != "meta":
+            with torch.no_grad():
+                tensor.fill_(float("nan"))
+        return tensor
+
+    return empty
+
+
+@pytest.fixture
+def nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` and its kin give NaN, so a kernel that leaves a slot unwritten shows it."""
+    for name in _EMPTY_FUNCTIONS:
+        monkeypatch.setattr(torch, name, _filled_with_nan(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _filled_with_nan(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_seed() -> Iterator[None]:
+    """Every test starts from the same random state and leaves torch's settings alone."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(1234)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)

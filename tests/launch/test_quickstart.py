@@ -1,0 +1,214 @@
+"""The quickstart end to end, at its tiny size: everything it promises is there and is right."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch import quickstart, recipe, report
+from ultramem_megatron.config import UltraMemConfig
+from ultramem_megatron.size import memory_size
+from ultramem_megatron.spans import parse_spans
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 6
+WORDS = ["the", "memory", "holds", "values", "and", "each", "value", "has", "two", "keys"]
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """What launch/quickstart.sh does once the environment is there, from another folder."""
+    command = [sys.executable, "-P", "-m", "launch.quickstart", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    lines = (" ".join(WORDS[i * j % len(WORDS)] for j in range(1, 9)) for i in range(1, 600))
+    file.write_text("".join(f"{i}. {line}.\n\n" for i, line in enumerate(lines)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(
+    text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("run") / "quickstart"
+    result = call("--tiny", "--text", text, "--output", folder, "--steps", STEPS, "--", "--lr=3e-3")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result
+
+
+Finished = tuple[Path, subprocess.CompletedProcess[str]]
+
+
+def summary_of(finished: Finished) -> dict:  # type: ignore[type-arg]
+    return json.loads((finished[0] / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_summary_agrees_with_tensorboard(finished: Finished) -> None:
+    summary = summary_of(finished)
+    curves = report.read_curves(finished[0] / "tensorboard")
+    assert [point.step for point in curves.train] == list(range(1, STEPS + 1))
+    assert curves.valid[-1].step == STEPS
+    loss = summary["loss"]
+    assert loss["first"] == curves.train[0].value
+    assert loss["last"] == curves.train[-1].value
+    assert loss["validation"] == curves.valid[-1].value
+    assert 5.5 < loss["first"] < 7.0  # about ln 512 before anything is learnt
+    assert loss["last"] < loss["first"]
+    data = json.loads((finished[0] / "data" / "data.json").read_text())
+    assert loss["unigram_entropy"] == data["unigram_entropy"]
+    assert 2 < loss["unigram_entropy"] < 6
+    assert summary["tokens_per_second"] > 0
+    assert summary["config"]["training"]["lr"] == 3e-3
+    assert summary["config"]["ranks"] == 2
+
+
+def test_parameters_are_counted(finished: Finished) -> None:
+    config = UltraMemConfig(
+        spans=parse_spans("1:2", 2), num_keys=16, key_dim=16, value_dim=16, topk=4
+    )
+    memory = memory_size(config, hidden_size=32)
+    vocabulary = summary_of(finished)["data"]["vocab_size"]
+    padded = -(-vocabulary // 128) * 128  # Megatron rounds the embedding up
+    layer = 2 * 32 + (3 + 1 + 4 + 4) * 32 * 32  # norms, attention, MLP
+    expected = {"dense": padded * 32 + 2 * layer + 32 + memory.dense, "sparse": 16 * 16 * 16}
+    assert memory.sparse == expected["sparse"]
+    assert summary_of(finished)["parameters"] == {**expected, "total": sum(expected.values())}
+
+
+def test_training_was_resumed_from_a_checkpoint(finished: Finished) -> None:
+    folder = finished[0]
+    resume_at = summary_of(finished)["resumed_at_step"]
+    assert resume_at == recipe.make_recipe(tiny=True, steps=STEPS).resume_at
+    assert {path.name for path in (folder / "checkpoints").glob("iter_*")} == {
+        f"iter_{resume_at:07d}",
+        f"iter_{STEPS:07d}",
+    }
+    first, second = ((folder / "logs" / f"{n}.log").read_text() for n in ("train", "resume"))
+    assert f" iteration        1/{STEPS:8d} " in first
+    assert f" iteration {resume_at + 1:8d}/" not in first
+    assert f" iteration {resume_at:8d}/" not in second
+    assert f" iteration {resume_at + 1:8d}/" in second
+
+
+def test_sample_and_picture_are_there(finished: Finished) -> None:
+    folder, result = finished
+    sample = summary_of(finished)["sample"]
+    assert any(word in sample["prompt"] for word in WORDS)  # from the user's own text
+    assert len(sample["text"]) > len(sample["prompt"])
+    assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (folder / "loss.png").stat().st_size > 10_000
+    assert "validation" in result.stdout
+    assert f"step {STEPS:>5}/{STEPS}" in result.stdout
+
+
+def test_every_stage_is_timed(finished: Finished) -> None:
+    seconds = summary_of(finished)["seconds"]
+    stages = {"setup", "data", "train", "resume", "sample", "report"}
+    assert set(seconds) == stages | {"total"}
+    assert seconds["total"] == pytest.approx(sum(seconds[name] for name in stages), abs=2)
+    assert seconds["train"] > 1
+
+
+def test_finished_run_is_continued_without_training(finished: Finished, text: Path) -> None:
+    folder, _ = finished
+    before = (folder / "checkpoints" / "latest_checkpointed_iteration.txt").stat().st_mtime_ns
+    flags = ("--tiny", "--text", text, "--output", folder, "--steps", STEPS, "--continue")
+    refused = call(*flags)
+    assert refused.returncode == 1
+    assert "had another training" in refused.stderr
+    assert "leave out --continue" in refused.stderr
+    result = call(*flags, "--", "--lr", "3e-3")
+    assert result.returncode == 0, result.stderr
+    assert "is up to date" in result.stdout
+    assert f"already at step {STEPS}" in result.stdout
+    after = (folder / "checkpoints" / "latest_checkpointed_iteration.txt").stat().st_mtime_ns
+    assert before == after
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The driver in this process, stopped where training would begin."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "train", stop)
+    return lambda *arguments: quickstart.main([str(argument) for argument in arguments])
+
+
+def test_next_call_starts_afresh_but_keeps_the_data(
+    stopped: Callable[..., int], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    flags = ("--tiny", "--text", text, "--output", folder)
+    assert stopped(*flags) == 130
+    assert "--continue" in capsys.readouterr().err
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "old").touch()
+    (folder / "summary.json").touch()
+    (folder / "notes.txt").touch()  # not ours
+    manifest = (folder / "data" / "data.json").stat().st_ino
+    assert stopped(*flags, "--steps", 9) == 130
+    assert {item.name for item in folder.iterdir()} == {
+        *("data", ".data.lock", ".quickstart", "settings.json", "notes.txt")
+    }
+    assert (folder / "data" / "data.json").stat().st_ino == manifest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "absent"], "--text absent: no such file or folder"),
+        (["--steps", "1"], "--steps 1: must be at least 3"),
+        (["--ranks", "0"], "--ranks 0: must be at least 1"),
+        (["--continue"], "--continue: no run in"),
+        (["--output", "used"], "used: another quickstart is at work there"),
+        (["--output", "foreign"], "foreign: has logs, but not from a quickstart"),
+    ],
+)
+def test_wrong_calls_end_before_training(
+    stopped: Callable[..., int],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "foreign" / "logs").mkdir(parents=True)
+    (tmp_path / "used").mkdir()
+    with (tmp_path / "used" / ".quickstart").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status = stopped("--tiny", "--text", text, "--output", "run", *arguments)
+    assert status == 1
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "foreign" / "logs").exists()
+
+
+def test_failed_training_names_the_stage_and_shows_the_log(text: Path, tmp_path: Path) -> None:
+    result = call("--tiny", "--text", text, "--output", tmp_path / "run", "--", "--no-such-flag")
+    assert result.returncode == 1
+    assert "error: stage 'train' failed with exit status" in result.stderr
+    assert "--no-such-flag" in result.stderr
+    assert "Traceback" not in result.stderr.splitlines()[0]
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_one_gpu_gets_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    for count, ranks in ((0, 2), (1, 1), (8, 2)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        monkeypatch.setattr(Path, "exists", lambda self: True)
+        assert quickstart.choose_ranks(None) == ranks
+    assert quickstart.choose_ranks(5) == 5

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Makes the environment, if need be, and runs the tests.
+#   bash tests/run.sh                        everything
+#   bash tests/run.sh tests/data -k utf      pytest's arguments
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+cd "$root"
+bash launch/setup.sh
+# One thread per process: the tests start several, and more threads than cores slow all down.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}"
+export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
+exec .venv/bin/python -m pytest --durations=15 "$@"

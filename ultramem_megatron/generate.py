@@ -1,0 +1,130 @@
+"""Sample text from a trained checkpoint, with a KV cache.
+
+    python -m ultramem_megatron.generate --load DIR --prompt "def main():" --tokens 100
+
+Prints prompt and continuation to standard output; everything else goes to standard error.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.inference import LoadedModel, load_for_inference
+from ultramem_megatron.pretrain import exit_on_user_error
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; see --help."""
+    parser = argparse.ArgumentParser(prog="ultramem_megatron.generate", description=__doc__)
+    parser.add_argument("--load", required=True, help="Checkpoint folder (training's --save).")
+    parser.add_argument("--ckpt-step", type=int, help="Iteration to load; default: the latest.")
+    parser.add_argument(
+        "--prompt", action="append", help="Text to continue; repeat for a batch. Default: stdin."
+    )
+    parser.add_argument("--tokens", type=int, default=100, help="Tokens to add (default 100).")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy. Default 0.8.")
+    parser.add_argument("--top-k", type=int, default=0, help="Sample from the k likeliest; 0: all.")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="Sample from the likeliest with this total."
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="Of the sampling. Default 1234.")
+    parser.add_argument("--tokenizer-model", help="Where the tokenizer is, if it has moved.")
+    return parser.parse_args(argv)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise UltraMemError for values that make no sense, before anything is loaded."""
+    rules = (
+        ("--tokens", options.tokens, options.tokens >= 1, "a whole number >= 1"),
+        ("--temperature", options.temperature, options.temperature >= 0, "a number >= 0"),
+        ("--top-k", options.top_k, options.top_k >= 0, "a whole number >= 0"),
+        ("--top-p", options.top_p, 0 < options.top_p <= 1, "a number > 0 and <= 1"),
+    )
+    for name, value, holds, allowed in rules:
+        if not holds:
+            raise UltraMemError(f"{name} is {value}; it must be {allowed}.")
+    if options.top_k and options.top_p < 1:
+        options.top_p = 1.0  # the engine takes one or the other; the explicit flag wins
+
+
+def generate(loaded: LoadedModel, prompts: Sequence[str], options: argparse.Namespace) -> list[str]:
+    """Continuations of `prompts`, without the prompts.
+
+    Raises UltraMemError if a prompt is empty or with its continuation exceeds the trained length.
+    """
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.inference.engines import StaticInferenceEngine
+    from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
+        GPTInferenceWrapper,
+    )
+    from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+        TextGenerationController,
+    )
+
+    length = _check_lengths(loaded, prompts, options.tokens)
+    context = StaticInferenceContext(len(prompts), length)
+    controller = TextGenerationController(
+        GPTInferenceWrapper(loaded.model, context), loaded.tokenizer
+    )
+    engine = StaticInferenceEngine(
+        controller, max_batch_size=len(prompts), random_seed=options.seed, legacy=True
+    )
+    results = engine.generate(prompts=list(prompts), sampling_params=_sampling(options))
+    return [str(result.generated_text) for result in results]
+
+
+def _sampling(options: argparse.Namespace) -> Any:
+    from megatron.core.inference.sampling_params import SamplingParams
+
+    if options.temperature == 0:
+        return SamplingParams(top_k=1, num_tokens_to_generate=options.tokens)
+    return SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=0.0 if options.top_p == 1 or options.top_k else options.top_p,
+        num_tokens_to_generate=options.tokens,
+    )
+
+
+def _check_lengths(loaded: LoadedModel, prompts: Sequence[str], tokens: int) -> int:
+    """Longest prompt plus continuation, in tokens."""
+    lengths = [len(loaded.tokenizer.tokenize(prompt)) for prompt in prompts]
+    limit = loaded.args.max_position_embeddings
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if length == 0:
+            raise UltraMemError(f"--prompt {prompt!r} has no tokens. Give at least one character.")
+        if length + tokens > limit:
+            raise UltraMemError(
+                f"--prompt of {length} tokens plus --tokens {tokens} exceeds the model's "
+                f"{limit} positions. Use at most --tokens {max(limit - length, 0)}, or a shorter "
+                f"prompt."
+            )
+    return max(lengths) + tokens
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load, sample, print."""
+    options = parse(argv)
+    check(options)
+    prompts = options.prompt or [sys.stdin.read()]
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecation of the static engine, missing fusions
+        loaded = load_for_inference(
+            options.load, ckpt_step=options.ckpt_step, tokenizer_model=options.tokenizer_model
+        )
+        start = time.perf_counter()
+        texts = generate(loaded, prompts, options)
+        seconds = time.perf_counter() - start
+        print(f"{len(texts)} x up to {options.tokens} tokens in {seconds:.1f} s", file=sys.stderr)
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(prompt + text)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
