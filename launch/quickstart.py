@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = "settings.json"  # marks a folder as ours, and says what its checkpoints belong to
 PRODUCTS = ("checkpoints", "tensorboard", "logs", "loss.png", "sample.txt", "summary.json")
 STDLIB_PROMPT = "import os\n\ndef "
-PROMPT_CHARACTERS = 40  # of the validation text, where the text is the user's own
+PROMPT_TOKENS = 12  # of the validation text, where the text is the user's own
 
 
 @dataclass
@@ -252,6 +252,7 @@ def sample(run: Run, data: prepare.Prepared) -> tuple[str, str]:
     prompt = run.args.prompt or choose_prompt(run, data)
     command = [sys.executable, "-m", "ultramem_megatron.generate"]
     command += ["--load", str(run.checkpoints), "--prompt", prompt]
+    command += ["--tokens", str(run.recipe.sample_tokens)]
     file = run.folder / "sample.txt"
     stage.run("sample", command, run.folder / "logs" / "sample.log", environment(1), output=file)
     text = file.read_text(encoding="utf-8").strip("\n")
@@ -267,9 +268,9 @@ def choose_prompt(run: Run, data: prepare.Prepared) -> str:
     from tokenizers import Tokenizer
 
     width = np.uint16 if data.vocab_size < 65_500 else np.int32  # as the dataset is written
-    tokens = np.fromfile(run.folder / "data" / "valid.bin", dtype=width, count=PROMPT_CHARACTERS)
+    tokens = np.fromfile(run.folder / "data" / "valid.bin", dtype=width, count=PROMPT_TOKENS)
     tokenizer = Tokenizer.from_file(str(run.folder / "data" / "tokenizer" / "tokenizer.json"))
-    words = tokenizer.decode(tokens.tolist())[:PROMPT_CHARACTERS].rpartition(" ")
+    words = tokenizer.decode(tokens.tolist()).rpartition(" ")  # the last may be half a word
     return words[0] or words[2]
 
 

@@ -164,7 +164,7 @@ PATCH = Patch(
     name="cpu_cuda_calls",
     symbols=tuple(f"torch.cuda.{name}" for name in CALLS),
     reason="Megatron calls torch.cuda directly for streams, seeds, memory and device numbers.",
-    delete_when="Megatron reaches its device through torch.accelerator or a device layer of its own.",
+    delete_when="Megatron reaches its device through torch.accelerator or a layer of its own.",
     install=_install,
     active=without_cuda,
 )

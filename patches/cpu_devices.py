@@ -29,7 +29,7 @@ def without_cuda() -> bool:
 
 
 def host_device(device: Any) -> Any:
-    """The CPU for any way to write a CUDA device ("cuda", "cuda:1", 0, torch.device); else as is."""
+    """The CPU for any way to write a CUDA device ("cuda:1", 0, torch.device); others unchanged."""
     if isinstance(device, str):
         return _CPU if device.startswith("cuda") else device
     if isinstance(device, torch.device):
@@ -73,7 +73,7 @@ class HostGenerator(torch.Generator, metaclass=_AnyGenerator):
     """torch.Generator on the CPU for any way to write a CUDA device."""
 
     def __new__(cls, device: Any = "cpu") -> Self:
-        return super().__new__(cls, host_device(device))
+        return super().__new__(cls, host_device(device))  # type: ignore[call-arg]
 
 
 def _stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

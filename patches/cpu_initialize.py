@@ -36,9 +36,7 @@ def _allow_no_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 def _install(editor: Editor) -> None:
     # pretrain() reads the name from its own module.
     for module in ("initialize", "training"):
-        editor.wrap(
-            f"megatron.training.{module}.initialize_megatron", _allow_no_cuda, _PARAMETERS
-        )
+        editor.wrap(f"megatron.training.{module}.initialize_megatron", _allow_no_cuda, _PARAMETERS)
 
 
 PATCH = Patch(

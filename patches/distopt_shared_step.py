@@ -36,7 +36,7 @@ PATCH = Patch(
     name="distopt_shared_step",
     symbols=(_METHOD,),
     reason="The shared tensor is made and handed to torch inside the method.",
-    delete_when="load_state_dict() gives each parameter its own tensor, as it does when offloading.",
+    delete_when="load_state_dict() gives each parameter its own tensor, as when offloading.",
     install=_install,
     active=uses_torch_adam,
 )

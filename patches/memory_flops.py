@@ -24,7 +24,7 @@ def _with_memory_flops(original: Any) -> Any:
             return flops
         tokens = total_real_tokens_in_batch
         tokens = batch_size * args.seq_length if tokens is None else tokens
-        return flops + training_flops(current_run.ultramem, current_run.hidden_size, tokens)
+        return flops + training_flops(current_run.ultramem, current_run.hidden_size, int(tokens))
 
     return num_floating_point_operations
 

@@ -17,8 +17,11 @@ def _with_memory_layers(original: Any) -> Any:
             return total
         size = memory_size(current_run.ultramem, current_run.hidden_size)
         if verbose:
-            print(f"Number of parameters in memory layers in billions: sparse {size.sparse / _BILLION:.4f}"
-                  f", dense {size.dense / _BILLION:.4f} (not in the totals above)")  # fmt: skip
+            print(
+                "Number of parameters in memory layers in billions: "
+                f"sparse {size.sparse / _BILLION:.4f}, dense {size.dense / _BILLION:.4f} "
+                "(not in the totals above)"
+            )
         share = current_run.memories_on_fullest_stage / len(current_run.ultramem.spans)
         # Memory layers are whole on every tensor-parallel rank.
         return total + share * (size.sparse + size.dense) * _bytes_per_parameter(args)

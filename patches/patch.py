@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ultramem_megatron.errors import UltraMemError
+
 SUPPORTED_MEGATRON = ">=0.19.0,<0.20"
 """Versions of megatron-core the patches were written against (a packaging specifier)."""
 
@@ -19,7 +21,7 @@ PATCH_MARK = "_ultramem_patch"
 _ABSENT = object()
 
 
-class PatchError(RuntimeError):
+class PatchError(UltraMemError):
     """A patch does not fit the installed Megatron; the message says what differs."""
 
 

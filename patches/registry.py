@@ -1,6 +1,6 @@
 """All patches, applied and reverted together.
 
-To add one: write `patches/<name>.py` ending in `PATCH = Patch(...)` and add <name> to PATCH_MODULES.
+To add one: write `patches/<name>.py` ending in `PATCH = Patch(...)`, add <name> to PATCH_MODULES.
 """
 
 import importlib

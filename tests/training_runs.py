@@ -1,8 +1,8 @@
 """Whole training runs in tests: `run_pretrain` calls our `main()` on fresh ranks and records it.
 
-    run = run_pretrain(2, tiny_gpt(tensor_model_parallel_size=2, train_iters=3), gradients_at=1)
-    run.losses            # full precision, one per iteration
-    run.ranks[0].gradients["module.decoder.final_layernorm.weight"]
+run = run_pretrain(2, tiny_gpt(tensor_model_parallel_size=2, train_iters=3), gradients_at=1)
+run.losses            # full precision, one per iteration
+run.ranks[0].gradients["module.decoder.final_layernorm.weight"]
 """
 
 import functools

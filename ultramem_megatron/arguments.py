@@ -104,7 +104,8 @@ def config_from_args(args: Namespace) -> UltraMemConfig | None:
 def _given(args: Namespace) -> dict[str, Any]:
     """Config fields whose flags the user set."""
     found = {
-        field.name: getattr(args, f"ultramem_{field.name}", None) for field in fields(UltraMemConfig)
+        field.name: getattr(args, f"ultramem_{field.name}", None)
+        for field in fields(UltraMemConfig)
     }
     return {name: value for name, value in found.items() if value is not None}
 

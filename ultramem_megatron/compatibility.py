@@ -15,7 +15,7 @@ _RESUMABLE = {"value_lr_decay", "aux_loss_weight", "aux_loss_margin", "init", "s
 
 
 def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -> None:
-    """Raise UltraMemError for Megatron flags that memory layers cannot honour, saying what to do."""
+    """Raise UltraMemError for Megatron flags that memory layers cannot honour."""
     if ultramem is None:
         return
     convolution = f"{flag('query_conv_kernel')} {ultramem.query_conv_kernel}"
@@ -72,7 +72,7 @@ def check_checkpoint(args: Namespace, ultramem: UltraMemConfig | None) -> None:
     if differences:
         raise UltraMemError(
             f"--load {args.load}: the checkpoint was made with another memory design: "
-            f"{'; '.join(differences)}. Use the checkpoint's values, or start afresh without --load."
+            f"{'; '.join(differences)}. Use the checkpoint's values, or start without --load."
         )
 
 

@@ -108,10 +108,11 @@ def _config_from(state: dict[str, Tensor], topk: int, norm: Norm) -> UltraMemCon
     missing = [name for name in _REQUIRED if name not in state]
     if missing:
         raise UltraMemError(
-            f"Not a state dict of the authors' UltraMemLayerV1: {', '.join(missing)} missing, found "
-            f"{', '.join(sorted(state)) or 'nothing'}. Pass the entries of one layer, without prefix."
+            f"Not a state dict of the authors' UltraMemLayerV1: {', '.join(missing)} missing, "
+            f"found {', '.join(sorted(state)) or 'nothing'}. Pass the entries of one layer, "
+            f"without their prefix."
         )
-    heads, sides, keys_per_side, key_dim, rank = state["keys"].shape
+    heads, _, _, key_dim, rank = state["keys"].shape
     num_values, value_dim = state["values_for_look_up"].shape
     expansion = state["values_proj.weight"].shape[1] // value_dim
     cores = sum(name.startswith("tucker_core.") for name in state)
@@ -133,8 +134,8 @@ def _config_from(state: dict[str, Tensor], topk: int, norm: Norm) -> UltraMemCon
     for name, shape in expected.items():
         if tuple(state[name].shape) != shape:
             raise UltraMemError(
-                f"{name} has shape {tuple(state[name].shape)}, but the other tensors imply {shape}. "
-                f"The state dict mixes layers of different sizes."
+                f"{name} has shape {tuple(state[name].shape)}, but the other tensors imply "
+                f"{shape}. The state dict mixes layers of different sizes."
             )
     return config
 

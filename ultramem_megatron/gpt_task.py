@@ -33,6 +33,8 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from ultramem_megatron.errors import UltraMemError
+
 Batch = dict[str, Tensor | None]
 LossAndReport = tuple[Tensor, Tensor, dict[str, Tensor]]
 
@@ -237,7 +239,8 @@ def forward_step(
             output = model.build_schedule_plan(*inputs, **targets)
         else:
             output = model(*inputs, **targets, packed_seq_params=packed_sequence)
-    return output, functools.partial(loss_func, batch["loss_mask"])
+    # The schedule calls the loss function on the last stage only, and there the mask exists.
+    return output, functools.partial(loss_func, cast(Tensor, batch["loss_mask"]))
 
 
 def dataset_config(args: Namespace) -> GPTDatasetConfig:
@@ -315,17 +318,18 @@ def refuse_other_tasks(args: Namespace) -> None:
     """Raise for flags that ask for another task than pre-training a GPT.
 
     Raises:
-        ValueError: names the flag and what to do.
+        UltraMemError: names the flag and what to do.
     """
     foreign = {
         "--sft": args.sft,
         "--fim-data": args.fim_data,
+        "--hybrid-layer-pattern": args.hybrid_layer_pattern is not None,
         "--hybrid-context-parallel": args.hybrid_context_parallel,
         "--logits-load-dir": args.logits_load_dir is not None,
     }
     for flag, is_set in foreign.items():
         if is_set:
-            raise ValueError(
+            raise UltraMemError(
                 f"{flag} is not supported by ultramem_megatron.pretrain (plain GPT pre-training); "
                 f"remove the flag."
             )

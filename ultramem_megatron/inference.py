@@ -65,8 +65,14 @@ def _describe_one_process(args: Namespace, tokenizer_model: str | None) -> None:
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
     # The training machine may have had fused kernels that this one lacks; decoding needs none.
-    for name in ("bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion",
-                 "masked_softmax_fusion", "apply_rope_fusion", "gradient_accumulation_fusion"):
+    for name in (
+        "bias_gelu_fusion",
+        "bias_swiglu_fusion",
+        "bias_dropout_fusion",
+        "masked_softmax_fusion",
+        "apply_rope_fusion",
+        "gradient_accumulation_fusion",
+    ):
         setattr(args, name, False)  # fmt: skip
     args.no_persist_layer_norm = args.use_cpu_initialization = True
     if importlib.util.find_spec("transformer_engine") is None or not _has_cuda():

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ultramem_megatron.retrieval.addresses import GridShuffle
+
 if TYPE_CHECKING:
     from ultramem_megatron.layer import UltraMemLayer
 
@@ -34,7 +36,7 @@ def reset_parameters(layer: "UltraMemLayer", *, num_layers: int) -> None:
     if layer.query.conv is not None:
         layer.query.conv.weight.zero_()
         layer.query.conv.weight[:, -1] = 1  # identity: inert at the start
-    if isinstance(layer.shuffle, nn.Module) and hasattr(layer.shuffle, "reset"):
+    if isinstance(layer.shuffle, GridShuffle):
         layer.shuffle.reset(generator_for(torch.device("cpu"), *key, "shuffle"))
     layer.update_filter()
     if layer.config.init == "paper" and not layer.config.softmax:
@@ -76,6 +78,7 @@ def _reset_as_official(layer: "UltraMemLayer", _num_layers: int, key: tuple[int,
                 weight.shape,
                 generator=generator_for(weight.device, *key, "cores"),
                 device=weight.device,
+                dtype=torch.float32,
             )
         )
 
@@ -94,7 +97,10 @@ def _fill_norm(norm: nn.Module, gain: float) -> None:
 
 def _normal(tensor: Tensor, std: float, *key: object) -> None:
     drawn = torch.randn(
-        tensor.shape, generator=generator_for(tensor.device, *key), device=tensor.device
+        tensor.shape,
+        generator=generator_for(tensor.device, *key),
+        device=tensor.device,
+        dtype=torch.float32,
     )
     tensor.copy_(drawn * std)
 
@@ -111,6 +117,7 @@ def normal_rows(rows: Tensor, std: float, first_row: int, *key: object) -> None:
             ROWS_PER_BLOCK,
             rows.shape[1],
             device=rows.device,
+            dtype=torch.float32,
             generator=generator_for(rows.device, *key, block),
         )
         low, high = max(start, first_row), min(start + ROWS_PER_BLOCK, total)
@@ -121,15 +128,16 @@ def normal_rows(rows: Tensor, std: float, first_row: int, *key: object) -> None:
 def calibrate(layer: "UltraMemLayer", generator: torch.Generator) -> float:
     """Scale the queries once so that the weights of the values average 1; returns the mean before.
 
-    Queries are drawn at random and normalised; the top-m scores of the real keys and cores are
-    averaged over tokens, picks and cores. TDQKR scores grow with the square of the query's gain,
-    product-key scores with the gain itself.
+    Inputs are drawn as a norm leaves them, with unit variance; the top-m scores of the real keys
+    and cores are averaged over tokens, picks and cores. TDQKR scores grow with the square of the
+    query's gain, product-key scores with the gain itself.
     """
     weight = layer.query.proj.weight
     drawn = torch.randn(
-        CALIBRATION_TOKENS, *layer.query.shape, generator=generator, device=weight.device
-    )
-    scores = layer.retrieval(layer.query.norm(drawn.to(weight.dtype))).scores
+        CALIBRATION_TOKENS, 1, weight.shape[1], generator=generator, device=weight.device,
+        dtype=torch.float32,
+    )  # fmt: skip
+    scores = layer.retrieval(layer.query(drawn.to(weight.dtype))).scores
     mean = float(scores.mean())
     if not mean > 0:
         return mean

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.initialization import reset_parameters
+from ultramem_megatron.linear import Linear
 from ultramem_megatron.query import QueryProjection
 from ultramem_megatron.retrieval.addresses import GridShuffle, split_address
 from ultramem_megatron.retrieval.product_key import ProductKeyRetrieval
@@ -57,7 +58,7 @@ class UltraMemLayer(nn.Module):
         )
         self.values = ValueTable(config.num_values, config.value_dim)
         self.value_proj: nn.Module = (
-            nn.Linear(config.value_expansion * config.value_dim, hidden_size, bias=False)
+            Linear(config.value_expansion * config.value_dim, hidden_size, bias=False)
             if config.value_projection
             else nn.Identity()
         )
@@ -96,7 +97,7 @@ class UltraMemLayer(nn.Module):
             self.cores.update_filter()
 
     def auxiliary_loss(self) -> Tensor | None:
-        """alpha * penalty on the cores' small singular values (eq. 11-12), or None if there is none.
+        """alpha * penalty on the cores' small singular values (eq. 11-12); None if there is none.
 
         A function of parameters only: add it once per optimizer step, not once per micro-batch.
         """

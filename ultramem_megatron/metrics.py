@@ -106,9 +106,7 @@ def _spectrum(layer: UltraMemLayer) -> tuple[float, float]:
 
 def console_line(layer_number: int, metrics: Mapping[str, float]) -> str:
     """One line of the training log, in Megatron's style; metrics that do not apply are left out."""
-    parts = [
-        f"{name}: {value:.4E}" for name, value in metrics.items() if not math.isnan(value)
-    ]
+    parts = [f"{name}: {value:.4E}" for name, value in metrics.items() if not math.isnan(value)]
     return f" ultramem layer {layer_number:3d} | " + " | ".join(parts) + " |"
 
 

@@ -17,7 +17,7 @@ from ultramem_megatron.spans import Span
 
 
 class Chunk(NamedTuple):
-    """Layers first..last (1-based, empty if last < first) of one pipeline stage or virtual chunk."""
+    """Layers first..last (1-based, empty if last < first) of a pipeline stage or virtual chunk."""
 
     pp_rank: int
     vp_stage: int | None

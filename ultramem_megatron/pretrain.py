@@ -2,7 +2,8 @@
 
     torchrun ... -m ultramem_megatron.pretrain <Megatron's flags> --ultramem-spans 3:5/6:8 ...
 
-Without --ultramem flags it is a plain GPT. Without torchrun (`python -m ultramem_megatron.pretrain ...`) it is a run of one process.
+Without --ultramem flags it is a plain GPT. Without torchrun (`python -m ...`) it is a run of one
+process.
 """
 
 import os

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultramem_megatron.config import UltraMemConfig
+from ultramem_megatron.linear import Linear
 from ultramem_megatron.norm import build_norm
 
 
@@ -32,7 +33,7 @@ class QueryProjection(nn.Module):
         self.shape = (config.num_queries, 2, config.key_dim)
         kernel = config.query_conv_kernel
         self.conv = CausalConvolution(hidden_size, kernel) if kernel else None
-        self.proj = nn.Linear(hidden_size, config.num_queries * 2 * config.key_dim, bias=False)
+        self.proj = Linear(hidden_size, config.num_queries * 2 * config.key_dim, bias=False)
         self.norm = build_norm(config.qk_norm, config.key_dim, eps)
 
     def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:

@@ -9,7 +9,6 @@ N physical values, V value dim.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ultramem_megatron.config import UltraMemConfig
@@ -127,7 +126,7 @@ def _retrieve(
             row_m.transpose(1, 2) @ core[head] @ column_m
             for core in state["retrieval.cores.weight"]
         ]
-    best = sum(grids).flatten(1).topk(topk).indices
+    best = torch.stack(grids).sum(0).flatten(1).topk(topk).indices
     addresses = rows.gather(1, best // topk) * side + columns.gather(1, best % topk)
     scores = torch.stack([grid.flatten(1).gather(1, best) for grid in grids], dim=2)
     return addresses, scores

@@ -1,5 +1,6 @@
 """Spans `a:b`: the memory reads at layer a and its result is added after layer b (paper 2.3)."""
 
+import itertools
 from typing import NamedTuple
 
 from ultramem_megatron.errors import UltraMemError
@@ -51,9 +52,10 @@ def check_spans(spans: tuple[Span, ...], num_layers: int) -> None:
             )
         if span.start > span.end:
             raise UltraMemError(
-                f"{FLAG} {shown}: span {span} ends before it starts. Write it as {span.end}:{span.start}."
+                f"{FLAG} {shown}: span {span} ends before it starts. "
+                f"Write it as {span.end}:{span.start}."
             )
-    for before, after in zip(spans, spans[1:], strict=False):
+    for before, after in itertools.pairwise(spans):
         if after.start <= before.end:
             raise UltraMemError(
                 f"{FLAG} {shown}: spans {before} and {after} overlap. A span may start only after "

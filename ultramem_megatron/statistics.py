@@ -1,4 +1,4 @@
-"""What one memory layer saw since the last report, summed up on the device, never read in a step."""
+"""What a memory layer saw since the last report, summed on the device, never read in a step."""
 
 from dataclasses import dataclass
 

@@ -68,7 +68,7 @@ class TransformerMemory(UltraMemLayer):
         return super().forward(x, self._decoding_history(x, inference_context))
 
     def _decoding_history(self, x: Tensor, inference_context: Any) -> Tensor | None:
-        """Inputs before x that the convolution still sees; kept in the context, like keys and values."""
+        """Inputs before x that the convolution sees; kept in the context, like keys and values."""
         if not inference_context.is_static_batching():
             raise UltraMemError(
                 f"--ultramem-query-conv-kernel {self.config.query_conv_kernel} needs static "

@@ -77,9 +77,9 @@ def test_parameters_are_counted(finished: Finished) -> None:
     )
     memory = memory_size(config, hidden_size=32)
     vocabulary = summary_of(finished)["data"]["vocab_size"]
-    padded = -(-vocabulary // 128) * 128  # Megatron rounds the embedding up
+    padded = -(-vocabulary // 128) * 128  # Megatron rounds embedding and output up
     layer = 2 * 32 + (3 + 1 + 4 + 4) * 32 * 32  # norms, attention, MLP
-    expected = {"dense": padded * 32 + 2 * layer + 32 + memory.dense, "sparse": 16 * 16 * 16}
+    expected = {"dense": 2 * padded * 32 + 2 * layer + 32 + memory.dense, "sparse": 16 * 16 * 16}
     assert memory.sparse == expected["sparse"]
     assert summary_of(finished)["parameters"] == {**expected, "total": sum(expected.values())}
 
@@ -195,12 +195,12 @@ def test_wrong_calls_end_before_training(
     assert (tmp_path / "foreign" / "logs").exists()
 
 
-def test_failed_training_names_the_stage_and_shows_the_log(text: Path, tmp_path: Path) -> None:
-    result = call("--tiny", "--text", text, "--output", tmp_path / "run", "--", "--no-such-flag")
+def test_failed_training_names_the_stage_and_the_reason(text: Path, tmp_path: Path) -> None:
+    flags = ("--tiny", "--text", text, "--output", tmp_path / "run")
+    result = call(*flags, "--", "--ultramem-value-expansion", "3")
     assert result.returncode == 1
     assert "error: stage 'train' failed with exit status" in result.stderr
-    assert "--no-such-flag" in result.stderr
-    assert "Traceback" not in result.stderr.splitlines()[0]
+    assert "--ultramem-value-expansion is 3; it must be a square" in result.stderr
     assert not (tmp_path / "run" / "summary.json").exists()
 
 

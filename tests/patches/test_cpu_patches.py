@@ -56,9 +56,7 @@ def test_other_devices_are_left_alone(on_cpu: None) -> None:
 
 def test_other_threads_see_it_too(on_cpu: None) -> None:
     seen: list[str] = []
-    worker = threading.Thread(
-        target=lambda: seen.append(torch.zeros(1, device="cuda").device.type)
-    )
+    worker = threading.Thread(target=lambda: seen.append(torch.zeros(1, device="cuda").device.type))
     worker.start()
     worker.join()
     assert seen == ["cpu"]

@@ -11,7 +11,7 @@ from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import Trained, TrainingRun, run_pretrain, tiny_gpt
 from ultramem_megatron.patches.registry import PATCH_MODULES
 
-_FORMATS = {
+_FORMATS: dict[str, dict[str, Any]] = {
     "dp_reshardable": {},
     "fully_reshardable": {"dist_ckpt_optim_fully_reshardable": True},
 }
@@ -76,7 +76,7 @@ def test_loading_with_autograd_fails_upstream(saved: Any) -> None:
         _resume(saved, without="distopt_load_without_grad")
 
 
-def _steps_of_a_rank_without_parameters() -> tuple[int, int, bool]:
+def _steps_of_a_rank_without_parameters() -> tuple[float, float, bool]:
     """Counts in the state of an optimizer whose shard is empty: fresh, and after loading 7."""
     import torch
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -95,5 +95,3 @@ def _steps_of_a_rank_without_parameters() -> tuple[int, int, bool]:
 
 def test_a_rank_without_parameters_saves_the_number_of_steps() -> None:
     assert run_on_ranks(1, _steps_of_a_rank_without_parameters) == [(0.0, 7.0, True)]
-
-

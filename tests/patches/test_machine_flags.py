@@ -1,5 +1,7 @@
 """Flags filled in for the machine, never over the user's."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def bare_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bare_machine_gets_everything_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
     argv = machine_flags.complete(["--num-layers", "2"])
     assert argv[:2] == ["--num-layers", "2"]
-    pairs = list(zip(argv, argv[1:], strict=False))
+    pairs = list(itertools.pairwise(argv))
     assert ("--distributed-backend", "gloo") in pairs
     assert ("--transformer-impl", "local") in pairs
     for flag in (

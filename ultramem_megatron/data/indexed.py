@@ -1,5 +1,6 @@
 """Writes tokens in Megatron's indexed format: PREFIX.bin (tokens) and PREFIX.idx (documents)."""
 
+import logging
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,8 +20,10 @@ def write(prefix: Path, documents: Iterable[list[int]], vocab_size: int) -> np.n
         Counts, int64 [vocab_size].
     """
     # Takes seconds (it pulls in torch), and a preparation that is already done needs none of it.
+    # Its complaints about missing GPU packages do not matter here.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # optional GPU packages that play no part here
+        warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))

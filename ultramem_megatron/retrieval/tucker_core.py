@@ -20,8 +20,9 @@ class TuckerCores(nn.Module):
         super().__init__()
         rank, heads = config.tucker_rank, config.heads
         self.weight = nn.Parameter(torch.empty(config.cores, heads, rank, rank))
-        self.register_buffer("u", torch.zeros(heads, rank))
-        self.register_buffer("t", torch.zeros(heads, rank))
+        precise = torch.promote_types(self.weight.dtype, torch.float32)
+        self.register_buffer("u", torch.zeros(heads, rank, dtype=precise))
+        self.register_buffer("t", torch.zeros(heads, rank, dtype=precise))
 
     def total(self) -> Tensor:
         """Sum of the cores, (H, R, R), at least float32."""

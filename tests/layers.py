@@ -1,0 +1,62 @@
+"""Small memory layers for tests, each a switch or a combination away from the default."""
+
+from typing import Any
+
+import torch
+
+from ultramem_megatron.config import UltraMemConfig
+from ultramem_megatron.layer import UltraMemLayer
+from ultramem_megatron.spans import Span
+
+HIDDEN = 24
+
+_SMALL: dict[str, Any] = {
+    "spans": (Span(1, 2),), "num_keys": 7, "key_dim": 12, "value_dim": 12, "topk": 5,
+}  # fmt: skip
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "pkm": {
+        "retrieval": "pkm", "tucker_rank": 1, "cores": 1, "value_expansion": 1, "softmax": True,
+        "value_projection": False, "value_dim": HIDDEN, "qk_norm": "none", "share_query": False,
+        "init": "official",
+    },
+    "pkm-no-softmax-expanded": {
+        "retrieval": "pkm", "tucker_rank": 1, "cores": 1, "value_expansion": 4,
+    },
+    "rank-1": {"tucker_rank": 1, "cores": 1},
+    "rank-3-full": {"tucker_rank": 3, "rank_layout": "full", "value_dim": 9, "cores": 3},
+    "rank-4-split": {"tucker_rank": 4},
+    "expansion-1": {"value_expansion": 1},
+    "expansion-9": {"value_expansion": 9, "topk": 11},
+    "cores-4": {"cores": 4},
+    "heads-1": {"heads": 1},
+    "heads-4": {"heads": 4},
+    "heads-3-own-queries": {"heads": 3, "share_query": False},
+    "rmsnorm": {"qk_norm": "rmsnorm"},
+    "no-norm": {"qk_norm": "none"},
+    "official-init": {"init": "official", "qk_norm": "rmsnorm", "rank_layout": "full"},
+    "convolution": {"query_conv_kernel": 5},
+    "softmax": {"softmax": True},
+    "all-keys": {"num_keys": 3, "topk": 6},
+}  # fmt: skip
+
+
+def small_config(**changes: Any) -> UltraMemConfig:
+    """A valid configuration for hidden size HIDDEN and two layers."""
+    return UltraMemConfig(**{**_SMALL, **changes})
+
+
+def small_layer(
+    dtype: torch.dtype = torch.float64, *, layer_number: int = 1, **changes: Any
+) -> UltraMemLayer:
+    """A layer of that configuration; nothing in it is left at a value that hides mistakes."""
+    layer = UltraMemLayer(
+        small_config(**changes), hidden_size=HIDDEN, num_layers=2, layer_number=layer_number
+    ).to(dtype)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "norm" in name or "conv" in name:
+                parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator))
+    return layer
