@@ -121,7 +121,6 @@ def quickstart(run: Run) -> None:
     with run.stage("report", "5/5 loss curve and summary"):
         summary = summarize(run, data, prompt, text)
     run.seconds["total"] = round(setup_seconds + time.monotonic() - started, 1)
-    summary["seconds"] = run.seconds
     report.write_json(summary, run.folder / "summary.json")
     print(describe(run, summary))
 
@@ -296,6 +295,7 @@ def summarize(run: Run, data: prepare.Prepared, prompt: str, text: str) -> dict[
         "tokens_per_second": round(
             report.tokens_per_second(curves.train, run.recipe.tokens_per_step, resume_at)
         ),
+        "seconds": run.seconds,
         "sample": {"prompt": prompt, "text": text},
         "config": {**asdict(run.recipe), "ranks": run.ranks},
         "data": {name: value for name, value in asdict(data).items() if name != "sizes"},

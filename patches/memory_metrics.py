@@ -1,5 +1,6 @@
 """Metrics of memory layers follow Megatron's own log line and go to the same writers."""
 
+import math
 from typing import Any
 
 from ultramem_megatron.patches.patch import Editor, Patch
@@ -41,6 +42,7 @@ def _report(iteration: int) -> None:
         tensorboard_tag(layer, name): value
         for layer, metrics in by_layer.items()
         for name, value in metrics.items()
+        if not math.isnan(value)
     }
     value_lr = current_run.value_learning_rate()
     if value_lr is not None:
