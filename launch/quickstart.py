@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -324,4 +325,6 @@ def describe(run: Run, summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    # Ended from outside as by Ctrl-C: the ranks must end too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -93,7 +93,7 @@ def _sampling(options: argparse.Namespace) -> Any:
 
 def _check_lengths(loaded: LoadedModel, prompts: Sequence[str], tokens: int) -> int:
     """Longest prompt plus continuation, in tokens."""
-    lengths = [len(loaded.tokenizer.tokenize(prompt)) for prompt in prompts]
+    lengths = [len(loaded.tokenizer.tokenize(prompt)) if prompt else 0 for prompt in prompts]
     limit = loaded.args.max_position_embeddings
     for prompt, length in zip(prompts, lengths, strict=True):
         if length == 0:

@@ -1,4 +1,4 @@
-"""GPTs with memory layers under Megatron's pretrain(): every way to run one model gives one result."""
+"""Memory layers under Megatron's pretrain(): every way to run one model gives one result."""
 
 import pytest
 import torch
@@ -128,7 +128,11 @@ def _initial_penalty_gradients():
 
 @pytest.mark.parametrize(
     ("precision", "scale", "tolerance"),
-    [({}, 1, 1e-4), ({"fp16": True, "initial_loss_scale": 1024}, 1024, 2e-2), ({"bf16": True}, 1, 2e-2)],
+    [
+        ({}, 1, 1e-4),
+        ({"fp16": True, "initial_loss_scale": 1024}, 1024, 2e-2),
+        ({"bf16": True}, 1, 2e-2),
+    ],
 )  # fmt: skip
 def test_penalty_enters_the_gradient_once_and_scaled(precision, scale, tolerance):
     with_penalty = _run(**_STRONG_PENALTY, **precision).ranks[0].gradients

@@ -193,6 +193,23 @@ def test_a_checkpoint_of_one_rank_resumes_in_any_layout(
         assert run.losses == uninterrupted.losses[2:]
 
 
+@pytest.mark.parametrize(
+    "second_use", [{"untie_embeddings_and_output_weights": False}, {"mtp_num_layers": 1}], ids=str
+)
+def test_an_embedding_used_on_the_last_stage_too_stays_one(
+    tmp_path: Path, second_use: dict[str, Any]
+) -> None:
+    """Tied output weights and multi-token prediction put a copy of it on the last stage."""
+
+    def flags(**changes: Any) -> list[str]:
+        return tiny_gpt(train_iters=4, **second_use, **changes)
+
+    uninterrupted = run_pretrain(1, flags())
+    run_pretrain(1, flags(save=tmp_path, save_interval=2, exit_interval=2))
+    pipelined = flags(load=tmp_path, no_load_rng=True, pipeline_model_parallel_size=2)
+    _assert_same_training(run_pretrain(2, pipelined), uninterrupted, skip=2)
+
+
 @pytest.mark.parametrize("distributed", [False, True])
 def test_bfloat16_resumes_to_the_same_numbers(tmp_path: Path, distributed: bool) -> None:
     def flags(**changes: Any) -> list[str]:

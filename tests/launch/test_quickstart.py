@@ -1,16 +1,19 @@
 """The quickstart end to end, at its tiny size: everything it promises is there and is right."""
 
+import contextlib
 import fcntl
 import json
 import os
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launch import quickstart, recipe, report
+from launch import quickstart, recipe, report, stage
 from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.size import memory_size
 from ultramem_megatron.spans import parse_spans
@@ -195,8 +198,89 @@ def test_wrong_calls_end_before_training(
     assert (tmp_path / "foreign" / "logs").exists()
 
 
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int, int], list[str]]:
+    """Ranks that claim to begin at one step and to save another; gives the launched commands."""
+
+    def pretend(begins: int, saves: int) -> list[str]:
+        commands: list[str] = []
+
+        def run(_name: str, command: list[str], *_: object) -> None:
+            commands.append(" ".join(command))
+            tracker = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
+            tracker.parent.mkdir(exist_ok=True)
+            tracker.write_text(str(saves))
+
+        monkeypatch.setattr(stage, "run", run)
+        monkeypatch.setattr(stage.TrainingProgress, "first_step", begins, raising=False)
+        monkeypatch.setattr(stage.TrainingProgress, "__init__", lambda *_: None)
+        return commands
+
+    return pretend
+
+
+def make_run(folder: Path) -> quickstart.Run:
+    return quickstart.Run(Namespace(), recipe.make_recipe(tiny=True, steps=8), folder, ranks=2)
+
+
+def test_continued_run_does_only_what_is_left(
+    ranks: Callable[[int, int], list[str]], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path)
+    first = ranks(1, 6)
+    quickstart.train(run, "train", after=0, upto=6)
+    assert len(first) == 1
+    assert first[0].endswith("--exit-interval 6")
+    assert "--load" not in first[0]
+    second = ranks(7, 8)
+    quickstart.train(run, "train", after=0, upto=6)
+    assert second == []
+    quickstart.train(run, "resume", after=6, upto=8)
+    assert len(second) == 1
+    assert second[0].endswith(f"--load {tmp_path / 'checkpoints'}")
+    assert "--exit-interval" not in second[0]
+
+
+@pytest.mark.parametrize(("begins", "saves"), [(1, 8), (7, 7)])
+def test_run_that_did_not_resume_or_did_not_finish_is_noticed(
+    ranks: Callable[[int, int], list[str]], tmp_path: Path, begins: int, saves: int
+) -> None:
+    ranks(begins, saves)
+    with pytest.raises(stage.StageError, match="should train from step 7 and save step 8, but"):
+        quickstart.train(make_run(tmp_path), "resume", after=6, upto=8)
+
+
+def test_ending_the_driver_ends_the_ranks(text: Path, tmp_path: Path) -> None:
+    flags = ["--tiny", "--text", str(text), "--output", str(tmp_path / "run"), "--steps", "99999"]
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "launch.quickstart", *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "2/5 training" in line:
+            break
+    time.sleep(2)  # torchrun is up
+    assert ranks_of(tmp_path)
+    process.terminate()
+    assert process.wait(timeout=60) == 130
+    assert ranks_of(tmp_path) == []
+
+
+def ranks_of(folder: Path) -> list[str]:
+    """Processes whose command line names the folder, by /proc."""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in lines if str(folder) in line and "pretrain" in line]
+
+
 def test_failed_training_names_the_stage_and_the_reason(text: Path, tmp_path: Path) -> None:
-    flags = ("--tiny", "--text", text, "--output", tmp_path / "run")
+    flags = ("--tiny", "--text", text, "--output", tmp_path / "run", "--ranks", 1)
     result = call(*flags, "--", "--ultramem-value-expansion", "3")
     assert result.returncode == 1
     assert "error: stage 'train' failed with exit status" in result.stderr

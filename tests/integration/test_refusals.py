@@ -1,0 +1,46 @@
+"""Wrong flags end a run before training, with one message; the exit status is 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import RanksFailed
+from tests.training_runs import run_pretrain, tiny_gpt
+
+_MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
+           "ultramem_topk": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes", "message"),
+    [
+        (1, {"ultramem_value_expansion": 5}, "--ultramem-value-expansion is 5"),
+        (1, {"ultramem_spans": "2:4/4:6"}, "spans 2:4 and 4:6 overlap"),
+        (1, {"ultramem_topk": 19}, "--ultramem-topk is 19, more than the 18 keys"),
+        (1, {"ultramem_preset": "huge"}, "--ultramem-preset 'huge' is unknown"),
+        (2, {"pipeline_model_parallel_size": 2}, r"span 2:3 .*|span 4:6 .*"),
+        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, "--sequence-parallel"),
+    ],
+)
+def test_refused_before_training(world_size, changes, message):
+    flags = {**_MEMORY, **changes}
+    if "pipeline_model_parallel_size" in changes:
+        flags["ultramem_spans"] = "2:4"
+        message = 'span 2:4 starts in pipeline stage 0 .* Use --pipeline-model-parallel-layout "E'
+    with pytest.raises(RanksFailed, match=message) as failed:
+        run_pretrain(world_size, tiny_gpt(**flags))
+    assert "before the start of training step" not in str(failed.value)
+
+
+def test_the_command_prints_one_message_and_no_traceback():
+    command = [sys.executable, "-m", "ultramem_megatron.pretrain",
+               *tiny_gpt(**_MEMORY, ultramem_heads=3)]  # fmt: skip
+    root = Path(__file__).parents[2]
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: --ultramem-heads is 3") == 1
