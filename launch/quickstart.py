@@ -311,10 +311,11 @@ def describe(run: Run, summary: dict[str, Any]) -> str:
     """The last lines a newcomer reads."""
     loss, parameters, seconds = summary["loss"], summary["parameters"], summary["seconds"]
     below = loss["unigram_entropy"] - loss["validation"]
+    where = f"{abs(below):.2f} {'below' if below > 0 else 'above'}"
     stages = ", ".join(f"{n} {s:.0f} s" for n, s in seconds.items() if n != "total")
     return f"""
   loss         {loss["first"]:.2f} at step 1, {loss["last"]:.2f} at step {summary["steps"]}
-  validation   {loss["validation"]:.2f} nats per token, {below:.2f} below the unigram entropy \
+  validation   {loss["validation"]:.2f} nats per token, {where} the unigram entropy \
 ({loss["unigram_entropy"]:.2f})
   parameters   {parameters["dense"]:,} dense + {parameters["sparse"]:,} in value tables
   speed        {summary["tokens_per_second"]:,} tokens per second on {run.ranks} rank(s)

@@ -47,18 +47,18 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
 def check_checkpoint(args: Namespace, ultramem: UltraMemConfig | None) -> None:
     """Raise UltraMemError if the checkpoint to be loaded holds another memory design.
 
-    Compares the flags stored in a `torch_dist` checkpoint under --load; a folder without a
-    checkpoint (a fresh start), or one made without this package, is not refused here.
+    Compares the flags stored in a `torch_dist` checkpoint under --load; a folder without one (a
+    fresh start, or another format) is not refused here.
     """
     stored = _saved_args(args)
-    if stored is None or not hasattr(stored, "ultramem_spans"):
+    if stored is None:
         return
     from ultramem_megatron.arguments import config_from_args
 
     saved = config_from_args(stored)
     if saved is None or ultramem is None:
         if saved is not ultramem:
-            has, wants = ("no", "asks for") if saved is None else ("has", "asks for no")
+            has, wants = ("has no", "asks for") if saved is None else ("has", "asks for no")
             raise UltraMemError(
                 f"--load {args.load}: the checkpoint {has} memory layers, this run {wants} them. "
                 f"Give the --ultramem-* flags it was made with, or load another checkpoint."

@@ -94,7 +94,7 @@ class UltraMemLayer(nn.Module):
     def update_filter(self) -> None:
         """Bring the rank-1 filter up to date with the cores."""
         if self.cores is not None:
-            self.cores.update_filter()
+            self.cores(update_filter=True)
 
     def auxiliary_loss(self) -> Tensor | None:
         """alpha * penalty on the cores' small singular values (eq. 11-12); None if there is none.

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultramem_megatron.layer import UltraMemLayer
+from ultramem_megatron.retrieval.tucker_core import singular_value_penalty
 from ultramem_megatron.spans import Span
 
 METRICS = (
@@ -76,9 +77,7 @@ class MemoryMonitor:
         dist.all_reduce(counts, group=self.data_group)
         means = totals[:3] / totals[3]
         used, divergence = usage(counts)
-        spectrum = _spectrum(layer)
-        loss = layer.auxiliary_loss()
-        tail = [*spectrum, used, divergence, 0.0 if loss is None else float(loss)]
+        tail = [*_spectrum(layer), used, divergence, _auxiliary_loss(layer)]
         return torch.cat([means, torch.tensor(tail, dtype=torch.float64, device=device)])
 
 
@@ -97,11 +96,21 @@ def usage(counts: Tensor) -> tuple[float, float]:
     return float(used), float(math.log(len(counts)) - entropy)
 
 
+# Both report the cores of the last forward pass: after an optimizer step the parameters may not
+# have been gathered yet.
 def _spectrum(layer: UltraMemLayer) -> tuple[float, float]:
-    if layer.cores is None:
+    if layer.cores is None or layer.cores.spectrum is None:
         return math.nan, math.nan
-    values = layer.cores.singular_values().mean(0).tolist()
+    values = layer.cores.spectrum.mean(0).tolist()
     return values[0], values[1] if len(values) > 1 else math.nan
+
+
+def _auxiliary_loss(layer: UltraMemLayer) -> float:
+    config = layer.config
+    if layer.cores is None or layer.cores.spectrum is None or config.aux_loss_weight == 0:
+        return math.nan
+    penalty = singular_value_penalty(layer.cores.spectrum, config.aux_loss_margin)
+    return config.aux_loss_weight * float(penalty)
 
 
 def console_line(layer_number: int, metrics: Mapping[str, float]) -> str:

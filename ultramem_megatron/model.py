@@ -74,11 +74,12 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
                 data_group=pg_collection.dp_cp,
                 pipeline_group=pg_collection.pp,
             )
-            print_rank_0(_plan(config.ultramem, config.transformer.hidden_size))
+            print_rank_0(plan(config.ultramem, config.transformer.hidden_size))
         return models
 
 
-def _plan(ultramem: UltraMemConfig, hidden_size: int) -> str:
+def plan(ultramem: UltraMemConfig, hidden_size: int) -> str:
+    """The memory layers in one line: places, sizes, parameters, FLOPs."""
     size = memory_size(ultramem, hidden_size)
     spans = "/".join(map(str, ultramem.spans))
     return (

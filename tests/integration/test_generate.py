@@ -92,6 +92,6 @@ def _generate(*argv):
     ],
 )
 def test_wrong_requests_are_refused(changes, message, checkpoint):
-    argv = ["--load", str(checkpoint), "--prompt", "1 2 3", *changes]
+    argv = ["--load", str(checkpoint), "--prompt", "1 2 3", "--tokens", "5", *changes]
     with pytest.raises(RanksFailed, match=message):
         run_on_ranks(1, _generate, *argv)

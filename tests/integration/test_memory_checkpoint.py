@@ -121,3 +121,9 @@ def test_nan_in_a_loaded_table_is_refused(tmp_path):
     )  # fmt: skip
     message = _refusal(load=tmp_path, no_load_optim=True, finetune=True)
     assert "memory layer 1 holds NaN or infinity in 1 of its 144 rows" in message
+
+
+def test_a_checkpoint_without_memory_is_refused(tmp_path):
+    plain = {"num_layers": 4, "ckpt_format": "torch_dist", "train_iters": 1}
+    run_pretrain(1, tiny_gpt(**plain, save=tmp_path, save_interval=1))
+    assert "the checkpoint has no memory layers, this run asks for them" in _refusal(load=tmp_path)

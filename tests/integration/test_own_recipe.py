@@ -171,9 +171,16 @@ def test_throughput_and_parameter_reports_count_the_memory(capfd):
     tokens = 8 * 32
     added = counted.ranks[0].finished - plain.ranks[0].finished
     assert added == 3 * tokens * per_token
-    printed = capfd.readouterr().out
-    assert "parameters: 4608 sparse (value tables), 9312 dense" in printed
-    assert "parameters in memory layers in billions" in printed
+    assert "parameters in memory layers in billions" in capfd.readouterr().out
+
+
+def test_start_up_prints_the_plan():
+    from ultramem_megatron.model import plan
+
+    assert plan(_ultramem(), 32) == (
+        " > UltraMem: 2 memory layers at spans 1:2/3:4, 144 values x 16 each; parameters: 4608 "
+        "sparse (value tables), 9312 dense; 19392 FLOPs per token forward"
+    )
 
 
 def test_a_plain_gpt_trains_the_same_with_and_without_our_patches():

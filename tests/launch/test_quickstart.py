@@ -109,7 +109,7 @@ def test_sample_and_picture_are_there(finished: Finished) -> None:
     assert len(sample["text"]) > len(sample["prompt"])
     assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (folder / "loss.png").stat().st_size > 10_000
-    assert "validation" in result.stdout
+    assert "above the unigram entropy" in result.stdout  # six steps teach little
     assert f"step {STEPS:>5}/{STEPS}" in result.stdout
 
 

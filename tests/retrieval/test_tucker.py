@@ -20,7 +20,7 @@ def _cores(rank=3, heads=2, cores=2, seed=0):
 
 def test_filter_is_the_leading_singular_pair_of_the_sum():
     cores = _cores()
-    cores.update_filter()
+    cores(update_filter=True)
     total = cores.weight.sum(0)
     leading = torch.linalg.svdvals(total)[:, 0]
     assert_close(torch.einsum("hr,hrs->hs", cores.u, total), leading[:, None] * cores.t, 1e-12)
@@ -29,22 +29,22 @@ def test_filter_is_the_leading_singular_pair_of_the_sum():
 
 def test_repeating_the_update_changes_nothing():
     cores = _cores()
-    cores.update_filter()
+    cores(update_filter=True)
     u, t = cores.u.clone(), cores.t.clone()
-    cores.update_filter()
+    cores(update_filter=True)
     assert torch.equal(cores.u, u)
     assert torch.equal(cores.t, t)
 
 
 def test_sign_follows_the_stored_pair_and_flips_both():
     cores = _cores()
-    cores.update_filter()
+    cores(update_filter=True)
     u, t = cores.u.clone(), cores.t.clone()
     cores.u.neg_()
     cores.t.neg_()
     with torch.no_grad():
         cores.weight.mul_(1.001)
-    cores.update_filter()
+    cores(update_filter=True)
     assert_close(cores.u, -u, 1e-12)
     assert_close(cores.t, -t, 1e-12)
 
@@ -58,7 +58,7 @@ def test_sign_stays_continuous_while_the_cores_move():
         turned = torch.stack([angle.cos(), angle.sin()])
         with torch.no_grad():
             cores.weight.copy_(torch.outer(turned, torch.tensor([0.6, 0.8])))
-        cores.update_filter()
+        cores(update_filter=True)
         if previous is not None:
             assert (cores.u - previous).norm() < 0.1
         previous = cores.u.clone()
@@ -111,7 +111,7 @@ def test_product_keys_find_the_best_of_the_whole_grid():
 def test_tucker_retrieval_is_exact_when_every_key_is_shortlisted():
     config = small_config(num_keys=3, topk=6, tucker_rank=3, cores=2)
     retrieval = _with_random_keys(TuckerRetrieval(config, 1e-5).double())
-    retrieval.cores.update_filter()
+    retrieval.cores(update_filter=True)
     query = _query(config)
     addresses, scores = retrieval(query)
     row, column = retrieval.keys(query)
@@ -124,6 +124,6 @@ def test_tucker_retrieval_is_exact_when_every_key_is_shortlisted():
 def test_within_a_head_scores_come_best_first():
     config = small_config()
     retrieval = _with_random_keys(TuckerRetrieval(config, 1e-5).double())
-    retrieval.cores.update_filter()
+    retrieval.cores(update_filter=True)
     totals = retrieval(_query(config)).scores.sum(-1).view(5, config.heads, config.topk)
     assert (totals.diff(dim=-1) <= 0).all()

@@ -21,8 +21,8 @@ from ultramem_megatron.retrieval.tucker_core import TuckerCores
 class TuckerRetrieval(nn.Module):
     """Shortlist each side by the rank-1 filter, then score the m x m candidates exactly.
 
-    The filter's (u, t) are the buffers of `cores`; whoever trains the layer calls
-    `cores.update_filter()` before each step, evaluation uses the last ones.
+    The filter's (u, t) are the buffers of `cores`; whoever trains the layer updates them after
+    each optimizer step, evaluation uses the last ones.
     """
 
     def __init__(self, config: UltraMemConfig, eps: float) -> None:
@@ -54,6 +54,6 @@ class TuckerRetrieval(nn.Module):
 
     def _grids(self, row: Tensor, column: Tensor) -> Tensor:
         """G_c[i, j] = sum_ab row[a, i] C_c[a, b] column[b, j]; row, column: (H, R, T, m)."""
-        cores = self.cores.weight.to(row.dtype)
+        cores = self.cores().to(row.dtype)
         half = torch.einsum("hati,chab->chtib", row, cores)
         return torch.einsum("chtib,hbtj->chtij", half, column)

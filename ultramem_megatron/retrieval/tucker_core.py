@@ -11,7 +11,11 @@ from ultramem_megatron.retrieval.retrieved import at_least_float32
 
 
 class TuckerCores(nn.Module):
-    """Cores C^(i) of every head and the rank-1 filter (u, t) of their sum (eq. 7-10, 16)."""
+    """Cores C^(i) of every head and the rank-1 filter (u, t) of their sum (eq. 7-10, 16).
+
+    Cores are read by calling the module, as Megatron's overlapped parameter gather needs: it waits
+    for a module's own parameters when that module is called.
+    """
 
     u: Tensor
     t: Tensor
@@ -24,6 +28,15 @@ class TuckerCores(nn.Module):
         self.register_buffer("u", torch.zeros(heads, rank, dtype=precise))
         self.register_buffer("t", torch.zeros(heads, rank, dtype=precise))
 
+        self.spectrum: Tensor | None = None
+        """Singular values (H, R) at the last update of the filter, for reports."""
+
+    def forward(self, update_filter: bool = False) -> Tensor:
+        """The cores (C, H, R, R); `update_filter` first brings u and t up to date with them."""
+        if update_filter:
+            self._update_filter()
+        return self.weight
+
     def total(self) -> Tensor:
         """Sum of the cores, (H, R, R), at least float32."""
         return at_least_float32(self.weight).sum(0)
@@ -33,13 +46,13 @@ class TuckerCores(nn.Module):
         return torch.linalg.svdvals(self.total())
 
     @torch.no_grad()
-    def update_filter(self) -> None:
+    def _update_filter(self) -> None:
         """Recompute u and t from the cores; repeating it with the same cores changes nothing.
 
         u and t are determined up to a common sign, which decides which quadrant of the grid is
         shortlisted; the sign nearer to the stored pair (in L1) is kept, +1 on a tie.
         """
-        left, _, right = torch.linalg.svd(self.total())
+        left, self.spectrum, right = torch.linalg.svd(self.total())
         u, t = left[..., :, 0], right[..., 0, :]
         kept = _distance(u, t, self.u, self.t)
         flipped = _distance(-u, -t, self.u, self.t)
