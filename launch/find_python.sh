@@ -49,9 +49,9 @@ explain_missing_python() {
     cat >&2 <<MESSAGE
 error: no Python $wanted found (tried: python$wanted, pyenv, other python3, uv).
 Any one of these gives you one; then call this again:
-  Debian 13, Ubuntu 24.04:  sudo apt-get install python$wanted python$wanted-venv
-  without root, pyenv:      pyenv install $wanted          (https://github.com/pyenv/pyenv)
-  without root, uv:         uv python install $wanted      (https://docs.astral.sh/uv)
+  Ubuntu 24.04:             sudo apt-get install python$wanted python$wanted-venv
+  Debian, others, pyenv:    pyenv install $wanted          (https://github.com/pyenv/pyenv)
+  Debian, others, uv:       uv python install $wanted      (https://docs.astral.sh/uv)
   installed elsewhere:      PYTHON=/path/to/python$wanted bash launch/setup.sh
 MESSAGE
 }
