@@ -1,0 +1,21 @@
+"""What every partition of a value table offers: read values for this rank's tokens.
+
+T tokens of this rank, P picks per token (H*m), C cores, E expansion groups, V value dim.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class TableReader(Protocol):
+    """Reads a table that may be spread over ranks. All ranks of the group take part in each call."""
+
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Tensor:
+        """Pooled values of this rank's tokens, differentiable in `part` and `scores`.
+
+        part: this rank's part of the table, `TableLayout.shape`. addresses: (T, P) int64, shuffled
+        virtual addresses, group * N + row. scores: (T, P, C). Returns (T, E, V) in the table's
+        dtype, the same for every partition up to the order of summation.
+        """
+        ...

@@ -1,0 +1,51 @@
+"""Dimension-wise partition (paper section 4, figure 8): every rank holds all rows, some columns.
+
+Addresses of all ranks' tokens are gathered, scores go only to the ranks that hold a core's columns;
+each rank pools all tokens on its columns, and the pooled slices go home. Perfectly balanced, and no
+size depends on the indices, so nothing waits for the host. All ranks must bring equally many tokens.
+
+T tokens of this rank, G ranks, P picks per token, C cores, c cores of one rank, E expansion groups,
+V value dim, v columns of one rank.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
+from ultramem_megatron.partition.exchange import all_to_all, gather_tokens
+from ultramem_megatron.partition.layout import TableLayout
+from ultramem_megatron.retrieval.addresses import split_address
+
+
+@dataclass(frozen=True)
+class DimensionWiseReader:
+    """Reads a table cut by columns over `group`."""
+
+    layout: TableLayout
+    num_groups: int
+    group: Any
+
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Tensor:
+        """See TableReader.read."""
+        tokens = len(addresses)
+        if tokens == 0:
+            return part.new_zeros(0, self.num_groups, self.layout.value_dim)
+        gathered = gather_tokens(addresses.to(torch.int32), self.group, "addresses").long()
+        rows, groups = split_address(gathered, self.layout.num_values)
+        pooled = lookup_reduce(part, rows, groups, self._send_scores(scores, part), self.num_groups)
+        home = all_to_all(pooled, self.group, "pooled values")  # (G*T, E, v), by owner of columns
+        by_rank = home.view(self.layout.size, tokens, self.num_groups, -1)
+        return by_rank.permute(1, 2, 0, 3).reshape(tokens, self.num_groups, -1)
+
+    def _send_scores(self, scores: Tensor, part: Tensor) -> Tensor:
+        """Scores (T, P, C) to (G*T, P, c): of all tokens, for the cores of this rank's columns."""
+        cores = torch.tensor(
+            [list(self.layout.cores_of(rank)) for rank in range(self.layout.size)],
+            device=scores.device,
+        )  # (G, c)
+        # Sent in the table's dtype, which the lookup computes in anyway.
+        by_rank = scores.to(part.dtype)[:, :, cores].permute(2, 0, 1, 3)  # (G, T, P, c)
+        return all_to_all(by_rank.flatten(0, 1), self.group, "scores")

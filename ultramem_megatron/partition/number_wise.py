@@ -1,0 +1,115 @@
+"""Number-wise partition (paper section 4, figure 8): every rank holds some rows, all columns.
+
+Indices go to the owners of their rows. Back come either the rows, weighted and summed at home, or
+what the owner has already summed: one vector per (token, expansion group) that has a pick there.
+Which of the two moves fewer bytes is decided by sizes alone (`traffic.py`), once.
+
+T tokens of this rank, G ranks, P picks per token, C cores, E expansion groups, V value dim; S picks
+that this rank serves, B sums that it sends.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ultramem_megatron.partition.exchange import all_to_all
+from ultramem_megatron.partition.layout import TableLayout
+from ultramem_megatron.retrieval.addresses import split_address
+
+
+class _Picks(NamedTuple):
+    """This rank's picks, ordered by the rank that owns the row."""
+
+    order: Tensor  # (T*P,) position of each among the unordered picks
+    rows: Tensor  # (T*P,) row within the owner's part
+    buckets: Tensor  # (T*P,) token * E + group: where the weighted value belongs
+    owners: Tensor  # (T*P,)
+
+
+@dataclass(frozen=True)
+class NumberWiseReader:
+    """Reads a table cut by rows over `group`."""
+
+    layout: TableLayout
+    num_groups: int
+    group: Any
+    pool_at_owner: bool
+
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Tensor:
+        """See TableReader.read."""
+        picks = self._by_owner(addresses)
+        weights = scores.flatten(0, 1)[picks.order].to(part.dtype)  # (T*P, C)
+        exchange = self._read_sums if self.pool_at_owner else self._read_rows
+        values, buckets = exchange(part, picks, weights)
+        out = part.new_zeros(len(addresses) * self.num_groups, self.layout.value_dim)
+        pooled = out.index_add(0, buckets, values)
+        return pooled.view(len(addresses), self.num_groups, self.layout.value_dim)
+
+    def _by_owner(self, addresses: Tensor) -> _Picks:
+        layout = self.layout
+        rows, groups = split_address(addresses, layout.num_values)
+        first_rows = torch.tensor(
+            [layout.first_row(rank) for rank in range(layout.size)], device=rows.device
+        )
+        owners = torch.bucketize(rows.flatten(), first_rows, right=True) - 1
+        order = owners.argsort(stable=True)
+        owners = owners[order]
+        tokens = torch.arange(len(addresses), device=rows.device).unsqueeze(1)
+        buckets = (tokens * self.num_groups + groups).flatten()[order]
+        return _Picks(order, rows.flatten()[order] - first_rows[owners], buckets, owners)
+
+    def _read_rows(self, part: Tensor, picks: _Picks, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows come here; weighting is done at home."""
+        send, receive = self._exchange_sizes(picks.owners)
+        served = self._send_integers(picks.rows, "addresses", send, receive)  # (S,)
+        rows = F.embedding(served, part)
+        values = all_to_all(rows, self.group, "values", receive, send)  # (T*P, V)
+        return _weighted(values, weights), picks.buckets
+
+    def _read_sums(self, part: Tensor, picks: _Picks, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Owners weight and sum; one vector per owner and bucket comes here."""
+        # Every rank numbers its (owner, bucket) pairs in order, so the owner need not send them.
+        bound = int(picks.buckets.numel() and picks.buckets.max() + 1)
+        pairs = picks.owners * bound + picks.buckets
+        distinct, number = pairs.unique(return_inverse=True)
+        sums_owner = distinct // max(bound, 1)
+        send, receive = self._exchange_sizes(picks.owners)
+        sums_receive, sums_send = self._exchange_sizes(sums_owner)
+        first_sum = torch.tensor([0, *sums_receive], device=number.device).cumsum(0)
+        local_number = number - first_sum[picks.owners]
+
+        served = self._send_integers(picks.rows, "addresses", send, receive)  # (S,)
+        target = self._send_integers(local_number, "sum numbers", send, receive)  # (S,)
+        served_weights = all_to_all(weights, self.group, "scores", send, receive)  # (S, C)
+        offsets = torch.tensor([0, *sums_send], device=number.device).cumsum(0)
+        source = torch.repeat_interleave(
+            torch.arange(self.layout.size, device=number.device),
+            torch.tensor(receive, device=number.device),
+        )
+        sums = part.new_zeros(sum(sums_send), self.layout.value_dim).index_add(
+            0, target + offsets[source], _weighted(F.embedding(served, part), served_weights)
+        )
+        back = all_to_all(sums, self.group, "pooled values", sums_send, sums_receive)
+        return back, distinct % max(bound, 1)
+
+    def _exchange_sizes(self, owners: Tensor) -> tuple[list[int], list[int]]:
+        """How many entries go to each rank, and how many come from each."""
+        counts = owners.bincount(minlength=self.layout.size)
+        received = all_to_all(counts, self.group, "sizes")
+        both: list[list[int]] = torch.stack([counts, received]).tolist()  # the host waits here
+        return both[0], both[1]
+
+    def _send_integers(
+        self, x: Tensor, purpose: str, send: Sequence[int], receive: Sequence[int]
+    ) -> Tensor:
+        return all_to_all(x.to(torch.int32), self.group, purpose, send, receive).long()
+
+
+def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """Values (S, V) times the weight (S, C) of each core on its slice."""
+    cores = weights.shape[1]
+    return (values.unflatten(1, (cores, -1)) * weights.unsqueeze(-1)).flatten(1)
