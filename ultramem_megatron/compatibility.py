@@ -1,4 +1,4 @@
-"""Refusals before training: flags that do not go with memory layers, checkpoints of another design."""
+"""Refusals before training: unsupported flags, and checkpoints made with another design."""
 
 import dataclasses
 from argparse import Namespace
