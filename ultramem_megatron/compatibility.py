@@ -1,6 +1,4 @@
-"""Refusals before training: Megatron features that memory layers do not work with, and checkpoints
-that were made with another memory design.
-"""
+"""Refusals before training: unsupported flags, and checkpoints made with another design."""
 
 import dataclasses
 from argparse import Namespace
