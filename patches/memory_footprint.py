@@ -23,8 +23,9 @@ def _with_memory_layers(original: Any) -> Any:
                 "(not in the totals above)"
             )
         share = current_run.memories_on_fullest_stage / len(current_run.ultramem.spans)
-        # Memory layers are whole on every tensor-parallel rank.
-        return total + share * (size.sparse + size.dense) * _bytes_per_parameter(args)
+        # Everything but the tables is whole on every tensor-parallel rank.
+        held = size.sparse / current_run.tables.size + size.dense
+        return total + share * held * _bytes_per_parameter(args)
 
     return compute_weight_and_optimizer_memory
 

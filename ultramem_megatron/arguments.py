@@ -6,6 +6,7 @@ from typing import Any
 
 from ultramem_megatron.config import CHOICES, UltraMemConfig, flag
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.partition.settings import PARTITIONS
 from ultramem_megatron.presets import PRESETS, preset_fields
 from ultramem_megatron.spans import parse_spans
 
@@ -73,7 +74,24 @@ def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
         group.add_argument(
             flag(name), action=BooleanOptionalAction, help=text + _shown_default(defaults[name])
         )
+    _add_table_arguments(group)
     return parser
+
+
+def _add_table_arguments(group: Any) -> None:
+    group.add_argument(
+        "--ultramem-parallel-size",
+        type=int,
+        metavar="P",
+        help="Ranks of a pipeline stage that share each value table; divides tensor x context x "
+        "data parallel. Default: all of them (with experts: --expert-model-parallel-size).",
+    )
+    group.add_argument(
+        "--ultramem-partition",
+        choices=PARTITIONS,
+        help="How they share it: number: each has a range of values; dimension: each has a slice "
+        "of every value; auto (default): the cheaper by bytes moved.",
+    )
 
 
 def _shown_default(default: Any) -> str:

@@ -19,8 +19,6 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
     convolution = f"{flag('query_conv_kernel')} {ultramem.query_conv_kernel}"
     has_convolution = ultramem.query_conv_kernel > 1
     refused = (
-        (args.sequence_parallel, "--sequence-parallel",
-         "memory layers read whole sequences under tensor parallelism. Drop the flag"),
         (args.cuda_graph_impl != "none", f"--cuda-graph-impl {args.cuda_graph_impl}",
          "graphs capture a layer without its memory branch. Use --cuda-graph-impl none"),
         (args.overlap_moe_expert_parallel_comm, "--overlap-moe-expert-parallel-comm",

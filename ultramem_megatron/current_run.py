@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.metrics import MemoryMonitor
+from ultramem_megatron.partition.settings import TableSettings
 from ultramem_megatron.value_learning_rate import ValueLearningRateScheduler
 
 
@@ -17,6 +18,7 @@ class CurrentRun:
     ultramem: UltraMemConfig | None = None
     hidden_size: int = 0
     memories_on_fullest_stage: int = 0
+    tables: TableSettings = TableSettings()
     monitor: MemoryMonitor | None = None
     scheduler: ValueLearningRateScheduler | None = None
 

@@ -111,6 +111,7 @@ def _build(args: Namespace) -> Any:
     )
     model_config.ultramem = config_from_args(args)
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    # One process: the table group has one rank, whatever the run had.
     model = model_config.get_builder_cls()(model_config).build_model(groups)
     model = model.cuda()
     return Float16Module(config, model) if args.fp16 or args.bf16 else model

@@ -15,6 +15,7 @@ from ultramem_megatron.retrieval.addresses import GridShuffle
 
 if TYPE_CHECKING:
     from ultramem_megatron.layer import UltraMemLayer
+    from ultramem_megatron.value_table import ValueTable
 
 ROWS_PER_BLOCK = 4096
 CALIBRATION_TOKENS = 256
@@ -56,7 +57,7 @@ def _reset_as_paper(layer: "UltraMemLayer", num_layers: int, key: tuple[int, int
     _normal(layer.query.proj.weight, hidden_size**-0.5, *key, "query")
     _normal(layer.retrieval.keys.weight, config.key_dim**-0.5, *key, "keys")
     std = value_std(config.topk, config.heads, config.value_expansion, num_layers)
-    normal_rows(layer.values.weight, std, 0, *key, "values")
+    _normal_table(layer.values, std, *key, "values")
     _reset_value_projection(layer, key)
     if layer.cores is not None:
         # The sum of h independent cores has entries of variance 1.
@@ -69,7 +70,7 @@ def _reset_as_official(layer: "UltraMemLayer", _num_layers: int, key: tuple[int,
     _fill_norm(layer.retrieval.keys.norm, key_dim**-0.33)
     _normal(layer.query.proj.weight, key_dim**-0.5, *key, "query")
     _normal(layer.retrieval.keys.weight, key_dim**-0.5, *key, "keys")
-    normal_rows(layer.values.weight, 0.02, 0, *key, "values")
+    _normal_table(layer.values, 0.02, *key, "values")
     _reset_value_projection(layer, key)
     if layer.cores is not None:
         weight = layer.cores.weight
@@ -105,23 +106,31 @@ def _normal(tensor: Tensor, std: float, *key: object) -> None:
     tensor.copy_(drawn * std)
 
 
-def normal_rows(rows: Tensor, std: float, first_row: int, *key: object) -> None:
-    """Fill `rows` with rows first_row.. of a table drawn block by block, N(0, std^2).
+def _normal_table(table: "ValueTable", std: float, *key: object) -> None:
+    layout = table.layout
+    normal_part(table.weight, layout.rows(), layout.columns(), layout.value_dim, std, *key)
 
-    first_row must be a multiple of ROWS_PER_BLOCK or the block is drawn and cut.
+
+def normal_part(
+    part: Tensor, rows: range, columns: range, width: int, std: float, *key: object
+) -> None:
+    """Fill `part` with these rows and columns of a table that is drawn block of rows by block.
+
+    part: (len(rows), len(columns)). width: columns of the whole table. Never more than a block of
+    whole rows is held, and every part comes out as the whole table would have it.
     """
-    total = first_row + len(rows)
-    for block in range(first_row // ROWS_PER_BLOCK, -(-total // ROWS_PER_BLOCK)):
+    for block in range(rows.start // ROWS_PER_BLOCK, -(-rows.stop // ROWS_PER_BLOCK)):
         start = block * ROWS_PER_BLOCK
         drawn = torch.randn(
             ROWS_PER_BLOCK,
-            rows.shape[1],
-            device=rows.device,
+            width,
+            device=part.device,
             dtype=torch.float32,
-            generator=generator_for(rows.device, *key, block),
+            generator=generator_for(part.device, *key, block),
         )
-        low, high = max(start, first_row), min(start + ROWS_PER_BLOCK, total)
-        rows[low - first_row : high - first_row] = drawn[low - start : high - start] * std
+        low, high = max(start, rows.start), min(start + ROWS_PER_BLOCK, rows.stop)
+        piece = drawn[low - start : high - start, columns.start : columns.stop]
+        part[low - rows.start : high - rows.start] = piece * std
 
 
 @torch.no_grad()

@@ -36,12 +36,14 @@ class UltraMemLayer(nn.Module):
         num_layers: int,
         layer_number: int = 1,
         eps: float = 1e-5,
+        values: ValueTable | None = None,
     ) -> None:
         """Build and initialise in the default dtype and on the default device.
 
         hidden_size: D. num_layers: L of the whole model (for the initial output variance).
         layer_number: 1-based; with the config it determines the initial values, whatever else has
-        drawn random numbers before. eps: of the query and key norms. Raises UltraMemError.
+        drawn random numbers before. eps: of the query and key norms. values: the table, or this rank's
+        part of it; by default the layer has one of its own. Raises UltraMemError.
         """
         super().__init__()
         config.validate(hidden_size=hidden_size, num_layers=num_layers)
@@ -56,7 +58,7 @@ class UltraMemLayer(nn.Module):
         self.shuffle: nn.Module = (
             GridShuffle(config.keys_per_side) if config.value_expansion > 1 else nn.Identity()
         )
-        self.values = ValueTable(config.num_values, config.value_dim)
+        self.values = ValueTable(config) if values is None else values
         self.value_proj: nn.Module = (
             Linear(config.value_expansion * config.value_dim, hidden_size, bias=False)
             if config.value_projection
@@ -70,12 +72,18 @@ class UltraMemLayer(nn.Module):
     def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
         """x: (..., D); with a query convolution (S, B, D) and its `history` (see query.py)."""
         retrieved = self.retrieve(self.query(x, history))
-        rows, groups = split_address(self.shuffle(retrieved.addresses), self.config.num_values)
-        pooled = self.values(rows, groups, retrieved.scores, self.config.value_expansion)
+        addresses = self.shuffle(retrieved.addresses)
+        pooled = self.read_values(addresses, retrieved.scores)
         out = self.value_proj(pooled.flatten(1)).view(x.shape)
         if self.training and torch.is_grad_enabled():
+            rows, _ = split_address(addresses, self.config.num_values)
             self.statistics.record(rows, retrieved.scores, out, self.config.topk)
         return out
+
+    def read_values(self, addresses: Tensor, scores: Tensor) -> Tensor:
+        """Pooled values (T, E, Dv) for shuffled addresses (T, P) and scores (T, P, C)."""
+        pooled: Tensor = self.values(addresses, scores)
+        return pooled
 
     def retrieve(self, query: Tensor) -> Retrieved:
         """Addresses and scores for normalised queries (T, Q, 2, Dk)."""

@@ -17,17 +17,26 @@ from ultramem_megatron.auxiliary_loss import finalize_with_auxiliary_loss, memor
 from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.current_run import current_run
 from ultramem_megatron.metrics import MemoryMonitor
-from ultramem_megatron.pipeline_layout import most_on_one_stage
+from ultramem_megatron.partition.groups import table_groups
+from ultramem_megatron.partition.plan import Storage, check_agreement, describe_tables
+from ultramem_megatron.partition.settings import TableSettings
+from ultramem_megatron.pipeline_carrier import widen_pipeline_tensors
+from ultramem_megatron.pipeline_layout import most_on_one_stage, spans_cross_stages
 from ultramem_megatron.size import memory_size
 from ultramem_megatron.specs import with_memory
 
 
 @dataclass(kw_only=True)
 class UltraMemGPTModelConfig(GPTModelConfig):
-    """Megatron's GPTModelConfig and the design of its memory layers (None: a plain GPT)."""
+    """Megatron's GPTModelConfig and the design of its memory layers (None: a plain GPT).
+
+    table_partition: how value tables are cut over Megatron's expert-parallel group, "number" or
+    "dimension"; of no account where that has one rank.
+    """
 
     builder = "ultramem_megatron.model.UltraMemGPTModelBuilder"
     ultramem: UltraMemConfig | None = None
+    table_partition: str = "dimension"
 
 
 def ultramem_layer_spec(
@@ -36,7 +45,11 @@ def ultramem_layer_spec(
     """The layer spec Megatron would use for `config`, with memories; a `transformer_layer_spec`."""
     assert config.ultramem is not None
     return with_memory(
-        default_layer_spec(config, vp_stage), config.ultramem, config.transformer, vp_stage
+        default_layer_spec(config, vp_stage),
+        config.ultramem,
+        config.transformer,
+        vp_stage,
+        partition=config.table_partition,
     )
 
 
@@ -58,24 +71,50 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
         self, pg_collection: ProcessGroupCollection, *args: Any, **kwargs: Any
     ) -> list[Any]:
         """All chunks of this rank, as GPTModelBuilder; also starts the memory layers' metrics."""
-        models = super().build_distributed_models(pg_collection, *args, **kwargs)
         config = self._model_config
+        check_agreement((config.ultramem, config.table_partition, pg_collection.ep.size()))
+        models: list[Any] = super().build_distributed_models(pg_collection, *args, **kwargs)
         current_run.ultramem = config.ultramem
         current_run.hidden_size = config.transformer.hidden_size
         current_run.monitor = current_run.scheduler = None
         if config.ultramem is not None:
-            current_run.memories_on_fullest_stage = most_on_one_stage(
-                config.ultramem.spans, config.transformer
-            )
-            layers = [layer for model in models for layer in memory_layers(model)]
-            current_run.monitor = MemoryMonitor(
-                {layer.layer_number: layer for layer in layers},
-                config.ultramem.spans,
-                data_group=pg_collection.dp_cp,
-                pipeline_group=pg_collection.pp,
-            )
-            print_rank_0(plan(config.ultramem, config.transformer.hidden_size))
+            if spans_cross_stages(config.ultramem.spans, config.transformer):
+                widen_pipeline_tensors(models)
+            self._monitor(models, config.ultramem, pg_collection)
+            self._print_plan(config.ultramem, pg_collection, kwargs.get("ddp_config"))
         return models
+
+    def _monitor(
+        self, models: list[Any], ultramem: UltraMemConfig, groups: ProcessGroupCollection
+    ) -> None:
+        transformer = self._model_config.transformer
+        layers = [layer for model in models for layer in memory_layers(model)]
+        current_run.monitor = MemoryMonitor(
+            {layer.layer_number: layer for layer in layers},
+            ultramem.spans,
+            # Under sequence parallelism tensor-parallel ranks, too, see other tokens.
+            data_group=groups.tp_dp_cp if transformer.sequence_parallel else groups.dp_cp,
+            pipeline_group=groups.pp,
+        )
+
+    def _print_plan(
+        self, ultramem: UltraMemConfig, groups: ProcessGroupCollection, ddp_config: Any
+    ) -> None:
+        transformer = self._model_config.transformer
+        tables = most_on_one_stage(ultramem.spans, transformer)
+        current_run.memories_on_fullest_stage = tables
+        tables_shared = table_groups(groups) is not None
+        size = groups.ep.size() if tables_shared else 1
+        replicas = groups.expt_dp.size() if tables_shared else groups.dp_cp.size()
+        sharded = ddp_config is not None and ddp_config.use_distributed_optimizer
+        in_fp32 = ddp_config is not None and ddp_config.grad_reduce_in_fp32
+        parameter_bytes = transformer.params_dtype.itemsize
+        storage = Storage(
+            parameter_bytes, 4 if in_fp32 else parameter_bytes, replicas if sharded else 1
+        )
+        current_run.tables = TableSettings(size, self._model_config.table_partition)
+        print_rank_0(plan(ultramem, transformer.hidden_size))
+        print_rank_0(describe_tables(ultramem, current_run.tables, storage, tables))
 
 
 def plan(ultramem: UltraMemConfig, hidden_size: int) -> str:
@@ -98,7 +137,9 @@ def _spec_with_memory(config: UltraMemGPTModelConfig) -> Any:
 
     def spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> Any:
         base = _resolve(given, model_config, vp_stage)
-        return with_memory(base, ultramem, model_config.transformer, vp_stage)
+        return with_memory(
+            base, ultramem, model_config.transformer, vp_stage, partition=config.table_partition
+        )
 
     return spec
 

@@ -1,7 +1,4 @@
-"""Do all spans lie within one pipeline stage (or virtual chunk), and if not, which layout would do?
-
-A pending result cannot yet cross a stage boundary: only the hidden states are sent between stages.
-"""
+"""Which pipeline stages spans lie in, what cannot be carried over, and which layout would do."""
 
 import functools
 from collections.abc import Sequence
@@ -52,18 +49,50 @@ def pipeline_chunks(config: TransformerConfig) -> list[Chunk]:
     return chunks
 
 
-def check_pipeline(spans: tuple[Span, ...], config: TransformerConfig) -> None:
-    """Raise UltraMemError if a span crosses a chunk boundary, naming a layout that would work."""
-    chunks = pipeline_chunks(config)
+def spans_cross_stages(spans: tuple[Span, ...], config: TransformerConfig) -> bool:
+    """Whether some span starts in one stage (or chunk) and ends in another."""
+    return _first_crossing(spans, pipeline_chunks(config)) is not None
+
+
+def _first_crossing(
+    spans: tuple[Span, ...], chunks: list[Chunk]
+) -> tuple[Span, Chunk, Chunk] | None:
     for span in spans:
         start = next(chunk for chunk in chunks if chunk.first <= span.start <= chunk.last)
         end = next(chunk for chunk in chunks if chunk.first <= span.end <= chunk.last)
         if start != end:
-            raise UltraMemError(
-                f"--ultramem-spans: span {span} starts in pipeline {start} and ends in {end}; the "
-                f"pending result cannot cross that boundary. "
-                + _advice(spans, config.num_layers, config.pipeline_model_parallel_size, chunks)
-            )
+            return span, start, end
+    return None
+
+
+def check_pipeline(spans: tuple[Span, ...], config: TransformerConfig) -> None:
+    """Raise UltraMemError if a span crosses a boundary over which its result cannot be carried.
+
+    The result travels beside the hidden states from the last layer of a stage to the first of the
+    next, so every stage must have a layer, and hidden states must have the dtype of parameters.
+    """
+    chunks = pipeline_chunks(config)
+    crossing = _first_crossing(spans, chunks)
+    if crossing is None:
+        return
+    reason = _obstacle(config, chunks)
+    if reason is None:
+        return
+    span, start, end = crossing
+    raise UltraMemError(
+        f"--ultramem-spans: span {span} starts in pipeline {start} and ends in {end}; its result "
+        f"cannot be carried over, because {reason}. "
+        + _advice(spans, config.num_layers, config.pipeline_model_parallel_size, chunks)
+    )
+
+
+def _obstacle(config: TransformerConfig, chunks: list[Chunk]) -> str | None:
+    empty = [chunk for chunk in chunks if chunk.last < chunk.first]
+    if empty:
+        return f"pipeline stage {empty[0].pp_rank} has no transformer layer to pass it on"
+    if config.fp32_residual_connection:
+        return "--fp32-residual-connection gives hidden states another dtype than results"
+    return None
 
 
 def most_on_one_stage(spans: tuple[Span, ...], config: TransformerConfig) -> int:

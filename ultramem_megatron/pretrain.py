@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None, patches: Collection[str] | None = No
     from ultramem_megatron.arguments import add_ultramem_arguments, config_from_args
     from ultramem_megatron.compatibility import check_checkpoint, refuse_unsupported_flags
     from ultramem_megatron.model import UltraMemGPTModelConfig
+    from ultramem_megatron.partition.groups import initialize_model_parallel
+    from ultramem_megatron.partition.settings import settings_from_args
     from ultramem_megatron.pipeline_layout import check_pipeline
 
     args = parse_and_validate_args(extra_args_provider=add_ultramem_arguments)
@@ -84,10 +86,15 @@ def main(argv: Sequence[str] | None = None, patches: Collection[str] | None = No
     if ultramem is not None:
         check_pipeline(ultramem.spans, transformer_config)
     check_checkpoint(args, ultramem)
+    partition = "dimension"
+    if ultramem is not None:
+        tables = settings_from_args(args, ultramem)
+        partition = tables.partition
+        initialize_model_parallel(args, tables.size, gpt_task.get_embedding_ranks)
     model_config = gpt_config_from_args(
         args, config=transformer_config, model_config_cls=UltraMemGPTModelConfig
     )
-    model_config.ultramem = ultramem
+    model_config.ultramem, model_config.table_partition = ultramem, partition
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         gpt_task.train_valid_test_datasets_provider,

@@ -19,13 +19,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from ultramem_megatron.config import UltraMemConfig
-from ultramem_megatron.pipeline_layout import check_pipeline
-from ultramem_megatron.spans import Span, span_covering
+from ultramem_megatron.pipeline_layout import check_pipeline, spans_cross_stages
+from ultramem_megatron.sequence_parallel_norm import allowed_norm
+from ultramem_megatron.spans import span_covering
 from ultramem_megatron.transformer_layer import (
-    TransformerMemory,
+    LayerRole,
     UltraMemTransformerLayerSubmodules,
     with_memory_branch,
 )
+from ultramem_megatron.transformer_memory import TransformerMemory
 
 
 def with_memory(
@@ -34,25 +36,32 @@ def with_memory(
     config: TransformerConfig,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
+    *,
+    partition: str = "dimension",
 ) -> TransformerBlockSubmodules:
     """Add memories to the layers of one pipeline stage (or virtual chunk).
 
     spec: what Megatron's own spec functions return, one layer's ModuleSpec or a whole block's
     submodules; it is not modified. pp_rank: this rank's pipeline stage, by default the one of
-    Megatron's parallel state. Raises UltraMemError when a span leaves its stage or chunk.
+    Megatron's parallel state. partition: how tables are cut over Megatron's expert-parallel group,
+    if that has several ranks. Raises UltraMemError when a span cannot cross into another stage.
     """
     check_pipeline(ultramem.spans, config)
     if pp_rank is None:
         pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
     layers = _layer_specs(spec, get_num_layers_to_build(config, vp_stage, pp_rank))
+    memory = ModuleSpec(
+        module=TransformerMemory, params={"ultramem": ultramem, "partition": partition}
+    )
     with_memories = [
-        _layer_with_memory(layer, ultramem, offset + index)
-        for index, layer in enumerate(layers, start=1)
+        _with_role(layer, memory, _role(number, offset, len(layers), ultramem, config), number, config)
+        for number, layer in enumerate(layers, start=offset + 1)
     ]
-    if isinstance(spec, TransformerBlockSubmodules):
-        return dataclasses.replace(spec, layer_specs=with_memories)
-    return TransformerBlockSubmodules(layer_specs=with_memories, layer_norm=LayerNormImpl)
+    final_norm = spec.layer_norm if isinstance(spec, TransformerBlockSubmodules) else LayerNormImpl
+    return TransformerBlockSubmodules(
+        layer_specs=with_memories, layer_norm=allowed_norm(final_norm, config)
+    )
 
 
 def _layer_specs(
@@ -63,28 +72,39 @@ def _layer_specs(
     return [spec] * num_layers
 
 
-def _layer_with_memory(
-    layer: ModuleSpec, ultramem: UltraMemConfig, layer_number: int
+def _role(
+    number: int, offset: int, count: int, ultramem: UltraMemConfig, config: TransformerConfig
+) -> LayerRole:
+    """Role of layer `number` in a chunk of `count` layers after layer `offset`."""
+    span = span_covering(ultramem.spans, number)
+    if not spans_cross_stages(ultramem.spans, config):
+        return LayerRole(span)
+    return LayerRole(
+        span,
+        unpacks=number == offset + 1 and number > 1,
+        packs=number == offset + count and number < config.num_layers,
+    )
+
+
+def _with_role(
+    layer: ModuleSpec, memory: ModuleSpec, role: LayerRole, number: int, config: TransformerConfig
 ) -> ModuleSpec:
-    span = span_covering(ultramem.spans, layer_number)
-    if span is None:
-        return layer
     fields = {
         field.name: getattr(layer.submodules, field.name)
         for field in dataclasses.fields(layer.submodules)
     }
-    if span.start == layer_number:
-        fields |= _memory_at(span, ultramem, fields)
+    for norm in ("input_layernorm", "pre_mlp_layernorm"):
+        fields[norm] = allowed_norm(fields[norm], config)
+    if role == LayerRole():
+        submodules = dataclasses.replace(layer.submodules, **fields)
+        return ModuleSpec(module=layer.module, params=layer.params, submodules=submodules)
+    if role.span is not None and role.span.start == number:
+        fields |= {"memory": memory} | _separate_pre_mlp_norm(fields)
     return ModuleSpec(
         module=with_memory_branch(layer.module),
-        params={**layer.params, "span": span},
+        params={**layer.params, "role": role},
         submodules=UltraMemTransformerLayerSubmodules(**fields),
     )
-
-
-def _memory_at(span: Span, ultramem: UltraMemConfig, fields: dict[str, Any]) -> dict[str, Any]:
-    memory = ModuleSpec(module=TransformerMemory, params={"ultramem": ultramem})
-    return {"memory": memory} | _separate_pre_mlp_norm(fields)
 
 
 def _separate_pre_mlp_norm(fields: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 The memory reads the output of layer a's pre-MLP norm, the very tensor its MLP reads, and its result
 joins the residual stream after layer b (paper section 2.3). In between it travels as `context`,
 the second tensor that TransformerBlock hands from layer to layer and through recomputation; a
-decoder-only GPT leaves it free.
+decoder-only GPT leaves it free. Between pipeline stages only one tensor is sent, so there it
+travels beside the hidden states, in a tensor twice as wide (see pipeline_carrier.py).
+
+S sequence, B batch, D hidden.
 """
 
 import functools
@@ -20,10 +23,9 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor, nn
 
-from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.layer import UltraMemLayer
 from ultramem_megatron.spans import Span
+from ultramem_megatron.transformer_memory import TransformerMemory
 
 
 @dataclass
@@ -36,51 +38,17 @@ class UltraMemTransformerLayerSubmodules(TransformerLayerSubmodules):
     memory: ModuleSpec | None = None
 
 
-class TransformerMemory(UltraMemLayer):
-    """An UltraMemLayer built as Megatron builds submodules, with a cache for decoding."""
+@dataclass(frozen=True)
+class LayerRole:
+    """What a layer has to do with pending results.
 
-    def __init__(
-        self, config: TransformerConfig, *, ultramem: UltraMemConfig, layer_number: int
-    ) -> None:
-        """config: sizes, norm epsilon, parameter dtype and device are taken from it."""
-        with _parameter_dtype(config.params_dtype), _parameter_device(config):
-            super().__init__(
-                ultramem,
-                hidden_size=config.hidden_size,
-                num_layers=config.num_layers,
-                layer_number=layer_number,
-                eps=config.layernorm_epsilon,
-            )
+    span: the span that covers the layer, if any. unpacks, packs: it is the first or last of a
+    pipeline stage in a model where results cross stages, and takes or sends the wider tensor.
+    """
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, inference_context: Any = None, packed_seq_params: Any = None
-    ) -> Tensor:
-        """x: (S, B, D), the output of the pre-MLP norm; returns the same shape and dtype."""
-        if self.query.conv is None:
-            return super().forward(x)
-        if packed_seq_params is not None:
-            raise UltraMemError(
-                f"--ultramem-query-conv-kernel {self.config.query_conv_kernel} would mix packed "
-                f"documents; it must be 0 with packed sequences."
-            )
-        if inference_context is None:
-            return super().forward(x)
-        return super().forward(x, self._decoding_history(x, inference_context))
-
-    def _decoding_history(self, x: Tensor, inference_context: Any) -> Tensor | None:
-        """Inputs before x that the convolution sees; kept in the context, like keys and values."""
-        if not inference_context.is_static_batching():
-            raise UltraMemError(
-                f"--ultramem-query-conv-kernel {self.config.query_conv_kernel} needs static "
-                f"batching for inference; it must be 0 with dynamic batching."
-            )
-        caches = inference_context.__dict__.setdefault("ultramem_query_history", {})
-        slot = (self.layer_number, inference_context.batch_size_offset)
-        history = caches.get(slot) if inference_context.sequence_len_offset else None
-        length = self.config.query_conv_kernel - 1
-        before = x.new_zeros(length, *x.shape[1:]) if history is None else history
-        caches[slot] = torch.cat([before, x])[len(x) :].detach()
-        return history
+    span: Span | None = None
+    unpacks: bool = False
+    packs: bool = False
 
 
 class MemoryLayerMixin:
@@ -95,17 +63,20 @@ class MemoryLayerMixin:
         config: TransformerConfig,
         submodules: UltraMemTransformerLayerSubmodules,
         *args: Any,
-        span: Span,
+        role: LayerRole,
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, *args, **kwargs)  # type: ignore[call-arg]
-        self.span = span
+        self.role = role
         self.memory: TransformerMemory | None = None
         self._memory_input: Tensor | None = None
         if submodules.memory is None:
             return
         self.memory = build_module(
-            submodules.memory, config=self.config, layer_number=self.layer_number
+            submodules.memory,
+            config=self.config,
+            layer_number=self.layer_number,
+            pg_collection=self.pg_collection,  # type: ignore[attr-defined]
         )
         norm: nn.Module = self.pre_mlp_layernorm  # type: ignore[attr-defined]
         if isinstance(norm, IdentityOp):
@@ -122,17 +93,31 @@ class MemoryLayerMixin:
         # Norms with a fused residual return (output, residual).
         self._memory_input = output[0] if isinstance(output, tuple) else output
 
-    def forward(self, *args: Any, context: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, *args: Any, context: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """As TransformerLayer.forward; `context` is the pending result of the current span.
 
-        context: (S, B, D) or None. Returns the hidden states and the context for the next layer.
+        hidden_states: (S, B, D), or (S, B, 2D) where this layer unpacks. context: (S, B, D) or
+        None. Returns the hidden states (S, B, 2D if it packs) and the context for the next layer.
         """
-        output, _ = super().forward(*args, context=None, **kwargs)  # type: ignore[misc]
+        if self.role.unpacks:
+            hidden_states, context = self._unpack(hidden_states)
+        output, _ = super().forward(hidden_states, *args, context=None, **kwargs)  # type: ignore[misc]
         if self.memory is not None:
             context = self._read_memory(kwargs)
-        if self.layer_number == self.span.end:
+        if self.role.span is not None and self.layer_number == self.role.span.end:
             output, context = output + context, None
+        if self.role.packs:
+            pending = torch.zeros_like(output) if context is None else context
+            output, context = torch.cat([output, pending], dim=-1), None
         return output, context
+
+    def _unpack(self, received: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden_states, pending = received.split(self.config.hidden_size, dim=-1)
+        span = self.role.span
+        crosses = span is not None and span.start < self.layer_number
+        return hidden_states.contiguous(), pending.contiguous() if crosses else None
 
     def _read_memory(self, kwargs: dict[str, Any]) -> Tensor:
         assert self.memory is not None
@@ -153,24 +138,3 @@ def with_memory_branch(base: type[TransformerLayer]) -> type[TransformerLayer]:
 
 
 UltraMemTransformerLayer = with_memory_branch(TransformerLayer)
-
-
-def _parameter_device(config: TransformerConfig) -> torch.device:
-    if config.init_model_with_meta_device:
-        return torch.device("meta")
-    if config.use_cpu_initialization:
-        return torch.device("cpu")
-    return torch.device(torch.cuda.current_device())
-
-
-class _parameter_dtype:  # noqa: N801 - used as a context manager
-    """Make torch create floating parameters in `dtype` for a while."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.before = dtype, torch.get_default_dtype()
-
-    def __enter__(self) -> None:
-        torch.set_default_dtype(self.dtype)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_default_dtype(self.before)

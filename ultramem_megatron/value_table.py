@@ -1,26 +1,54 @@
-"""The physical value table and its read: the memory itself."""
+"""The physical value table: this rank's part of it, and reading it."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
+from ultramem_megatron.config import UltraMemConfig
+from ultramem_megatron.partition.contract import TableReader
+from ultramem_megatron.partition.dimension_wise import DimensionWiseReader
+from ultramem_megatron.partition.layout import TableLayout
+from ultramem_megatron.partition.number_wise import NumberWiseReader
+from ultramem_megatron.partition.replicated import ReplicatedReader
+from ultramem_megatron.partition.settings import exchange_of
+from ultramem_megatron.partition.traffic import pools_at_owner
 
 
 class ValueTable(nn.Module):
-    """N values of width Dv, kept whole on this rank.
+    """N values of width Dv, of which this rank allocates its part only.
 
     The parameter carries `ultramem_values = True`, by which the optimizer gives it a learning rate
     of its own.
     """
 
-    def __init__(self, num_values: int, value_dim: int) -> None:
+    def __init__(
+        self, config: UltraMemConfig, layout: TableLayout | None = None, group: Any = None
+    ) -> None:
+        """layout: this rank's part, by default everything. group: the ranks that share the table."""
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_values, value_dim))
+        self.layout = layout or TableLayout(
+            "replicated", config.num_values, config.value_dim, config.cores
+        )
+        self.weight = nn.Parameter(torch.empty(self.layout.shape))
         mark_as_values(self.weight)
+        self._reader = _reader(self.layout, config, group, self.weight.element_size())
 
-    def forward(self, rows: Tensor, groups: Tensor, scores: Tensor, num_groups: int) -> Tensor:
-        """Pooled values (T, E, Dv) for rows, groups (T, P) and scores (T, P, C)."""
-        return lookup_reduce(self.weight, rows, groups, scores, num_groups)
+    def forward(self, addresses: Tensor, scores: Tensor) -> Tensor:
+        """Pooled values (T, E, Dv) for shuffled virtual addresses (T, P) and scores (T, P, C)."""
+        return self._reader.read(self.weight, addresses, scores)
+
+
+def _reader(
+    layout: TableLayout, config: UltraMemConfig, group: Any, number_bytes: int
+) -> TableReader:
+    expansion = config.value_expansion
+    if layout.size == 1:
+        return ReplicatedReader(layout.num_values, expansion)
+    if layout.partition == "dimension":
+        return DimensionWiseReader(layout, expansion, group)
+    pool = pools_at_owner(exchange_of(config, layout.size, number_bytes))
+    return NumberWiseReader(layout, expansion, group, pool)
 
 
 def mark_as_values(parameter: nn.Parameter) -> None:

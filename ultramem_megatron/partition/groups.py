@@ -1,0 +1,67 @@
+"""The process groups of value tables: Megatron's expert groups.
+
+Megatron's gradient buffers, optimizers and checkpoints know two kinds of parameters: dense ones, and
+"expert" ones (`allreduce=False`), which are reduced over the ranks that hold the same part. A part
+of a value table is of the second kind. With expert tensor parallelism 1, Megatron's expert-parallel
+groups are P neighbouring ranks of one pipeline stage (tensor, context, data parallel, in this
+order), which is the group a table is cut over.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from ultramem_megatron.errors import UltraMemError
+
+
+@dataclass(frozen=True)
+class TableGroups:
+    """Groups that a value table lives in.
+
+    table: ranks that share a table. replicas: ranks that hold the same part of it. tensor: ranks
+    that hold the same tokens unless the sequence is split (sequence parallelism).
+    """
+
+    table: Any
+    replicas: Any
+    tensor: Any
+
+
+def table_groups(groups: ProcessGroupCollection) -> TableGroups | None:
+    """The groups of value tables, or None where a table is an ordinary replicated parameter.
+
+    That is the case without a table group where Megatron's expert groups leave out the
+    tensor-parallel ranks, or where there are none. Raises UltraMemError for a table group in
+    which tensor-parallel ranks would not count their tokens separately.
+    """
+    if groups.ep.size() > 1 and groups.expt_tp.size() > 1:
+        raise UltraMemError(
+            f"Value tables over {groups.ep.size()} ranks need expert tensor parallelism 1, it is "
+            f"{groups.expt_tp.size()}. Initialise Megatron with expert_tensor_parallel_size=1."
+        )
+    if groups.ep.size() == 1 and (groups.tp.size() == 1 or groups.expt_tp.size() > 1):
+        return None
+    return TableGroups(groups.ep, groups.expt_dp, groups.tp)
+
+
+def initialize_model_parallel(
+    args: Namespace, size: int, get_embedding_ranks: Callable[[list[int]], list[int]]
+) -> None:
+    """Initialise torch.distributed and Megatron's groups with table groups of `size` ranks.
+
+    To be called after parsing and before `pretrain()`, which then finds them made. The
+    flags keep their values: Megatron takes an expert-parallel size above 1 for a model of experts.
+    """
+    from megatron.training import initialize
+
+    names = ("expert_model_parallel_size", "expert_tensor_parallel_size")
+    before = {name: getattr(args, name) for name in names}
+    args.expert_model_parallel_size, args.expert_tensor_parallel_size = size, 1
+    try:
+        initialize._initialize_distributed(get_embedding_ranks, None, None)
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)

@@ -1,0 +1,203 @@
+"""An UltraMemLayer built as Megatron builds submodules: its dtype, device, groups and checkpoints.
+
+S sequence, B batch, D hidden; under sequence parallelism S is this rank's share.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ultramem_megatron.config import UltraMemConfig
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.layer import UltraMemLayer
+from ultramem_megatron.partition.groups import TableGroups, table_groups
+from ultramem_megatron.partition.settings import TableSettings
+from ultramem_megatron.value_table import ValueTable
+
+_TABLE = "values.weight"
+
+
+class TransformerMemory(UltraMemLayer):
+    """The memory submodule of a transformer layer."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        ultramem: UltraMemConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        partition: str = "dimension",
+    ) -> None:
+        """config: sizes, norm epsilon, parameter dtype and device are taken from it.
+
+        partition: how the table is cut over the expert-parallel group, if that has several ranks.
+        """
+        groups = table_groups(pg_collection)
+        with _parameter_dtype(config.params_dtype), _parameter_device(config):
+            super().__init__(
+                ultramem,
+                hidden_size=config.hidden_size,
+                num_layers=config.num_layers,
+                layer_number=layer_number,
+                eps=config.layernorm_epsilon,
+                values=_value_table(ultramem, groups, partition),
+            )
+        self.groups = groups
+        self.tensor_group = pg_collection.tp
+        self.sequence_parallel = config.sequence_parallel
+        self._tag_parameters()
+
+    def _tag_parameters(self) -> None:
+        """Tell Megatron how each parameter's gradient is to be reduced."""
+        for parameter in self.parameters():
+            # Seen by each tensor-parallel rank with other tokens: summed over them.
+            parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+        if self.groups is not None:
+            table = self.values.weight
+            table.sequence_parallel = False  # type: ignore[attr-defined]
+            # An "expert" parameter: reduced over the ranks that hold the same part.
+            table.allreduce = False  # type: ignore[attr-defined]
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, inference_context: Any = None, packed_seq_params: Any = None
+    ) -> Tensor:
+        """x: (S, B, D), the output of the pre-MLP norm; returns the same shape and dtype."""
+        if self.query.conv is None:
+            return super().forward(x)
+        if packed_seq_params is not None:
+            raise UltraMemError(
+                f"--ultramem-query-conv-kernel {self.config.query_conv_kernel} would mix packed "
+                f"documents; it must be 0 with packed sequences."
+            )
+        if inference_context is not None:
+            return super().forward(x, self._decoding_history(x, inference_context))
+        if self.sequence_parallel and self.tensor_group.size() > 1:
+            return super().forward(x, self._neighbours_history(x))
+        return super().forward(x)
+
+    def read_values(self, addresses: Tensor, scores: Tensor) -> Tensor:
+        """As UltraMemLayer.read_values, every token being read by one rank only.
+
+        Without sequence parallelism all tensor-parallel ranks hold the same tokens; each reads its
+        share, and the pooled values are gathered. What comes before and after is computed on all of
+        them alike, so gradients of the small parameters need no reduction.
+        """
+        ranks = self.tensor_group.size()
+        if self.groups is None or self.sequence_parallel or ranks == 1:
+            return super().read_values(addresses, scores)
+        tokens = len(addresses)
+        missing = -tokens % ranks  # shares must be equal: fill up with tokens that weigh nothing
+        share = (tokens + missing) // ranks
+        start = self.tensor_group.rank() * share
+        own_addresses = pad(addresses, (0, 0, 0, missing))[start : start + share]
+        own_scores = scatter_to_sequence_parallel_region(
+            pad(scores, (0, 0, 0, 0, 0, missing)), group=self.tensor_group
+        )
+        pooled = super().read_values(own_addresses, own_scores)
+        whole = gather_from_sequence_parallel_region(
+            pooled, tensor_parallel_output_grad=False, group=self.tensor_group
+        )
+        return whole[:tokens]
+
+    def _neighbours_history(self, x: Tensor) -> Tensor:
+        """Under sequence parallelism: the inputs before x, which other ranks hold."""
+        whole = gather_from_sequence_parallel_region(x, group=self.tensor_group)
+        start = self.tensor_group.rank() * len(x)
+        length = self.config.query_conv_kernel - 1
+        before = whole[max(0, start - length) : start]
+        return pad(before, (0, 0, 0, 0, length - len(before), 0))
+
+    def _decoding_history(self, x: Tensor, inference_context: Any) -> Tensor | None:
+        """Inputs before x that the convolution sees; kept in the context, like keys and values."""
+        if not inference_context.is_static_batching():
+            raise UltraMemError(
+                f"--ultramem-query-conv-kernel {self.config.query_conv_kernel} needs static "
+                f"batching for inference; it must be 0 with dynamic batching."
+            )
+        caches = inference_context.__dict__.setdefault("ultramem_query_history", {})
+        slot = (self.layer_number, inference_context.batch_size_offset)
+        history = caches.get(slot) if inference_context.sequence_len_offset else None
+        length = self.config.query_conv_kernel - 1
+        before = x.new_zeros(length, *x.shape[1:]) if history is None else history
+        caches[slot] = torch.cat([before, x])[len(x) :].detach()
+        return history
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """For distributed checkpoints: the table by its part, everything else replicated."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state: ShardedStateDict = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {},
+            sharded_offsets,
+            tp_group=self.tensor_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        if self.groups is not None:
+            assert not sharded_offsets, "layers with memory are not homogeneous"
+            state[prefix + _TABLE] = self._sharded_table(prefix + _TABLE)
+        return state
+
+    def _sharded_table(self, key: str) -> ShardedTensor:
+        assert self.groups is not None
+        layout, table = self.values.layout, self.values.weight
+        return ShardedTensor(
+            key,
+            table,
+            table.dtype,
+            tuple(table.shape),
+            (layout.num_values, layout.value_dim),
+            (layout.rows().start, layout.columns().start),
+            None,  # parts may differ in size by a row: no regular grid
+            replica_id=(0, 0, self.groups.replicas.rank()),
+        )
+
+
+def _value_table(
+    ultramem: UltraMemConfig, groups: TableGroups | None, partition: str
+) -> ValueTable:
+    if groups is None:
+        return ValueTable(ultramem)
+    settings = TableSettings(groups.table.size(), partition)  # type: ignore[arg-type]
+    return ValueTable(ultramem, settings.layout(ultramem, groups.table.rank()), groups.table)
+
+
+def _parameter_device(config: TransformerConfig) -> torch.device:
+    if config.init_model_with_meta_device:
+        return torch.device("meta")
+    if config.use_cpu_initialization:
+        return torch.device("cpu")
+    return torch.device(torch.cuda.current_device())
+
+
+class _parameter_dtype:  # noqa: N801 - used as a context manager
+    """Make torch create floating parameters in `dtype` for a while."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.before = dtype, torch.get_default_dtype()
+
+    def __enter__(self) -> None:
+        torch.set_default_dtype(self.dtype)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_dtype(self.before)
