@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.layers import VARIANTS, small_config, small_layer
-from ultramem_megatron.initialization import ROWS_PER_BLOCK, calibrate, normal_rows, value_std
+from ultramem_megatron.initialization import ROWS_PER_BLOCK, calibrate, normal_part, value_std
 from ultramem_megatron.layer import UltraMemLayer
 
 
@@ -104,14 +104,19 @@ def test_construction_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_rows_can_be_drawn_piece_by_piece():
-    total = ROWS_PER_BLOCK + 900
-    whole = torch.empty(total, 3)
-    normal_rows(whole, 0.5, 0, "key")
-    for first, last in ((0, 10), (ROWS_PER_BLOCK - 5, ROWS_PER_BLOCK + 5), (4000, total)):
-        part = torch.empty(last - first, 3)
-        normal_rows(part, 0.5, first, "key")
-        assert torch.equal(part, whole[first:last])
+def test_every_part_is_a_piece_of_the_whole_table():
+    total, width = ROWS_PER_BLOCK + 900, 6
+    whole = torch.empty(total, width)
+    normal_part(whole, range(total), range(width), width, 0.5, "key")
+    for rows, columns in (
+        (range(10), range(width)),
+        (range(ROWS_PER_BLOCK - 5, ROWS_PER_BLOCK + 5), range(2, 4)),
+        (range(4000, total), range(5, 6)),
+    ):
+        part = torch.empty(len(rows), len(columns))
+        normal_part(part, rows, columns, width, 0.5, "key")
+        expected = whole[rows.start : rows.stop, columns.start : columns.stop]
+        assert torch.equal(part, expected)
     assert whole.std().item() == pytest.approx(0.5, rel=0.02)
 
 

@@ -3,7 +3,7 @@
 Megatron calls them without the model, so the model builder leaves it here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.metrics import MemoryMonitor
@@ -18,7 +18,7 @@ class CurrentRun:
     ultramem: UltraMemConfig | None = None
     hidden_size: int = 0
     memories_on_fullest_stage: int = 0
-    tables: TableSettings = TableSettings()
+    tables: TableSettings = field(default_factory=TableSettings)
     monitor: MemoryMonitor | None = None
     scheduler: ValueLearningRateScheduler | None = None
 

@@ -42,8 +42,8 @@ class UltraMemLayer(nn.Module):
 
         hidden_size: D. num_layers: L of the whole model (for the initial output variance).
         layer_number: 1-based; with the config it determines the initial values, whatever else has
-        drawn random numbers before. eps: of the query and key norms. values: the table, or this rank's
-        part of it; by default the layer has one of its own. Raises UltraMemError.
+        drawn random numbers before. eps: of the query and key norms. values: the table, or
+        this rank's part of it; by default the layer has one of its own. Raises UltraMemError.
         """
         super().__init__()
         config.validate(hidden_size=hidden_size, num_layers=num_layers)

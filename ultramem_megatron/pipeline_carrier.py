@@ -16,7 +16,7 @@ def widen_pipeline_tensors(models: list[Any]) -> None:
     """
     for model in models:
         config = model.config
-        wide = object.__new__(_wider(type(config), 2 * config.hidden_size))
+        wide: Any = object.__new__(_wider(type(config), 2 * config.hidden_size))
         wide.__dict__ = config.__dict__
         model.config = wide
 

@@ -55,7 +55,9 @@ def with_memory(
         module=TransformerMemory, params={"ultramem": ultramem, "partition": partition}
     )
     with_memories = [
-        _with_role(layer, memory, _role(number, offset, len(layers), ultramem, config), number, config)
+        _with_role(
+            layer, memory, _role(number, offset, len(layers), ultramem, config), number, config
+        )
         for number, layer in enumerate(layers, start=offset + 1)
     ]
     final_norm = spec.layer_norm if isinstance(spec, TransformerBlockSubmodules) else LayerNormImpl

@@ -25,7 +25,7 @@ class ValueTable(nn.Module):
     def __init__(
         self, config: UltraMemConfig, layout: TableLayout | None = None, group: Any = None
     ) -> None:
-        """layout: this rank's part, by default everything. group: the ranks that share the table."""
+        """layout: this rank's part, by default everything. group: ranks that share the table."""
         super().__init__()
         self.layout = layout or TableLayout(
             "replicated", config.num_values, config.value_dim, config.cores

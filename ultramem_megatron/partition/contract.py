@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class TableReader(Protocol):
-    """Reads a table that may be spread over ranks. All ranks of the group take part in each call."""
+    """Reads a table that may be spread over ranks. All ranks take part in each call."""
 
     def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Tensor:
         """Pooled values of this rank's tokens, differentiable in `part` and `scores`.

@@ -2,7 +2,7 @@
 
 Addresses of all ranks' tokens are gathered, scores go only to the ranks that hold a core's columns;
 each rank pools all tokens on its columns, and the pooled slices go home. Perfectly balanced, and no
-size depends on the indices, so nothing waits for the host. All ranks must bring equally many tokens.
+size depends on the indices, so nothing waits for the host. All ranks bring equally many tokens.
 
 T tokens of this rank, G ranks, P picks per token, C cores, c cores of one rank, E expansion groups,
 V value dim, v columns of one rank.

@@ -1,6 +1,6 @@
 """The process groups of value tables: Megatron's expert groups.
 
-Megatron's gradient buffers, optimizers and checkpoints know two kinds of parameters: dense ones, and
+Megatron's gradient buffers, optimizers and checkpoints know two kinds of parameters: dense ones and
 "expert" ones (`allreduce=False`), which are reduced over the ranks that hold the same part. A part
 of a value table is of the second kind. With expert tensor parallelism 1, Megatron's expert-parallel
 groups are P neighbouring ranks of one pipeline stage (tensor, context, data parallel, in this
@@ -31,18 +31,19 @@ class TableGroups:
 
 
 def table_groups(groups: ProcessGroupCollection) -> TableGroups | None:
-    """The groups of value tables, or None where a table is an ordinary replicated parameter.
+    """The groups of value tables; None where a table must be an ordinary replicated parameter.
 
-    That is the case without a table group where Megatron's expert groups leave out the
-    tensor-parallel ranks, or where there are none. Raises UltraMemError for a table group in
-    which tensor-parallel ranks would not count their tokens separately.
+    That is where Megatron was initialised, without table groups, so that its expert groups leave
+    out tensor-parallel ranks. A table in a group of one rank is an "expert" parameter too: so the
+    optimizer's state has one form, and a checkpoint loads whatever the size. Raises UltraMemError
+    for table groups in which tensor-parallel ranks would not count.
     """
     if groups.ep.size() > 1 and groups.expt_tp.size() > 1:
         raise UltraMemError(
             f"Value tables over {groups.ep.size()} ranks need expert tensor parallelism 1, it is "
             f"{groups.expt_tp.size()}. Initialise Megatron with expert_tensor_parallel_size=1."
         )
-    if groups.ep.size() == 1 and (groups.tp.size() == 1 or groups.expt_tp.size() > 1):
+    if groups.expt_tp.size() > 1:
         return None
     return TableGroups(groups.ep, groups.expt_dp, groups.tp)
 

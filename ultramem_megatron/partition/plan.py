@@ -81,7 +81,9 @@ def _traffic(config: UltraMemConfig, settings: TableSettings, number_bytes: int)
     volumes = {"dimension": dimension_wise(exchange), "number": number_wise(exchange)}
     cheaper = choose(exchange)
     own = volumes[settings.partition]
-    verdict = "the cheaper partition" if cheaper == settings.partition else f"{cheaper}-wise is cheaper"
+    verdict = (
+        "the cheaper partition" if cheaper == settings.partition else f"{cheaper}-wise is cheaper"
+    )
     shown = ", ".join(f"{name}-wise {volume.total:.0f}" for name, volume in volumes.items())
     return [
         f"   bytes received per token and layer: {own.forward:.0f} forward, {own.backward:.0f} "
@@ -102,5 +104,5 @@ def _disagreement(plans: Sequence[str | None]) -> str:
     others = [rank for rank, plan in enumerate(plans) if plan != plans[0]]
     return (
         f"Ranks disagree on the memory layers: rank 0 has {plans[0]}, rank {others[0]} has "
-        f"{plans[others[0]]} ({len(others)} ranks differ from rank 0). Start all with the same flags."
+        f"{plans[others[0]]} ({len(others)} ranks differ from rank 0). Give all the same flags."
     )

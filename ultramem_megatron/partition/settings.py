@@ -1,4 +1,4 @@
-"""How the value tables of a run are cut: group size and partition, from flags or by the cost model."""
+"""How the value tables of a run are cut: group size and partition, given or by the cost model."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def settings_from_args(args: Namespace, config: UltraMemConfig) -> TableSettings
     if partition == "auto":
         number_bytes = args.params_dtype.itemsize
         partition = choose(exchange_of(config, size, number_bytes)) if size > 1 else "dimension"
-    settings = TableSettings(size, partition)
+    settings = TableSettings(size, "number" if partition == "number" else "dimension")
     check_layout(settings.layout(config))
     return settings
 

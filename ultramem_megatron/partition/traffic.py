@@ -130,7 +130,12 @@ def table(x: Exchange, sizes: Sequence[int]) -> str:
     lines = [
         f"bytes per token and layer: M={x.picks} picks, Dv={x.value_dim}, E={x.expansion}, "
         f"h={x.cores}, {x.number_bytes} bytes per number",
-        f"{'P':>5} | {'dimension-wise':^23} | {'number-wise, rows':^23} | {'number-wise, sums':^23} |",
+        f"{'P':>5}"
+        + "".join(
+            f" | {name:^23}"
+            for name in ("dimension-wise", "number-wise, rows", "number-wise, sums")
+        )
+        + " |",
         " " * 5 + (" | " + f"{'forward':>11} {'backward':>11}") * 3 + " | cheaper",
     ]
     for size in sizes:
