@@ -31,14 +31,13 @@ class DimensionWiseReader:
     def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Tensor:
         """See TableReader.read."""
         tokens = len(addresses)
-        if tokens == 0:
-            return part.new_zeros(0, self.num_groups, self.layout.value_dim)
         gathered = gather_tokens(addresses.to(torch.int32), self.group, "addresses").long()
         rows, groups = split_address(gathered, self.layout.num_values)
         pooled = lookup_reduce(part, rows, groups, self._send_scores(scores, part), self.num_groups)
         home = all_to_all(pooled, self.group, "pooled values")  # (G*T, E, v), by owner of columns
-        by_rank = home.view(self.layout.size, tokens, self.num_groups, -1)
-        return by_rank.permute(1, 2, 0, 3).reshape(tokens, self.num_groups, -1)
+        by_rank = home.view(self.layout.size, tokens, self.num_groups, part.shape[1])
+        by_token = by_rank.permute(1, 2, 0, 3)
+        return by_token.reshape(tokens, self.num_groups, self.layout.value_dim)
 
     def _send_scores(self, scores: Tensor, part: Tensor) -> Tensor:
         """Scores (T, P, C) to (G*T, P, c): of all tokens, for the cores of this rank's columns."""

@@ -8,7 +8,8 @@ order), which is the group a table is cut over.
 """
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +59,22 @@ def initialize_model_parallel(
     """
     from megatron.training import initialize
 
-    names = ("expert_model_parallel_size", "expert_tensor_parallel_size")
-    before = {name: getattr(args, name) for name in names}
-    args.expert_model_parallel_size, args.expert_tensor_parallel_size = size, 1
+    own = (args.expert_model_parallel_size, args.expert_tensor_parallel_size)
+
+    def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
+        with _expert_sizes(args, *own):  # a model config may be made from the flags in here
+            return get_embedding_ranks(pipeline_ranks)
+
+    with _expert_sizes(args, size, 1):
+        initialize._initialize_distributed(embedding_ranks, None, None)
+
+
+@contextmanager
+def _expert_sizes(args: Namespace, model_parallel: int, tensor_parallel: int) -> Iterator[None]:
+    before = (args.expert_model_parallel_size, args.expert_tensor_parallel_size)
+    args.expert_model_parallel_size = model_parallel
+    args.expert_tensor_parallel_size = tensor_parallel
     try:
-        initialize._initialize_distributed(get_embedding_ranks, None, None)
+        yield
     finally:
-        for name, value in before.items():
-            setattr(args, name, value)
+        args.expert_model_parallel_size, args.expert_tensor_parallel_size = before

@@ -19,6 +19,7 @@ from torch import Tensor
 from ultramem_megatron.partition.exchange import all_to_all
 from ultramem_megatron.partition.layout import TableLayout
 from ultramem_megatron.retrieval.addresses import split_address
+from ultramem_megatron.retrieval.retrieved import at_least_float32
 
 
 class _Picks(NamedTuple):
@@ -45,9 +46,8 @@ class NumberWiseReader:
         weights = scores.flatten(0, 1)[picks.order].to(part.dtype)  # (T*P, C)
         exchange = self._read_sums if self.pool_at_owner else self._read_rows
         values, buckets = exchange(part, picks, weights)
-        out = part.new_zeros(len(addresses) * self.num_groups, self.layout.value_dim)
-        pooled = out.index_add(0, buckets, values)
-        return pooled.view(len(addresses), self.num_groups, self.layout.value_dim)
+        pooled = _sums(values, buckets, len(addresses) * self.num_groups)
+        return pooled.to(part.dtype).view(len(addresses), self.num_groups, part.shape[1])
 
     def _by_owner(self, addresses: Tensor) -> _Picks:
         layout = self.layout
@@ -90,9 +90,8 @@ class NumberWiseReader:
             torch.arange(self.layout.size, device=number.device),
             torch.tensor(receive, device=number.device),
         )
-        sums = part.new_zeros(sum(sums_send), self.layout.value_dim).index_add(
-            0, target + offsets[source], _weighted(F.embedding(served, part), served_weights)
-        )
+        values = _weighted(F.embedding(served, part), served_weights)
+        sums = _sums(values, target + offsets[source], sum(sums_send)).to(part.dtype)
         back = all_to_all(sums, self.group, "pooled values", sums_send, sums_receive)
         return back, distinct % max(bound, 1)
 
@@ -110,6 +109,13 @@ class NumberWiseReader:
 
 
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:
-    """Values (S, V) times the weight (S, C) of each core on its slice."""
+    """Values (S, V) times the weight (S, C) of each core on its slice, at least float32."""
     cores = weights.shape[1]
-    return (values.unflatten(1, (cores, -1)) * weights.unsqueeze(-1)).flatten(1)
+    by_core = at_least_float32(values).unflatten(1, (cores, values.shape[1] // cores))
+    return (by_core * weights.unsqueeze(-1)).flatten(1)
+
+
+def _sums(values: Tensor, buckets: Tensor, count: int) -> Tensor:
+    """Sum of the values (S, V) of each bucket 0..count-1, at least float32."""
+    values = at_least_float32(values)
+    return values.new_zeros(count, values.shape[1]).index_add(0, buckets, values)

@@ -1,0 +1,224 @@
+"""Every parallel layout trains the model that one rank trains.
+
+All runs start from one checkpoint (weights and Adam state), see the same data and take three steps;
+losses, gradient norms, every gradient of the second step and every weight must agree.
+"""
+
+import pytest
+import torch
+
+from tests.closeness import assert_close
+from tests.ranks import RanksFailed
+from tests.training_runs import run_pretrain, tiny_gpt
+from tests.whole_model import assert_same_training, train, whole
+
+_MEMORY = {
+    "num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 11, "ultramem_topk": 6,
+    "ultramem_value_dim": 16, "ultramem_query_conv_kernel": 3, "ultramem_aux_loss_weight": 1.0,
+    "global_batch_size": 24, "micro_batch_size": 1, "train_iters": 4, "ckpt_format": "torch_dist",
+    "lr_decay_style": "constant",
+    # The bias of attention keys has no gradient but rounding, which Adam would blow up.
+    "disable_bias_linear": True,
+}  # fmt: skip
+
+
+def _flags(**changes):
+    return tiny_gpt(**{**_MEMORY, **changes})
+
+
+def _save_after_one_step(folder, **flags):
+    run_pretrain(1, _flags(save=folder, save_interval=1, **flags))
+    (folder / "latest_checkpointed_iteration.txt").write_text("1")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A checkpoint after one step, and the three steps one rank takes from it."""
+    folder = tmp_path_factory.mktemp("start")
+    _save_after_one_step(folder)
+    expected = train(1, _flags(load=folder, no_load_rng=True), gradients_at=2)
+    assert len(expected.losses) == 3
+    return folder, expected
+
+
+def _check(start, world_size, tolerance=3e-6, **layout):
+    folder, expected = start
+    run = train(world_size, _flags(load=folder, no_load_rng=True, **layout), gradients_at=2)
+    gradients = not layout.get("use_distributed_optimizer", False)
+    assert_same_training(run, expected, tolerance, gradients=gradients)
+    return run
+
+
+_NUMBER = {"ultramem_partition": "number"}
+_DIMENSION = {"ultramem_partition": "dimension"}
+_TP = {"tensor_model_parallel_size": 2}
+_SP = {**_TP, "sequence_parallel": True}
+_PP = {"pipeline_model_parallel_size": 2}
+_VPP = {**_PP, "num_virtual_stages_per_pipeline_rank": 3}
+_DIST = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
+_OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        pytest.param(world_size, layout, id=name)
+        for name, world_size, layout in [
+            ("P1 of DP2", 2, {"ultramem_parallel_size": 1}),
+            ("DP2 number", 2, _NUMBER),
+            ("DP2 dimension", 2, _DIMENSION),
+            ("DP3 number", 3, {**_NUMBER, "ultramem_value_dim": 16}),
+            ("DP4 dimension", 4, _DIMENSION),
+            ("P2 of DP4 number", 4, {**_NUMBER, "ultramem_parallel_size": 2}),
+            ("P2 of DP4 dimension", 4, {**_DIMENSION, "ultramem_parallel_size": 2}),
+            ("DP8 dimension", 8, _DIMENSION),
+            ("DP8 number", 8, _NUMBER),
+            ("P1 of TP2", 2, {**_TP, "ultramem_parallel_size": 1}),
+            ("TP2 number", 2, {**_TP, **_NUMBER}),
+            ("TP2 dimension", 2, {**_TP, **_DIMENSION}),
+            ("TP2 SP number", 2, {**_SP, **_NUMBER}),
+            ("TP2 SP dimension", 2, {**_SP, **_DIMENSION}),
+            ("P1 of TP2 SP", 2, {**_SP, "ultramem_parallel_size": 1}),
+            ("TP2 DP2 number", 4, {**_TP, **_NUMBER}),
+            ("TP2 DP2 SP P2", 4, {**_SP, **_DIMENSION, "ultramem_parallel_size": 2}),
+            ("PP2 crossing", 2, _PP),
+            ("PP2 not crossing", 2, {**_PP, "pipeline_model_parallel_layout": "Ettt|tttL"}),
+            ("PP3 crossing twice", 3, {"pipeline_model_parallel_size": 3}),
+            ("PP2 interleaved, crossing", 2, _VPP),
+            ("PP2 uneven, crossing", 2, {**_PP, "pipeline_model_parallel_layout": "Etttt|ttL"}),
+            ("PP2 DP2 number", 4, {**_PP, **_NUMBER}),
+            ("PP2 TP2 SP", 4, {**_PP, **_SP, **_DIMENSION}),
+            ("PP2 interleaved TP2 DP2", 8, {**_VPP, **_TP, **_DIMENSION}),
+            ("per-token loss", 2, {"calculate_per_token_loss": True, **_DIMENSION}),
+            ("recompute", 2, {**_NUMBER, "recompute_granularity": "full",
+                              "recompute_method": "uniform", "recompute_num_layers": 2}),
+            ("PP2 crossing, recompute", 2, {**_PP, "recompute_granularity": "full",
+                                            "recompute_method": "block",
+                                            "recompute_num_layers": 2}),
+        ]
+    ],
+)  # fmt: skip
+def test_layout_trains_like_one_rank(start, world_size, layout):
+    _check(start, world_size, **layout)
+
+
+@pytest.fixture(scope="module")
+def start_reshardable(tmp_path_factory):
+    """The same with the distributed optimizer, whose checkpoints come in a form of their own."""
+    folder = tmp_path_factory.mktemp("start_reshardable")
+    _save_after_one_step(folder, **_DIST)
+    expected = train(1, _flags(load=folder, no_load_rng=True, **_DIST), gradients_at=2)
+    return folder, expected
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, {**_NUMBER}),
+        (4, {**_DIMENSION, **_OVERLAP}),
+        (4, {**_NUMBER, **_OVERLAP, "ultramem_parallel_size": 2}),
+        (4, {**_SP, **_DIMENSION, **_OVERLAP}),
+        (4, {**_PP, **_OVERLAP, "ultramem_parallel_size": 1}),
+    ],
+)
+def test_distributed_optimizer(start_reshardable, world_size, layout):
+    _check(start_reshardable, world_size, **_DIST, **layout)
+
+
+def test_bfloat16_follows_one_rank(start):
+    folder, _ = start
+    half = {"bf16": True, "no_load_optim": True, "finetune": True, "lr": 1e-3}
+    expected = train(1, _flags(load=folder, **half))
+    run = train(4, _flags(load=folder, **half, **_SP, **_DIMENSION))
+    # Rounding may change which values are selected, so single gradients need not be close.
+    assert run.losses == pytest.approx(expected.losses, rel=2e-3)
+    assert run.grad_norms == pytest.approx(expected.grad_norms, rel=3e-2)
+
+
+_HEAVY = {"num_layers": 6, "train_iters": 6, "save_interval": 3}
+
+
+@pytest.mark.parametrize(
+    ("saving", "loading"),
+    [
+        ((4, {**_NUMBER}), (2, {**_DIMENSION})),
+        ((2, {**_DIMENSION}), (3, {**_NUMBER})),
+        ((4, {**_TP, **_NUMBER, "ultramem_parallel_size": 2}), (1, {})),
+        ((4, {**_SP, **_DIMENSION}), (4, {**_PP, **_NUMBER})),
+        ((2, {**_PP, "ultramem_parallel_size": 1}), (4, {**_TP, **_DIMENSION})),
+    ],
+)
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_checkpoint_of_any_layout_continues_in_any_other(saving, loading, distributed, tmp_path):
+    optimizer = _DIST if distributed else {}
+    flags = {**_HEAVY, **optimizer}
+    (save_ranks, save_layout), (load_ranks, load_layout) = saving, loading
+    uninterrupted = train(save_ranks, _flags(**flags, **save_layout, save=tmp_path))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    resumed = train(load_ranks, _flags(**flags, **load_layout, load=tmp_path, no_load_rng=True))
+    assert resumed.losses == pytest.approx(uninterrupted.losses[3:], rel=3e-6)
+    assert resumed.grad_norms == pytest.approx(uninterrupted.grad_norms[3:], rel=3e-5)
+    expected = whole(uninterrupted, "parameters")
+    for name, tensor in whole(resumed, "parameters").items():
+        assert_close(tensor, expected[name], 5e-6, name)
+
+
+@pytest.mark.parametrize("layout", [{**_NUMBER}, {**_DIMENSION}, {**_TP, **_NUMBER}])
+def test_the_initial_table_does_not_depend_on_the_layout(layout):
+    frozen = {"lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0, "train_iters": 1}
+    one = whole(train(1, _flags(**frozen)), "parameters")
+    cut = whole(train(2, _flags(**frozen, **layout)), "parameters")
+    tables = [name for name in one if ".memory." in name]
+    assert len(tables) == 16
+    for name in tables:
+        assert torch.equal(cut[name], one[name]), name
+
+
+def test_only_the_own_part_is_allocated():
+    run = train(4, _flags(train_iters=1, **_NUMBER))
+    sizes = [
+        rank.parameters["module.decoder.layers.1.memory.values.weight"].numel()
+        for rank in run.ranks
+    ]
+    assert sum(sizes) == 121 * 16
+    assert max(sizes) - min(sizes) <= 16
+
+
+def test_experts_and_tables_share_their_groups():
+    experts = {"num_experts": 4, "moe_router_topk": 2}
+    run = train(2, _flags(**experts, expert_model_parallel_size=2, ultramem_partition="number"))
+    assert run.losses[-1] < run.losses[0]
+    table = whole(run, "gradients", only="values.weight")["decoder.layers.1.memory.values.weight"]
+    assert torch.isfinite(table).all()
+    assert table.norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags", "message"),
+    [
+        (2, {"ultramem_parallel_size": 3}, "--ultramem-parallel-size 3: it must divide the 2 ranks"),
+        (2, {"ultramem_parallel_size": 0}, "--ultramem-parallel-size 0: .* Use one of 1, 2"),
+        (2, {**_PP, "ultramem_parallel_size": 2}, "must divide the 1 ranks of a pipeline stage"),
+        (3, {**_DIMENSION}, "-value-dim 16 is not divisible by --ultramem-parallel-size 3"),
+        (2, {**_DIMENSION, "ultramem_cores": 3, "ultramem_value_dim": 18}, "straddle ranks"),
+        (2, {"num_experts": 4, "ultramem_parallel_size": 2},
+         "must equal --expert-model-parallel-size 1"),
+        (2, {**_PP, "pipeline_model_parallel_layout": "Etttttt|L", "ultramem_spans": "2:3"}, None),
+        (3, {"pipeline_model_parallel_size": 3, "ultramem_spans": "2:5",
+             "pipeline_model_parallel_layout": "Ettt||tttL"},
+         "stage 1 has no transformer layer to pass it on"),
+        (2, {**_PP, "fp32_residual_connection": True, "bf16": True}, "--fp32-residual-connection"),
+    ],
+)  # fmt: skip
+def test_impossible_layouts_are_refused(world_size, flags, message):
+    if message is None:  # a stage without layers is no obstacle where no span crosses
+        run_pretrain(world_size, _flags(**flags, train_iters=1))
+        return
+    with pytest.raises(RanksFailed, match=message):
+        run_pretrain(world_size, _flags(**flags))
+
+
+def test_a_checkpoint_of_another_table_size_is_refused(start):
+    folder, _ = start
+    with pytest.raises(RanksFailed, match="--ultramem-num-keys is 12 here, 11 in the checkpoint"):
+        run_pretrain(2, _flags(load=folder, ultramem_num_keys=12, **_NUMBER))
