@@ -3,13 +3,9 @@
 import torch
 from torch import Tensor
 
+from ultramem_megatron.verify_parallel.whole_model import relative_error
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||, in float64; the absolute norm if expected is zero."""
-    expected = expected.detach().double()
-    difference = (actual.detach().double() - expected).norm().item()
-    scale = expected.norm().item()
-    return difference / scale if scale > 0 else difference
+__all__ = ["assert_close", "relative_error"]
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "tensor") -> None:

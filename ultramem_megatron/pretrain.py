@@ -9,7 +9,7 @@ process.
 import os
 import socket
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from ultramem_megatron.errors import UltraMemError
@@ -45,12 +45,17 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(2)
 
 
-def main(argv: Sequence[str] | None = None, patches: Collection[str] | None = None) -> None:
+def main(
+    argv: Sequence[str] | None = None,
+    patches: Collection[str] | None = None,
+    before_training: Callable[[], None] | None = None,
+) -> None:
     """Parse Megatron's command line, build the model configuration and train.
 
     Args:
         argv: flags; None takes them from the command line.
         patches: names of the patches to apply; None applies all that this machine needs.
+        before_training: called when all is checked, just before Megatron takes over.
 
     Raises UltraMemError for a wrong flag, size or combination, before anything is built.
     """
@@ -95,6 +100,8 @@ def main(argv: Sequence[str] | None = None, patches: Collection[str] | None = No
         args, config=transformer_config, model_config_cls=UltraMemGPTModelConfig
     )
     model_config.ultramem, model_config.table_partition = ultramem, partition
+    if before_training is not None:
+        before_training()
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         gpt_task.train_valid_test_datasets_provider,

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tests.closeness import assert_close
 from tests.ranks import RanksFailed
 from tests.training_runs import run_pretrain, tiny_gpt
 
@@ -55,7 +54,7 @@ def test_resumed_training_continues_exactly(world_size, changes, tmp_path):
 def saved(tmp_path_factory):
     """A run without dropout (its random streams depend on the layout), saved after step 3."""
     folder = tmp_path_factory.mktemp("saved")
-    run = run_pretrain(1, _flags(save=folder, save_interval=3, hidden_dropout=0), parameters=True)
+    run = run_pretrain(1, _flags(save=folder, save_interval=3, hidden_dropout=0))
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     return folder, run
 
@@ -74,13 +73,9 @@ def test_a_checkpoint_continues_in_another_layout(world_size, layout, saved):
     run = run_pretrain(
         world_size,
         _flags(load=folder, hidden_dropout=0, no_load_rng=True, **layout),
-        parameters=True,
     )
     assert run.losses == pytest.approx(whole.losses[3:], rel=1e-6)
     assert run.grad_norms == pytest.approx(whole.grad_norms[3:], rel=1e-5)
-    name = "module.decoder.layers.0.memory.values.weight"
-    expected = whole.ranks[0].parameters[name]
-    assert_close(run.ranks[0].parameters[name], expected, 1e-6, name)
 
 
 def _refusal(**changes):

@@ -21,17 +21,26 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
         (1, {"ultramem_spans": "2:4/4:6"}, "spans 2:4 and 4:6 overlap"),
         (1, {"ultramem_topk": 19}, "--ultramem-topk is 19, more than the 18 keys"),
         (1, {"ultramem_preset": "huge"}, "--ultramem-preset 'huge' is unknown"),
-        (2, {"pipeline_model_parallel_size": 2}, r"span 2:3 .*|span 4:6 .*"),
-        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, "--sequence-parallel"),
+        (
+            2,
+            {
+                "pipeline_model_parallel_size": 2,
+                "pipeline_model_parallel_layout": "E|ttttttL",
+                "ultramem_parallel_size": 2,
+            },
+            "must divide the 1 ranks",
+        ),
+        (1, {"cuda_graph_impl": "local"}, "cuda"),
+        (
+            2,
+            {"context_parallel_size": 2, "ultramem_query_conv_kernel": 3},
+            "--context-parallel-size 2",
+        ),
     ],
 )
 def test_refused_before_training(world_size, changes, message):
-    flags = {**_MEMORY, **changes}
-    if "pipeline_model_parallel_size" in changes:
-        flags["ultramem_spans"] = "2:4"
-        message = 'span 2:4 starts in pipeline stage 0 .* Use --pipeline-model-parallel-layout "E'
     with pytest.raises(RanksFailed, match=message) as failed:
-        run_pretrain(world_size, tiny_gpt(**flags))
+        run_pretrain(world_size, tiny_gpt(**{**_MEMORY, **changes}))
     assert "before the start of training step" not in str(failed.value)
 
 

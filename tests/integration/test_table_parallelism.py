@@ -54,6 +54,7 @@ _DIMENSION = {"ultramem_partition": "dimension"}
 _TP = {"tensor_model_parallel_size": 2}
 _SP = {**_TP, "sequence_parallel": True}
 _PP = {"pipeline_model_parallel_size": 2}
+_CROSSING = {**_PP, "pipeline_model_parallel_layout": "Ett|ttttL"}  # span 2:3
 _VPP = {**_PP, "num_virtual_stages_per_pipeline_rank": 3}
 _DIST = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
 _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -81,18 +82,19 @@ _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
             ("P1 of TP2 SP", 2, {**_SP, "ultramem_parallel_size": 1}),
             ("TP2 DP2 number", 4, {**_TP, **_NUMBER}),
             ("TP2 DP2 SP P2", 4, {**_SP, **_DIMENSION, "ultramem_parallel_size": 2}),
-            ("PP2 crossing", 2, _PP),
-            ("PP2 not crossing", 2, {**_PP, "pipeline_model_parallel_layout": "Ettt|tttL"}),
+            ("PP2 not crossing", 2, _PP),
+            ("PP2 crossing", 2, _CROSSING),
             ("PP3 crossing twice", 3, {"pipeline_model_parallel_size": 3}),
             ("PP2 interleaved, crossing", 2, _VPP),
-            ("PP2 uneven, crossing", 2, {**_PP, "pipeline_model_parallel_layout": "Etttt|ttL"}),
-            ("PP2 DP2 number", 4, {**_PP, **_NUMBER}),
-            ("PP2 TP2 SP", 4, {**_PP, **_SP, **_DIMENSION}),
+            ("PP2 crossing at another span", 2,
+             {**_PP, "pipeline_model_parallel_layout": "Etttt|ttL"}),
+            ("PP2 DP2 number, crossing", 4, {**_CROSSING, **_NUMBER}),
+            ("PP2 TP2 SP, crossing", 4, {**_CROSSING, **_SP, **_DIMENSION}),
             ("PP2 interleaved TP2 DP2", 8, {**_VPP, **_TP, **_DIMENSION}),
             ("per-token loss", 2, {"calculate_per_token_loss": True, **_DIMENSION}),
             ("recompute", 2, {**_NUMBER, "recompute_granularity": "full",
                               "recompute_method": "uniform", "recompute_num_layers": 2}),
-            ("PP2 crossing, recompute", 2, {**_PP, "recompute_granularity": "full",
+            ("PP2 crossing, recompute", 2, {**_CROSSING, "recompute_granularity": "full",
                                             "recompute_method": "block",
                                             "recompute_num_layers": 2}),
         ]
@@ -118,7 +120,7 @@ def start_reshardable(tmp_path_factory):
         (4, {**_DIMENSION, **_OVERLAP}),
         (4, {**_NUMBER, **_OVERLAP, "ultramem_parallel_size": 2}),
         (4, {**_SP, **_DIMENSION, **_OVERLAP}),
-        (4, {**_PP, **_OVERLAP, "ultramem_parallel_size": 1}),
+        (4, {**_CROSSING, **_OVERLAP, "ultramem_parallel_size": 1}),
     ],
 )
 def test_distributed_optimizer(start_reshardable, world_size, layout):
@@ -144,7 +146,7 @@ _HEAVY = {"num_layers": 6, "train_iters": 6, "save_interval": 3}
         ((4, {**_NUMBER}), (2, {**_DIMENSION})),
         ((2, {**_DIMENSION}), (3, {**_NUMBER})),
         ((4, {**_TP, **_NUMBER, "ultramem_parallel_size": 2}), (1, {})),
-        ((4, {**_SP, **_DIMENSION}), (4, {**_PP, **_NUMBER})),
+        ((4, {**_SP, **_DIMENSION}), (4, {**_CROSSING, **_NUMBER})),
         ((2, {**_PP, "ultramem_parallel_size": 1}), (4, {**_TP, **_DIMENSION})),
     ],
 )
@@ -196,7 +198,7 @@ def test_experts_and_tables_share_their_groups():
 @pytest.mark.parametrize(
     ("world_size", "flags", "message"),
     [
-        (2, {"ultramem_parallel_size": 3}, "--ultramem-parallel-size 3: it must divide the 2 ranks"),
+        (2, {"ultramem_parallel_size": 3}, "-parallel-size 3: it must divide the 2 ranks"),
         (2, {"ultramem_parallel_size": 0}, "--ultramem-parallel-size 0: .* Use one of 1, 2"),
         (2, {**_PP, "ultramem_parallel_size": 2}, "must divide the 1 ranks of a pipeline stage"),
         (3, {**_DIMENSION}, "-value-dim 16 is not divisible by --ultramem-parallel-size 3"),
@@ -207,7 +209,7 @@ def test_experts_and_tables_share_their_groups():
         (3, {"pipeline_model_parallel_size": 3, "ultramem_spans": "2:5",
              "pipeline_model_parallel_layout": "Ettt||tttL"},
          "stage 1 has no transformer layer to pass it on"),
-        (2, {**_PP, "fp32_residual_connection": True, "bf16": True}, "--fp32-residual-connection"),
+        (2, {**_CROSSING, "fp32_residual_connection": True}, "--fp32-residual-connection"),
     ],
 )  # fmt: skip
 def test_impossible_layouts_are_refused(world_size, flags, message):

@@ -41,8 +41,10 @@ class Case:
         return len(self.tokens)
 
     def layout(self, rank: int = 0) -> TableLayout:
-        partition = "dimension" if self.partition == "dimension" else "number"
-        return TableLayout(partition, self.num_values, self.value_dim, self.cores, self.size, rank)
+        sizes = (self.num_values, self.value_dim, self.cores, self.size, rank)
+        if self.partition == "dimension":
+            return TableLayout("dimension", *sizes)
+        return TableLayout("number", *sizes)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Table, addresses, scores and output gradient of all tokens, the same in each process."""
