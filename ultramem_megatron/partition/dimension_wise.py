@@ -41,10 +41,12 @@ class DimensionWiseReader:
 
     def _send_scores(self, scores: Tensor, part: Tensor) -> Tensor:
         """Scores (T, P, C) to (G*T, P, c): of all tokens, for the cores of this rank's columns."""
-        cores = torch.tensor(
-            [list(self.layout.cores_of(rank)) for rank in range(self.layout.size)],
-            device=scores.device,
-        )  # (G, c)
+        layout = self.layout
+        held = len(layout.cores_of(0))
+        # Made on the device: a list from the host would have to be waited for.
+        ranks = torch.arange(layout.size, device=scores.device)
+        first = ranks * layout.cores // layout.size
+        cores = first.unsqueeze(1) + torch.arange(held, device=scores.device)  # (G, c)
         # Sent in the table's dtype, which the lookup computes in anyway.
         by_rank = scores.to(part.dtype)[:, :, cores].permute(2, 0, 1, 3)  # (G, T, P, c)
         return all_to_all(by_rank.flatten(0, 1), self.group, "scores")

@@ -1,0 +1,85 @@
+"""The comparison of two layouts: what it finds, what it refuses, and one run of it."""
+
+import pytest
+import torch
+
+from tests.training_runs import tiny_gpt
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.verify_parallel.__main__ import compare, main, parse
+from ultramem_megatron.verify_parallel.whole_model import Piece, assemble
+
+
+def test_tables_and_shards_are_put_together():
+    whole = torch.arange(12.0).view(4, 3)
+    ranks = [
+        (
+            {"w": Piece("w", partition_dim=1, tp_rank=rank), "b": Piece("b"),
+             "t": Piece("t", corner=(2 * rank, 0), whole=(4, 3))},
+            {"w": whole[:, rank : rank + 1], "b": whole[0] + 0.5 * rank,
+             "t": whole[2 * rank : 2 * rank + 2]},
+        )
+        for rank in (1, 0)
+    ]  # fmt: skip
+    found = assemble(ranks)
+    assert torch.equal(found["w"].tensor, whole[:, :2])
+    assert torch.equal(found["t"].tensor, whole)
+    assert found["b"].replica_error > 0.1
+    assert found["t"].replica_error == 0
+
+
+def _recorded(loss, weight):
+    step = {"iteration": 1, "loss": loss, "grad norm": 1.0}
+    tensors = {"w": torch.tensor([weight])}
+    return [{"steps": [step], "gradients": tensors, "weights": tensors,
+             "pieces": {"w": {"name": "w"}}}]  # fmt: skip
+
+
+def test_differences_are_found_where_they_are():
+    found = {d.kind: d for d in compare(_recorded(2.0, 1.0), _recorded(2.1, 1.5))}
+    assert found["loss"].value == pytest.approx(0.05)
+    assert found["grad norm"].value == 0
+    assert found["weights"].value == pytest.approx(0.5)
+    assert found["weights"].place == "w"
+    assert found["replicas of weights"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ranks", "1", "2"], "found 0 '--'"),
+        (["--ranks", "1", "2", "--", "a"], "found 1 '--'"),
+        (["--ranks", "0", "2", "--", "--"], "--ranks has 0"),
+        (["--ranks", "1", "2", "--steps", "0", "--", "--"], "--steps has 0"),
+        (["--ranks", "1", "2", "--lr", "1", "--", "--load", "x", "--"], "--load: set by"),
+    ],
+)
+def test_wrong_calls_are_refused(argv, message):
+    with pytest.raises(UltraMemError, match=message):
+        parse(argv)
+
+
+def test_one_and_two_ranks_agree(capsys):
+    common = tiny_gpt(
+        num_layers=2, disable_bias_linear=True, train_iters=None, ultramem_spans="1:2",
+        ultramem_num_keys=8, ultramem_topk=4,
+    )  # fmt: skip
+    argv = [
+        "--ranks",
+        "1",
+        "2",
+        "--steps",
+        "2",
+        *common,
+        "--",
+        "--",
+        "--ultramem-partition",
+        "number",
+    ]
+    assert main(argv) == 0
+    assert "layouts agree" in capsys.readouterr().out
+
+
+def test_a_refused_layout_is_reported_with_its_message():
+    common = tiny_gpt(num_layers=2, train_iters=None, ultramem_spans="1:3", ultramem_num_keys=8)
+    with pytest.raises(UltraMemError, match=r"on 1 ranks failed:\nerror: --ultramem-spans 1:3"):
+        main(["--ranks", "1", "1", *common, "--", "--"])
