@@ -1,5 +1,6 @@
 """How the value tables of a run are cut: group size and partition, given or by the cost model."""
 
+import os
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Literal
@@ -32,6 +33,7 @@ def exchange_of(config: UltraMemConfig, size: int, number_bytes: int) -> Exchang
     return Exchange(
         size=size, picks=config.topk * config.heads, value_dim=config.value_dim,
         expansion=config.value_expansion, cores=config.cores, number_bytes=number_bytes,
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "8")),
     )  # fmt: skip
 
 
