@@ -225,7 +225,7 @@ def test_experts_and_tables_share_their_groups():
         (3, {"pipeline_model_parallel_size": 3, "ultramem_spans": "2:5",
              "pipeline_model_parallel_layout": "Ettt||tttL"},
          "stage 1 has no transformer layer to pass it on"),
-        (2, {**_CROSSING, "fp32_residual_connection": True, "bf16": True}, "--fp32-residual-connection"),
+        (2, {**_CROSSING, "fp32_residual_connection": True, "bf16": True}, "--fp32-resid"),
     ],
 )  # fmt: skip
 def test_impossible_layouts_are_refused(world_size, flags, message):
