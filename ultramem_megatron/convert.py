@@ -27,7 +27,7 @@ from ultramem_megatron.value_table import mark_as_values
 _NORMS: dict[str, Norm] = {
     "rms": "rmsnorm", "rmsnorm": "rmsnorm",
     "layernorm": "layernorm", "ln": "layernorm", "default": "layernorm",
-    "low_precision": "layernorm",
+    "lowprecision": "layernorm",
     "none": "none",
 }  # fmt: skip
 _REQUIRED = ("keys", "values_for_look_up", "shuffle_index", "tucker_core_u", "tucker_core_v",
@@ -98,7 +98,7 @@ def export_official_v1(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def _norm_kind(norm: str) -> Norm:
-    kind = _NORMS.get(norm.lower())
+    kind = _NORMS.get(norm.lower().replace("_", "").replace("-", ""))
     if kind is None:
         raise UltraMemError(f"norm {norm!r} is unknown; use one of {', '.join(sorted(_NORMS))}.")
     return kind

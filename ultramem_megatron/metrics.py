@@ -52,9 +52,8 @@ class MemoryMonitor:
 
         "lambda 1", "lambda 2" and "aux loss" are NaN where there are no cores (or no second rank).
         """
-        device = torch.device("cpu")
-        for layer in self.layers.values():
-            device = layer.values.weight.device
+        # A stage without memories takes part too, so the device is not taken from a layer.
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         table = torch.zeros(len(self.spans), len(METRICS), dtype=torch.float64, device=device)
         for row, span in enumerate(self.spans):
             if span.start in self.layers:

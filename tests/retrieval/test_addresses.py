@@ -55,3 +55,10 @@ def test_split_address():
     row, group = split_address(torch.tensor([0, 9, 10, 35]), 10)
     assert row.tolist() == [0, 9, 0, 5]
     assert group.tolist() == [0, 0, 1, 3]
+
+
+def test_tables_are_drawn_on_the_generators_device_whatever_the_default():
+    shuffle = GridShuffle(5)
+    with torch.device("meta"):
+        shuffle.reset(torch.Generator("cpu").manual_seed(0))
+    assert shuffle.tables.abs().sum() > 0

@@ -26,9 +26,14 @@ class GridShuffle(nn.Module):
 
     def reset(self, generator: torch.Generator) -> None:
         """Draw new round tables; with all zeros the permutation is the identity."""
-        self.tables.copy_(
-            torch.randint(self.side, self.tables.shape, generator=generator, dtype=torch.int32)
+        drawn = torch.randint(
+            self.side,
+            self.tables.shape,
+            generator=generator,
+            device=generator.device,
+            dtype=torch.int32,
         )
+        self.tables.copy_(drawn)
 
     def forward(self, addresses: Tensor) -> Tensor:
         """Shuffled addresses, same shape, int64, a permutation of 0..side^2-1."""
