@@ -27,7 +27,7 @@ from ultramem_megatron.value_table import mark_as_values
 _NORMS: dict[str, Norm] = {
     "rms": "rmsnorm", "rmsnorm": "rmsnorm",
     "layernorm": "layernorm", "ln": "layernorm", "default": "layernorm",
-    "lowprecision": "layernorm",
+    "lowprecision": "layernorm", "amdcompatible": "layernorm",
     "none": "none",
 }  # fmt: skip
 _REQUIRED = ("keys", "values_for_look_up", "shuffle_index", "tucker_core_u", "tucker_core_v",
