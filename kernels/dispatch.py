@@ -1,0 +1,45 @@
+"""Which implementation of a kernel runs: chosen once per process and device, logged, forceable."""
+
+import functools
+import logging
+import os
+from typing import Literal, cast, get_args
+
+import torch
+
+from ultramem_megatron.errors import UltraMemError
+
+Implementation = Literal["triton", "torch", "reference"]
+
+VARIABLE = "ULTRAMEM_KERNELS"
+
+logger = logging.getLogger(__name__)
+
+
+def implementation(device: torch.device) -> Implementation:
+    """The implementation for tensors on `device`.
+
+    Triton on NVIDIA GPUs, PyTorch's own kernels elsewhere; the environment variable
+    ULTRAMEM_KERNELS (triton, torch or reference) forces one. On a CPU `triton` needs Triton's
+    interpreter (TRITON_INTERPRET=1). Raises UltraMemError for another value of the variable.
+    """
+    return _choose(device.type, os.environ.get(VARIABLE, ""))
+
+
+@functools.cache
+def _choose(device: str, forced: str) -> Implementation:
+    known = get_args(Implementation)
+    if forced and forced not in known:
+        raise UltraMemError(
+            f"{VARIABLE}={forced} names no implementation of the kernels. Allowed: "
+            f"{', '.join(known)}; unset it to choose by device."
+        )
+    if forced == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UltraMemError(
+            f"{VARIABLE}=triton was given, but the tensors are on a CPU. Set TRITON_INTERPRET=1 as "
+            f"well to run the kernels in Triton's interpreter (slow), or unset {VARIABLE}."
+        )
+    chosen = cast(Implementation, forced) if forced else ("triton" if device == "cuda" else "torch")
+    reason = f"{VARIABLE} is set" if forced else "the default there"
+    logger.info("memory kernels on %s: %s (%s)", device, chosen, reason)
+    return chosen
