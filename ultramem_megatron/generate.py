@@ -13,9 +13,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 from ultramem_megatron.inference import LoadedModel, load_for_inference
-from ultramem_megatron.pretrain import exit_on_user_error
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
