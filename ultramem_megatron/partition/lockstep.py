@@ -1,0 +1,52 @@
+"""Reading a shared table from ranks that decode independently of each other.
+
+In inference the data-parallel ranks of a table group hold different batches: their numbers of
+tokens differ, and one finishes before another. Yet every read is a collective. So each read begins
+by telling the others how many tokens one brings; all fill up to the largest number, and who has
+finished takes part with none until everyone has.
+
+T tokens of this rank, P picks per token, C cores, E expansion groups, V value dim.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ultramem_megatron.partition.contract import TableReader
+from ultramem_megatron.partition.exchange import gather_tokens
+
+_FINISHED = -1
+
+
+@dataclass(frozen=True)
+class LockstepReader:
+    """Any table reader, for numbers of tokens that differ between ranks; forward only."""
+
+    reader: TableReader
+    group: Any
+
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Tensor:
+        """See TableReader.read; T may be 0."""
+        tokens = len(addresses)
+        missing = self._most_tokens(tokens, part.device) - tokens
+        pooled = self.reader.read(
+            part, pad(addresses, (0, 0, 0, missing)), pad(scores, (0, 0, 0, 0, 0, missing))
+        )
+        return pooled[:tokens]
+
+    def serve(self, part: Tensor, picks: int, cores: int) -> bool:
+        """Take part in one read of the others; False if all of them have finished."""
+        most = self._most_tokens(_FINISHED, part.device)
+        if most == _FINISHED:
+            return False
+        addresses = torch.zeros(most, picks, dtype=torch.int64, device=part.device)
+        scores = torch.zeros(most, picks, cores, device=part.device)
+        self.reader.read(part, addresses, scores)
+        return True
+
+    def _most_tokens(self, own: int, device: torch.device) -> int:
+        count = torch.tensor([own], device=device)
+        return int(gather_tokens(count, self.group, "numbers of tokens").max())
