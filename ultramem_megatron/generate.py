@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 from ultramem_megatron.inference import (
     InferenceLayout,
     LoadedModel,
@@ -24,7 +24,6 @@ from ultramem_megatron.inference import (
     serve_until_all_finish,
 )
 from ultramem_megatron.partition.settings import PARTITIONS
-from ultramem_megatron.pretrain import exit_on_user_error
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -14,6 +14,7 @@ from ultramem_megatron.partition.number_wise import NumberWiseReader
 from ultramem_megatron.partition.replicated import ReplicatedReader
 from ultramem_megatron.partition.settings import exchange_of
 from ultramem_megatron.partition.traffic import pools_at_owner
+from ultramem_megatron.steps import Steps
 
 
 class ValueTable(nn.Module):
@@ -36,7 +37,12 @@ class ValueTable(nn.Module):
         self._config, self._group = config, group
         self._reader = _reader(self.layout, config, group, self.weight.element_size())
 
-    def forward(self, addresses: Tensor, scores: Tensor) -> Tensor:
+    @property
+    def pauses(self) -> int:
+        """How often a read pauses for other ranks."""
+        return self._reader.pauses
+
+    def forward(self, addresses: Tensor, scores: Tensor) -> Steps:
         """Pooled values (T, E, Dv) for shuffled virtual addresses (T, P) and scores (T, P, C)."""
         return self._reader.read(self.weight, addresses, scores)
 

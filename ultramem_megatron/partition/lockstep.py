@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from ultramem_megatron.partition.contract import TableReader
 from ultramem_megatron.partition.exchange import gather_tokens
+from ultramem_megatron.steps import Steps, run
 
 _FINISHED = -1
 
@@ -28,11 +29,16 @@ class LockstepReader:
     reader: TableReader
     group: Any
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Tensor:
+    @property
+    def pauses(self) -> int:
+        """See TableReader.pauses."""
+        return self.reader.pauses
+
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
         """See TableReader.read; T may be 0."""
         tokens = len(addresses)
         missing = self._most_tokens(tokens, part.device) - tokens
-        pooled = self.reader.read(
+        pooled = yield from self.reader.read(
             part, pad(addresses, (0, 0, 0, missing)), pad(scores, (0, 0, 0, 0, 0, missing))
         )
         return pooled[:tokens]
@@ -44,9 +50,9 @@ class LockstepReader:
             return False
         addresses = torch.zeros(most, picks, dtype=torch.int64, device=part.device)
         scores = torch.zeros(most, picks, cores, device=part.device)
-        self.reader.read(part, addresses, scores)
+        run(self.reader.read(part, addresses, scores))
         return True
 
     def _most_tokens(self, own: int, device: torch.device) -> int:
         count = torch.tensor([own], device=device)
-        return int(gather_tokens(count, self.group, "numbers of tokens").max())
+        return int(gather_tokens(count, self.group, "numbers of tokens").wait().max())
