@@ -18,6 +18,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ultramem_megatron.branch import Branch, wait_before_gradient
 from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.layer import UltraMemLayer
@@ -59,6 +60,7 @@ class TransformerMemory(UltraMemLayer):
         self.groups = groups
         self.tensor_group = pg_collection.tp
         self.sequence_parallel = config.sequence_parallel
+        self._gradient_waits = False
         self._tag_parameters()
 
     def _tag_parameters(self) -> None:
@@ -83,6 +85,14 @@ class TransformerMemory(UltraMemLayer):
     ) -> Steps:
         """As forward, pausing whenever other ranks have to answer."""
         return (yield from super().steps(x, self._history(x, inference_context, packed_seq_params)))
+
+    def branch(self, x: Tensor, *args: Any, layers: int) -> Branch:
+        """Start `steps(x, *args)` beside so many layers, each with two boundaries."""
+        branch = Branch(self.steps(x, *args), x, pauses=self.pauses, boundaries=2 * layers)
+        if branch.stream is not None and not self._gradient_waits:
+            wait_before_gradient(self.values.weight, branch.stream)
+            self._gradient_waits = True
+        return branch
 
     def _history(self, x: Tensor, inference_context: Any, packed_seq_params: Any) -> Tensor | None:
         """What the query convolution sees before x."""
