@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.partition.exchange import Transfer, all_to_all
 from ultramem_megatron.partition.layout import TableLayout
 from ultramem_megatron.retrieval.addresses import split_address
-from ultramem_megatron.retrieval.retrieved import at_least_float32
 from ultramem_megatron.steps import Steps
 
 
