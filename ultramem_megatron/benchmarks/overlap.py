@@ -32,7 +32,7 @@ from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 from ultramem_megatron.spans import parse_spans
 
 _TRACED_STEPS = 5
-_QUIET = {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "5"}
+_QUIET = {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99", "PYTHONWARNINGS": "ignore"}
 
 
 class Result(NamedTuple):
