@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.partition.exchange import all_to_all
 from ultramem_megatron.partition.layout import TableLayout
 from ultramem_megatron.retrieval.addresses import split_address
@@ -66,8 +66,8 @@ class NumberWiseReader:
         """Rows come here; weighting is done at home."""
         send, receive = self._exchange_sizes(picks.owners)
         served = self._send_integers(picks.rows, "addresses", send, receive)  # (S,)
-        rows = F.embedding(served, part)
-        values = all_to_all(rows, self.group, "values", receive, send)  # (T*P, V)
+        values = _read(part, served, part.new_ones(len(served), 1))
+        values = all_to_all(values, self.group, "values", receive, send)  # (T*P, V)
         return _weighted(values, weights), picks.buckets
 
     def _read_sums(self, part: Tensor, picks: _Picks, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ class NumberWiseReader:
             torch.arange(self.layout.size, device=number.device),
             torch.tensor(receive, device=number.device),
         )
-        values = _weighted(F.embedding(served, part), served_weights)
+        values = _read(part, served, served_weights)
         sums = _sums(values, target + offsets[source], sum(sums_send)).to(part.dtype)
         back = all_to_all(sums, self.group, "pooled values", sums_send, sums_receive)
         return back, distinct % max(bound, 1)
@@ -106,6 +106,12 @@ class NumberWiseReader:
         self, x: Tensor, purpose: str, send: Sequence[int], receive: Sequence[int]
     ) -> Tensor:
         return all_to_all(x.to(torch.int32), self.group, purpose, send, receive).long()
+
+
+def _read(part: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Rows (S,) of the table times the weight (S, C) of each core on its slice, (S, V)."""
+    rows = rows.unsqueeze(1)
+    return lookup_reduce(part, rows, torch.zeros_like(rows), weights.unsqueeze(1), 1).squeeze(1)
 
 
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:
