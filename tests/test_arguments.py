@@ -6,7 +6,7 @@ import pytest
 
 from ultramem_megatron.arguments import add_ultramem_arguments, config_from_args
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.presets import PRESETS
+from ultramem_megatron.presets import MEMORY_PRESETS, PRESETS
 from ultramem_megatron.size import memory_size
 from ultramem_megatron.spans import Span
 
@@ -67,12 +67,11 @@ def test_a_preset_fills_what_is_not_given():
     assert (config.topk, config.share_query) == (7, False)
 
 
-def test_every_preset_is_valid_for_its_transformer():
-    for name, preset in PRESETS.items():
-        layers, hidden = (int(part.split()[-1]) for part in (
-            preset.transformer.split(" layers")[0], preset.transformer.split(", GeLU")[0]
-            .split(", SwiGLU")[0]))  # fmt: skip
-        assert _config(f"--ultramem-preset {name}", num_layers=layers, hidden_size=hidden), name
+@pytest.mark.parametrize("name", MEMORY_PRESETS)
+def test_every_preset_is_valid_for_its_transformer(name):
+    model = PRESETS[name].model
+    layers, hidden = model["num_layers"].value, model["hidden_size"].value
+    assert _config(f"--ultramem-preset {name}", num_layers=layers, hidden_size=hidden)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +112,7 @@ _BASE = "--ultramem-spans 3:5 --ultramem-num-keys 10 "
         ("--ultramem-spans 3:5", r"--ultramem-num-keys is not given"),
         ("--ultramem-preset big", r"--ultramem-preset 'big' is unknown. Known presets: .*pkm-151m"),
         ("--ultramem-spans 3:13 --ultramem-num-keys 9", r"span 3:13 leaves the model"),
+        ("--ultramem-preset dense-151m", r"'dense-151m' has no memory layers. Known presets"),
         (_BASE + "--ultramem-value-expansion 8", r"is 8; it must be a square .*Use 4 or 9"),
         (_BASE + "--ultramem-value-expansion 0", r"--ultramem-value-expansion is 0"),
         (_BASE + "--ultramem-value-expansion -4", r"--ultramem-value-expansion is -4"),

@@ -7,7 +7,7 @@ from typing import Any
 from ultramem_megatron.config import CHOICES, UltraMemConfig, flag
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.partition.settings import PARTITIONS
-from ultramem_megatron.presets import PRESETS, preset_fields
+from ultramem_megatron.presets import MEMORY_PRESETS, preset_fields
 from ultramem_megatron.spans import parse_spans
 
 _INTEGER_HELP = {
@@ -60,7 +60,7 @@ def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--ultramem-preset",
         metavar="NAME",
-        help="Fill the flags not given from a named design: " + ", ".join(PRESETS) + ".",
+        help="Fill the flags not given from a named design: " + ", ".join(MEMORY_PRESETS) + ".",
     )
     defaults = {field.name: field.default for field in fields(UltraMemConfig)}
     for names, extra in ((_INTEGER_HELP, {"type": int}), (_NUMBER_HELP, {"type": float})):
@@ -91,6 +91,12 @@ def _add_table_arguments(group: Any) -> None:
         choices=PARTITIONS,
         help="How they share it: number: each has a range of values; dimension: each has a slice "
         "of every value; auto (default): the cheaper by bytes moved.",
+    )
+    group.add_argument(
+        "--ultramem-overlap",
+        action="store_true",
+        help="Compute each memory beside the layers of its span, so that its exchanges between "
+        "ranks travel while the layers compute. Results are the same.",
     )
 
 

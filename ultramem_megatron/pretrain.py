@@ -9,10 +9,9 @@ process.
 import os
 import socket
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 
-from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.errors import exit_on_user_error
 from ultramem_megatron.patches import machine_flags, registry
 
 
@@ -32,17 +31,6 @@ def set_single_process_environment() -> None:
         "MASTER_PORT": str(free_port),
     }.items():
         os.environ.setdefault(name, value)
-
-
-@contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """End the process with status 2 and the message of an UltraMemError, shown once, on rank 0."""
-    try:
-        yield
-    except UltraMemError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
 
 
 def main(
@@ -100,6 +88,7 @@ def main(
         args, config=transformer_config, model_config_cls=UltraMemGPTModelConfig
     )
     model_config.ultramem, model_config.table_partition = ultramem, partition
+    model_config.memory_overlap = args.ultramem_overlap
     if before_training is not None:
         before_training()
     pretrain(

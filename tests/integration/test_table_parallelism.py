@@ -10,12 +10,12 @@ import torch
 from tests.closeness import assert_close
 from tests.ranks import RanksFailed
 from tests.training_runs import run_pretrain, tiny_gpt
-from tests.whole_model import assert_same_training, train, whole
+from tests.whole_model import SEEDS, assert_same_training, for_some_seed, train, whole
 
 _MEMORY = {
     "num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 11, "ultramem_topk": 6,
     "ultramem_value_dim": 16, "ultramem_query_conv_kernel": 3, "ultramem_aux_loss_weight": 1.0,
-    "global_batch_size": 24, "micro_batch_size": 1, "train_iters": 4, "ckpt_format": "torch_dist",
+    "global_batch_size": 24, "micro_batch_size": 3, "train_iters": 4, "ckpt_format": "torch_dist",
     "lr_decay_style": "constant", "clip_grad": 0.5,  # below the norms seen: clipping takes part
     # The bias of attention keys has no gradient but rounding, which Adam would blow up.
     "disable_bias_linear": True,
@@ -26,27 +26,40 @@ def _flags(**changes):
     return tiny_gpt(**{**_MEMORY, **changes})
 
 
-def _save_after_one_step(folder, **flags):
-    run_pretrain(1, _flags(save=folder, save_interval=1, **flags))
-    (folder / "latest_checkpointed_iteration.txt").write_text("1")
+class _Starts:
+    """By seed: a checkpoint after one step, and the three steps one rank takes from it."""
+
+    def __init__(self, folder, **flags):
+        self.folder, self.flags, self.made = folder, flags, {}
+
+    def __call__(self, seed):
+        if seed not in self.made:
+            self.made[seed] = self._make(self.folder / str(seed), {**self.flags, "seed": seed})
+        return self.made[seed]
+
+    @staticmethod
+    def _make(folder, flags):
+        run_pretrain(1, _flags(save=folder, save_interval=1, **flags))
+        (folder / "latest_checkpointed_iteration.txt").write_text("1")
+        expected = train(1, _flags(load=folder, no_load_rng=True, **flags), gradients_at=2)
+        assert len(expected.losses) == 3
+        return folder, expected
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A checkpoint after one step, and the three steps one rank takes from it."""
-    folder = tmp_path_factory.mktemp("start")
-    _save_after_one_step(folder)
-    expected = train(1, _flags(load=folder, no_load_rng=True), gradients_at=2)
-    assert len(expected.losses) == 3
-    return folder, expected
+def starts(tmp_path_factory):
+    return _Starts(tmp_path_factory.mktemp("start"))
 
 
-def _check(start, world_size, tolerance=3e-6, **layout):
-    folder, expected = start
-    run = train(world_size, _flags(load=folder, no_load_rng=True, **layout), gradients_at=2)
-    gradients = not layout.get("use_distributed_optimizer", False)
-    assert_same_training(run, expected, tolerance, gradients=gradients)
-    return run
+def _check(starts, world_size, tolerance=3e-6, **layout):
+    def check(seed):
+        folder, expected = starts(seed)
+        flags = {**starts.flags, **layout, "seed": seed}
+        run = train(world_size, _flags(load=folder, no_load_rng=True, **flags), gradients_at=2)
+        gradients = not flags.get("use_distributed_optimizer", False)
+        assert_same_training(run, expected, tolerance, gradients=gradients)
+
+    for_some_seed(check)
 
 
 _NUMBER = {"ultramem_partition": "number"}
@@ -68,7 +81,7 @@ _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
             ("P1 of DP2", 2, {"ultramem_parallel_size": 1}),
             ("DP2 number", 2, _NUMBER),
             ("DP2 dimension", 2, _DIMENSION),
-            ("DP3 number", 3, {**_NUMBER, "ultramem_value_dim": 16}),
+            ("DP3 number", 3, {**_NUMBER, "micro_batch_size": 2}),
             ("DP4 dimension", 4, _DIMENSION),
             ("P2 of DP4 number", 4, {**_NUMBER, "ultramem_parallel_size": 2}),
             ("P2 of DP4 dimension", 4, {**_DIMENSION, "ultramem_parallel_size": 2}),
@@ -100,8 +113,8 @@ _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
         ]
     ],
 )  # fmt: skip
-def test_layout_trains_like_one_rank(start, world_size, layout):
-    _check(start, world_size, **layout)
+def test_layout_trains_like_one_rank(starts, world_size, layout):
+    _check(starts, world_size, **layout)
 
 
 @pytest.mark.parametrize(
@@ -114,20 +127,16 @@ def test_layout_trains_like_one_rank(start, world_size, layout):
     ],
 )  # fmt: skip
 def test_other_designs(design, tmp_path):
-    _save_after_one_step(tmp_path, **design)
-    expected = train(1, _flags(load=tmp_path, no_load_rng=True, **design), gradients_at=2)
+    starts = _Starts(tmp_path, **design)
     layouts = [(4, {**_TP, **_NUMBER}), (4, {**_TP, **_DIMENSION, "ultramem_parallel_size": 2})]
     for world_size, layout in layouts:
-        _check((tmp_path, expected), world_size, **design, **layout)
+        _check(starts, world_size, **layout)
 
 
 @pytest.fixture(scope="module")
-def start_reshardable(tmp_path_factory):
+def starts_reshardable(tmp_path_factory):
     """The same with the distributed optimizer, whose checkpoints come in a form of their own."""
-    folder = tmp_path_factory.mktemp("start_reshardable")
-    _save_after_one_step(folder, **_DIST)
-    expected = train(1, _flags(load=folder, no_load_rng=True, **_DIST), gradients_at=2)
-    return folder, expected
+    return _Starts(tmp_path_factory.mktemp("start_reshardable"), **_DIST)
 
 
 @pytest.mark.parametrize(
@@ -140,12 +149,12 @@ def start_reshardable(tmp_path_factory):
         (4, {**_CROSSING, **_OVERLAP, "ultramem_parallel_size": 1}),
     ],
 )
-def test_distributed_optimizer(start_reshardable, world_size, layout):
-    _check(start_reshardable, world_size, **_DIST, **layout)
+def test_distributed_optimizer(starts_reshardable, world_size, layout):
+    _check(starts_reshardable, world_size, **layout)
 
 
-def test_bfloat16_follows_one_rank(start):
-    folder, _ = start
+def test_bfloat16_follows_one_rank(starts):
+    folder, _ = starts(SEEDS[0])
     half = {"bf16": True, "no_load_optim": True, "finetune": True, "lr": 1e-3}
     expected = train(1, _flags(load=folder, **half))
     run = train(4, _flags(load=folder, **half, **_SP, **_DIMENSION))
@@ -161,7 +170,7 @@ _HEAVY = {"num_layers": 6, "train_iters": 6, "save_interval": 3}
     ("saving", "loading"),
     [
         ((4, {**_NUMBER}), (2, {**_DIMENSION})),
-        ((2, {**_DIMENSION}), (3, {**_NUMBER})),
+        ((2, {**_DIMENSION, "micro_batch_size": 4}), (3, {**_NUMBER, "micro_batch_size": 4})),
         ((4, {**_TP, **_NUMBER, "ultramem_parallel_size": 2}), (1, {})),
         ((4, {**_SP, **_DIMENSION}), (4, {**_CROSSING, **_NUMBER})),
         ((2, {**_PP, "ultramem_parallel_size": 1}), (4, {**_TP, **_DIMENSION})),
@@ -169,11 +178,20 @@ _HEAVY = {"num_layers": 6, "train_iters": 6, "save_interval": 3}
 )
 def test_a_checkpoint_of_any_layout_continues_in_any_other(saving, loading, tmp_path):
     # Every other pair with the distributed optimizer, whose state is saved in another form.
-    flags = {**_HEAVY, **(_DIST if saving[1].get("ultramem_partition") == "number" else {})}
+    dist = _DIST if saving[1].get("ultramem_partition") == "number" else {}
+
+    def check(seed):
+        _check_continues(saving, loading, tmp_path / str(seed), {**_HEAVY, **dist, "seed": seed})
+
+    for_some_seed(check)
+
+
+def _check_continues(saving, loading, folder, flags):
     (save_ranks, save_layout), (load_ranks, load_layout) = saving, loading
-    uninterrupted = train(save_ranks, _flags(**flags, **save_layout, save=tmp_path))
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
-    resumed = train(load_ranks, _flags(**flags, **load_layout, load=tmp_path, no_load_rng=True))
+    uninterrupted = train(save_ranks, _flags(**{**flags, **save_layout, "save": folder}))
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    loaded = {**flags, **load_layout, "load": folder, "no_load_rng": True}
+    resumed = train(load_ranks, _flags(**loaded))
     assert resumed.losses == pytest.approx(uninterrupted.losses[3:], rel=3e-6)
     assert resumed.grad_norms == pytest.approx(uninterrupted.grad_norms[3:], rel=3e-5)
     expected = whole(uninterrupted, "parameters")
@@ -217,7 +235,8 @@ def test_experts_and_tables_share_their_groups():
         (2, {"ultramem_parallel_size": 3}, "-parallel-size 3: it must divide the 2 ranks"),
         (2, {"ultramem_parallel_size": 0}, "--ultramem-parallel-size 0: .* Use one of 1, 2"),
         (2, {**_PP, "ultramem_parallel_size": 2}, "must divide the 1 ranks of a pipeline stage"),
-        (3, {**_DIMENSION}, "-value-dim 16 is not divisible by --ultramem-parallel-size 3"),
+        (3, {**_DIMENSION, "micro_batch_size": 2},
+         "-value-dim 16 is not divisible by --ultramem-parallel-size 3"),
         (2, {**_DIMENSION, "ultramem_cores": 3, "ultramem_value_dim": 18}, "straddle ranks"),
         (2, {"num_experts": 4, "ultramem_parallel_size": 2},
          "must equal --expert-model-parallel-size 1"),
@@ -236,7 +255,7 @@ def test_impossible_layouts_are_refused(world_size, flags, message):
         run_pretrain(world_size, _flags(**flags))
 
 
-def test_a_checkpoint_of_another_table_size_is_refused(start):
-    folder, _ = start
+def test_a_checkpoint_of_another_table_size_is_refused(starts):
+    folder, _ = starts(SEEDS[0])
     with pytest.raises(RanksFailed, match="--ultramem-num-keys is 12 here, 11 in the checkpoint"):
         run_pretrain(2, _flags(load=folder, ultramem_num_keys=12, **_NUMBER))

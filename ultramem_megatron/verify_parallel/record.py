@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ultramem_megatron.pretrain import exit_on_user_error, main
+from ultramem_megatron.errors import exit_on_user_error
+from ultramem_megatron.pretrain import main
 from ultramem_megatron.verify_parallel.whole_model import pieces
 
 FOLDER = "ULTRAMEM_RECORD_TO"

@@ -1,0 +1,76 @@
+"""Presets: their flags as a shell gets them, and their sources as a reader gets them."""
+
+import shlex
+
+import pytest
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.presets import PRESETS
+from ultramem_megatron.presets.__main__ import flags, main
+from ultramem_megatron.presets.preset import Source, as_words, paper
+
+
+def _printed(capsys, *argv):
+    main(argv)
+    return capsys.readouterr().out
+
+
+def test_settings_become_flags():
+    settings = paper(num_layers=12, lr=6e-4, swiglu=True, bias=False)
+    assert as_words(settings) == ["--num-layers", "12", "--lr", "0.0006", "--swiglu"]
+
+
+def test_model_and_training_are_one_line_for_a_shell(capsys):
+    printed = _printed(capsys, "ultramem-151m-x12", "--model", "--training")
+    assert printed.count("\n") == 1
+    words = shlex.split(printed)
+    assert words == flags("ultramem-151m-x12", model=True, training=True)
+    found = {word: words[i + 1] for i, word in enumerate(words[:-1])}
+    assert found["--hidden-size"] == "1024"
+    assert found["--ultramem-preset"] == "ultramem-151m-x12"
+    # Table 4 of the paper.
+    assert (found["--lr"], found["--min-lr"]) == ("0.0006", "6e-05")
+    assert (found["--train-iters"], found["--global-batch-size"]) == ("238418", "2048")
+
+
+def test_models_without_memory_print_megatrons_flags_only():
+    words = flags("moe-1.6b-2in34", model=True, training=False)
+    assert words[words.index("--num-experts") + 1] == "34"
+    assert "--lr" not in words
+    for name in ("moe-1.6b-2in34", "dense-6.5b"):
+        assert not [word for word in flags(name, model=True, training=True) if "ultramem" in word]
+
+
+@pytest.mark.parametrize("size", ["151m", "680m", "1.6b"])
+def test_compared_models_share_transformer_and_training(size):
+    dense, *others = (p for name, p in PRESETS.items() if f"-{size}" in name)
+    assert len(others) >= 2
+    for other in others:
+        assert other.training == dense.training
+        assert dense.model.items() <= other.model.items()
+
+
+def test_learning_rates_are_those_of_table_4():
+    rates = {name: PRESETS[name].training["lr"].value for name in PRESETS if "dense" in name}
+    assert rates == {
+        "dense-151m": 6e-4, "dense-680m": 2.5e-4, "dense-1.6b": 2e-4, "dense-6.5b": 1.2e-4,
+    }  # fmt: skip
+
+
+def test_an_explanation_names_every_setting_and_its_source(capsys):
+    printed = _printed(capsys, "ultramem-1.6b-x12")
+    assert "inferred  --ultramem-num-keys 1789" in printed
+    assert "paper     --ultramem-spans 3:7/8:12/" in printed
+    assert "paper     --no-ultramem-softmax" in printed
+    assert "assumed   --num-attention-heads 16" in printed
+    preset = PRESETS["ultramem-1.6b-x12"]
+    for name in (*preset.model, *preset.memory, *preset.training):
+        assert name.replace("_", "-") in printed
+    for source in Source:
+        assert f"\n{source} " in printed
+
+
+def test_names_are_listed_and_wrong_ones_refused(capsys):
+    assert len(_printed(capsys).splitlines()) == len(PRESETS)
+    with pytest.raises(UltraMemError, match=r"'ultramem' is unknown\. Known presets: dense-151m, "):
+        main(["ultramem"])
