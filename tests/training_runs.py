@@ -168,7 +168,7 @@ def _pretrain_rank(
     if before is not None:
         before()
     if "--save" in argv:
-        _make_saving_fast()
+        make_saving_fast()
     run = RankRun()
     trained = _record(run, gradients_at, initial_parameters)
     try:
@@ -183,7 +183,7 @@ def _pretrain_rank(
     return run
 
 
-def _make_saving_fast() -> None:
+def make_saving_fast() -> None:
     """Fork the process that Megatron's checkpoint writer would spawn, importing torch anew (3 s).
 
     Must come before anything starts threads.

@@ -92,6 +92,12 @@ def _add_table_arguments(group: Any) -> None:
         help="How they share it: number: each has a range of values; dimension: each has a slice "
         "of every value; auto (default): the cheaper by bytes moved.",
     )
+    group.add_argument(
+        "--ultramem-overlap",
+        action="store_true",
+        help="Compute each memory beside the layers of its span, so that its exchanges between "
+        "ranks travel while the layers compute. Results are the same.",
+    )
 
 
 def _shown_default(default: Any) -> str:

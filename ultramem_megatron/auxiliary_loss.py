@@ -13,8 +13,8 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
 
+from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.layer import UltraMemLayer
-from ultramem_megatron.retrieval.retrieved import at_least_float32
 
 
 def finalize_with_auxiliary_loss(model: list[Any], *args: Any, **kwargs: Any) -> None:

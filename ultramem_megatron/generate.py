@@ -2,11 +2,14 @@
 
     python -m ultramem_megatron.generate --load DIR --prompt "def main():" --tokens 100
 
-Prints prompt and continuation to standard output; everything else goes to standard error.
+Prints prompt and continuation to standard output; everything else goes to standard error. Under
+torchrun the ranks share the model (--tensor-parallel-size), and each tensor-parallel group takes
+its share of the prompts.
 """
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 import warnings
@@ -14,7 +17,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
-from ultramem_megatron.inference import LoadedModel, load_for_inference
+from ultramem_megatron.inference import (
+    InferenceLayout,
+    LoadedModel,
+    load_for_inference,
+    serve_until_all_finish,
+)
+from ultramem_megatron.partition.settings import PARTITIONS
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,7 +42,31 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=1234, help="Of the sampling. Default 1234.")
     parser.add_argument("--tokenizer-model", help="Where the tokenizer is, if it has moved.")
+    add_layout_arguments(parser)
     return parser.parse_args(argv)
+
+
+def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say how the ranks of a torchrun share the model."""
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, help="Ranks that share each weight. Default: all."
+    )
+    parser.add_argument(
+        "--ultramem-parallel-size", type=int, metavar="P",
+        help="Ranks that share each value table. Default: all (with experts, those of one tensor-"
+        "parallel group).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ultramem-partition", choices=PARTITIONS, default="auto",
+        help="How they share it, as in training. Default: auto, by bytes moved.",
+    )  # fmt: skip
+
+
+def layout_from(options: argparse.Namespace) -> InferenceLayout:
+    """The layout those flags ask for."""
+    return InferenceLayout(
+        options.tensor_parallel_size, options.ultramem_parallel_size, options.ultramem_partition
+    )
 
 
 def check(options: argparse.Namespace) -> None:
@@ -52,10 +85,27 @@ def check(options: argparse.Namespace) -> None:
 
 
 def generate(loaded: LoadedModel, prompts: Sequence[str], options: argparse.Namespace) -> list[str]:
-    """Continuations of `prompts`, without the prompts.
+    """Continuations of `prompts`, without the prompts; all ranks give the same prompts.
 
     Raises UltraMemError if a prompt is empty or with its continuation exceeds the trained length.
     """
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    length = _check_lengths(loaded, prompts, options.tokens)
+    replicas = parallel_state.get_data_parallel_group()
+    own = prompts[replicas.rank() :: replicas.size()]
+    texts = _decode(loaded, own, length, options) if own else []
+    serve_until_all_finish(loaded.model)
+    everyone: list[list[str]] = [[] for _ in range(replicas.size())]
+    dist.all_gather_object(everyone, texts, group=replicas)
+    return [everyone[i % replicas.size()][i // replicas.size()] for i in range(len(prompts))]
+
+
+def _decode(
+    loaded: LoadedModel, prompts: Sequence[str], length: int, options: argparse.Namespace
+) -> list[str]:
+    """Continuations from Megatron's static engine, all of them in one batch."""
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.inference.engines import StaticInferenceEngine
     from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
@@ -65,7 +115,6 @@ def generate(loaded: LoadedModel, prompts: Sequence[str], options: argparse.Name
         TextGenerationController,
     )
 
-    length = _check_lengths(loaded, prompts, options.tokens)
     context = StaticInferenceContext(len(prompts), length)
     controller = TextGenerationController(
         GPTInferenceWrapper(loaded.model, context), loaded.tokenizer
@@ -114,12 +163,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation of the static engine, missing fusions
         loaded = load_for_inference(
-            options.load, ckpt_step=options.ckpt_step, tokenizer_model=options.tokenizer_model
+            options.load,
+            ckpt_step=options.ckpt_step,
+            tokenizer_model=options.tokenizer_model,
+            layout=layout_from(options),
         )
         start = time.perf_counter()
         texts = generate(loaded, prompts, options)
         seconds = time.perf_counter() - start
-        print(f"{len(texts)} x up to {options.tokens} tokens in {seconds:.1f} s", file=sys.stderr)
+    if os.environ["RANK"] != "0":
+        return
+    print(f"{len(texts)} x up to {options.tokens} tokens in {seconds:.1f} s", file=sys.stderr)
     for prompt, text in zip(prompts, texts, strict=True):
         print(prompt + text)
 

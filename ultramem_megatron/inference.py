@@ -1,15 +1,32 @@
-"""Load a checkpoint written by training into one process, ready to decode with a KV cache."""
+"""Load a checkpoint written by training onto this process, or the ranks of a torchrun, to decode.
+
+The checkpoint may have been written in any parallel layout. Ranks first form tensor-parallel
+groups, each of which decodes a batch of its own; value tables are cut over the ranks of one or
+several of them.
+"""
 
 import importlib.util
 import os
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.partition.settings import TableSettings
 from ultramem_megatron.patches import registry
+
+
+@dataclass(frozen=True)
+class InferenceLayout:
+    """How ranks share a model. None: all ranks; partition as for training."""
+
+    tensor_parallel: int | None = None
+    table_ranks: int | None = None
+    partition: str = "auto"
 
 
 class LoadedModel(NamedTuple):
@@ -21,49 +38,92 @@ class LoadedModel(NamedTuple):
 
 
 def load_for_inference(
-    load: str, *, ckpt_step: int | None = None, tokenizer_model: str | None = None
+    load: str,
+    *,
+    ckpt_step: int | None = None,
+    tokenizer_model: str | None = None,
+    layout: InferenceLayout | None = None,
 ) -> LoadedModel:
-    """Load the latest (or the given) iteration of a `torch_dist` checkpoint.
+    """Load the latest (or the given) iteration of a `torch_dist` checkpoint; all ranks call it.
 
-    The checkpoint may have been written in any parallel layout; it is loaded whole, into this
-    process. Model and tokenizer are described by the flags stored in it.
+    Model and tokenizer are described by the flags stored in it.
 
     load: the folder given to --save. tokenizer_model: where the tokenizer is now, if it moved.
-    Raises UltraMemError if there is no such checkpoint or tokenizer.
+    Raises UltraMemError if there is no such checkpoint or tokenizer, or if the model cannot be
+    laid out so.
     """
     from ultramem_megatron.compatibility import checkpoint_folder, stored_args
     from ultramem_megatron.pretrain import set_single_process_environment
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UltraMemError(
-            f"Inference loads the whole model into one process, but WORLD_SIZE is "
-            f"{os.environ['WORLD_SIZE']}. Start it with python, not torchrun."
-        )
     set_single_process_environment()
     registry.apply_all()
     folder = checkpoint_folder(load, ckpt_step)
     args = stored_args(folder)
-    _describe_one_process(args, tokenizer_model)
-    _initialize(args.seed)
-    model = _build(args)
+    if tokenizer_model is not None:
+        args.tokenizer_model = tokenizer_model
+    model = build_model(args, layout or InferenceLayout())
     _load_weights(model, folder)
     return LoadedModel(model.eval(), _tokenizer(args), args)
 
 
-def _describe_one_process(args: Namespace, tokenizer_model: str | None) -> None:
-    """Replace what belongs to the training run's machines by what this process has."""
-    sizes = ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel",
-             "expert_model_parallel", "expert_tensor_parallel")  # fmt: skip
-    for name in sizes:
-        setattr(args, f"{name}_size", 1)
+def build_model(args: Namespace, layout: InferenceLayout) -> Any:
+    """The GPT that Megatron's flags `args` describe, on the ranks of this run, newly initialised.
+
+    `args` is changed to describe these ranks instead of those of the training run. Raises
+    UltraMemError.
+    """
+    from ultramem_megatron.arguments import config_from_args
+
+    ultramem = config_from_args(args)
+    tables = _describe_ranks(args, ultramem, layout)
+    _initialize(args, tables)
+    model = _build(args, ultramem, tables)
+    if tables.size > args.tensor_model_parallel_size:
+        from ultramem_megatron.auxiliary_loss import memory_layers
+
+        for layer in memory_layers(model):
+            layer.values.read_in_lockstep()
+    return model
+
+
+def serve_until_all_finish(model: Any) -> None:
+    """After the last forward pass of this rank: take part in the table reads of the others.
+
+    Needed where ranks that decode different batches share tables, else does nothing.
+    """
+    from megatron.core import parallel_state
+
+    from ultramem_megatron.auxiliary_loss import memory_layers
+
+    tables = [layer.values for layer in memory_layers(model)]
+    if not tables or (
+        parallel_state.get_expert_model_parallel_world_size()
+        <= parallel_state.get_tensor_model_parallel_world_size()
+    ):
+        return
+    # Whether anyone goes on shows at the first read of a forward pass; the others follow from it.
+    while all(table.serve() for table in tables):
+        pass
+
+
+def _describe_ranks(
+    args: Namespace, ultramem: UltraMemConfig | None, layout: InferenceLayout
+) -> TableSettings:
+    """Replace what belongs to the training run's machines by what these ranks have."""
+    ranks = int(os.environ["WORLD_SIZE"])
+    tensor_parallel = layout.tensor_parallel or ranks
+    _check_tensor_parallel(args, tensor_parallel, ranks)
+    args.world_size, args.tensor_model_parallel_size = ranks, tensor_parallel
+    args.pipeline_model_parallel_size = args.context_parallel_size = 1
     for name in ("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout",
                  "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
-                 "recompute_granularity", "recompute_method"):  # fmt: skip
+                 "recompute_granularity", "recompute_method", "tensor_parallel_num_weight_shards",
+                 "expert_tensor_parallel_num_weight_shards"):  # fmt: skip
         setattr(args, name, None)
     args.sequence_parallel = args.account_for_embedding_in_pipeline_split = False
-    args.account_for_loss_in_pipeline_split = False
-    if tokenizer_model is not None:
-        args.tokenizer_model = tokenizer_model
+    args.account_for_loss_in_pipeline_split = args.use_tp_pp_dp_mapping = False
+    args.num_distributed_optimizer_instances = 1
+    args.gtp_weight_remat_size = args.expert_gtp_weight_remat_size = 1
     # The training machine may have had fused kernels that this one lacks; decoding needs none.
     for name in (
         "bias_gelu_fusion",
@@ -75,26 +135,78 @@ def _describe_one_process(args: Namespace, tokenizer_model: str | None) -> None:
     ):
         setattr(args, name, False)  # fmt: skip
     args.no_persist_layer_norm = args.use_cpu_initialization = True
+    if not _has_cuda():  # the other dispatchers need CUDA to learn how many tokens go where
+        args.moe_token_dispatcher_type = "allgather"
     if importlib.util.find_spec("transformer_engine") is None or not _has_cuda():
         args.transformer_impl = "local"
+    return _describe_experts_and_tables(args, ultramem, layout)
 
 
-def _initialize(seed: int) -> None:
+def _check_tensor_parallel(args: Namespace, size: int, ranks: int) -> None:
+    """Raise UltraMemError unless `size` ranks can share every weight matrix."""
+    if size < 1 or ranks % size:
+        raise UltraMemError(
+            f"--tensor-parallel-size {size}: it must divide the {ranks} ranks of this run."
+        )
+    divided = {
+        "--num-attention-heads": args.num_attention_heads,
+        "--num-query-groups": args.num_query_groups if args.group_query_attention else size,
+        "--ffn-hidden-size": args.ffn_hidden_size,
+        "padded vocabulary": args.padded_vocab_size,
+    }
+    for name, value in divided.items():
+        if value % size:
+            raise UltraMemError(
+                f"--tensor-parallel-size {size} does not divide the model's {name} ({value}). Use "
+                f"another size, or fewer ranks."
+            )
+
+
+def _describe_experts_and_tables(
+    args: Namespace, ultramem: UltraMemConfig | None, layout: InferenceLayout
+) -> TableSettings:
+    """Experts of a plain MoE model are cut like MLPs; tables over the expert-parallel groups."""
+    from ultramem_megatron.partition.settings import settings_from_args
+
+    tensor_parallel = args.tensor_model_parallel_size
+    args.expert_model_parallel_size = args.expert_tensor_parallel_size = 1
+    if ultramem is None:
+        args.expert_tensor_parallel_size = tensor_parallel
+        return TableSettings()
+    if args.num_experts:  # Megatron's exchange of tokens between experts knows no lockstep
+        args.expert_model_parallel_size = layout.table_ranks or tensor_parallel
+        if tensor_parallel % args.expert_model_parallel_size:
+            raise UltraMemError(
+                f"--ultramem-parallel-size {layout.table_ranks}: with experts it must divide "
+                f"--tensor-parallel-size {tensor_parallel}, since experts are shared likewise."
+            )
+    args.ultramem_parallel_size, args.ultramem_partition = layout.table_ranks, layout.partition
+    return settings_from_args(args, ultramem)
+
+
+def _initialize(args: Namespace, tables: TableSettings) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 
+    if _has_cuda():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if _has_cuda() else "gloo", rank=0, world_size=1)
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        dist.init_process_group("nccl" if _has_cuda() else "gloo")
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        expert_model_parallel_size=max(tables.size, args.expert_model_parallel_size),
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(args.seed, force_reset_rng=True)
 
 
 def _has_cuda() -> bool:
     return not registry.is_applied("cpu_devices") and torch.cuda.is_available()
 
 
-def _build(args: Namespace) -> Any:
+def _build(args: Namespace, ultramem: UltraMemConfig | None, tables: TableSettings) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.module import Float16Module
     from megatron.training.argument_utils import (
@@ -102,16 +214,14 @@ def _build(args: Namespace) -> Any:
         gpt_config_from_args,
     )
 
-    from ultramem_megatron.arguments import config_from_args
     from ultramem_megatron.model import UltraMemGPTModelConfig
 
     config = core_transformer_config_from_args(args)
     model_config = gpt_config_from_args(
         args, config=config, model_config_cls=UltraMemGPTModelConfig
     )
-    model_config.ultramem = config_from_args(args)
+    model_config.ultramem, model_config.table_partition = ultramem, tables.partition
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    # One process: the table group has one rank, whatever the run had.
     model = model_config.get_builder_cls()(model_config).build_model(groups)
     model = model.cuda()
     return Float16Module(config, model) if args.fp16 or args.bf16 else model

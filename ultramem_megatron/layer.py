@@ -18,6 +18,7 @@ from ultramem_megatron.retrieval.retrieved import Retrieved
 from ultramem_megatron.retrieval.tdqkr import TuckerRetrieval
 from ultramem_megatron.retrieval.tucker_core import TuckerCores, singular_value_penalty
 from ultramem_megatron.statistics import MemoryStatistics
+from ultramem_megatron.steps import Steps, run
 from ultramem_megatron.value_table import ValueTable
 
 
@@ -71,19 +72,28 @@ class UltraMemLayer(nn.Module):
 
     def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
         """x: (..., D); with a query convolution (S, B, D) and its `history` (see query.py)."""
+        return run(self.steps(x, history))
+
+    def steps(self, x: Tensor, history: Tensor | None = None) -> Steps:
+        """As forward, pausing whenever other ranks have to answer."""
         retrieved = self.retrieve(self.query(x, history))
         addresses = self.shuffle(retrieved.addresses)
-        pooled = self.read_values(addresses, retrieved.scores)
+        pooled = yield from self.read_values(addresses, retrieved.scores)
         out = self.value_proj(pooled.flatten(1)).view(x.shape)
         if self.training and torch.is_grad_enabled():
             rows, _ = split_address(addresses, self.config.num_values)
             self.statistics.record(rows, retrieved.scores, out, self.config.topk)
         return out
 
-    def read_values(self, addresses: Tensor, scores: Tensor) -> Tensor:
+    def read_values(self, addresses: Tensor, scores: Tensor) -> Steps:
         """Pooled values (T, E, Dv) for shuffled addresses (T, P) and scores (T, P, C)."""
-        pooled: Tensor = self.values(addresses, scores)
-        return pooled
+        reading: Steps = self.values(addresses, scores)
+        return (yield from reading)
+
+    @property
+    def pauses(self) -> int:
+        """How often `steps` pauses."""
+        return self.values.pauses
 
     def retrieve(self, query: Tensor) -> Retrieved:
         """Addresses and scores for normalised queries (T, Q, 2, Dk)."""

@@ -17,6 +17,7 @@ from ultramem_megatron.auxiliary_loss import finalize_with_auxiliary_loss, memor
 from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.current_run import current_run
 from ultramem_megatron.metrics import MemoryMonitor
+from ultramem_megatron.overlap import describe_overlap
 from ultramem_megatron.partition.groups import table_groups
 from ultramem_megatron.partition.plan import Storage, check_agreement, describe_tables
 from ultramem_megatron.partition.settings import TableSettings
@@ -31,12 +32,14 @@ class UltraMemGPTModelConfig(GPTModelConfig):
     """Megatron's GPTModelConfig and the design of its memory layers (None: a plain GPT).
 
     table_partition: how value tables are cut over Megatron's expert-parallel group, "number" or
-    "dimension"; of no account where that has one rank.
+    "dimension"; of no account where that has one rank. memory_overlap: memories compute beside the
+    layers of their spans (see branch.py); results are the same.
     """
 
     builder = "ultramem_megatron.model.UltraMemGPTModelBuilder"
     ultramem: UltraMemConfig | None = None
     table_partition: str = "dimension"
+    memory_overlap: bool = False
 
 
 def ultramem_layer_spec(
@@ -50,6 +53,7 @@ def ultramem_layer_spec(
         config.transformer,
         vp_stage,
         partition=config.table_partition,
+        overlap=config.memory_overlap,
     )
 
 
@@ -72,7 +76,8 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
     ) -> list[Any]:
         """All chunks of this rank, as GPTModelBuilder; also starts the memory layers' metrics."""
         config = self._model_config
-        check_agreement((config.ultramem, config.table_partition, pg_collection.ep.size()))
+        tables = (config.table_partition, pg_collection.ep.size())
+        check_agreement((config.ultramem, *tables, config.memory_overlap))
         models: list[Any] = super().build_distributed_models(pg_collection, *args, **kwargs)
         current_run.ultramem = config.ultramem
         current_run.hidden_size = config.transformer.hidden_size
@@ -115,6 +120,8 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
         current_run.tables = TableSettings(size, self._model_config.table_partition)
         print_rank_0(plan(ultramem, transformer.hidden_size))
         print_rank_0(describe_tables(ultramem, current_run.tables, storage, tables))
+        if self._model_config.memory_overlap:
+            print_rank_0(describe_overlap(ultramem.spans, transformer))
 
 
 def plan(ultramem: UltraMemConfig, hidden_size: int) -> str:
@@ -138,7 +145,12 @@ def _spec_with_memory(config: UltraMemGPTModelConfig) -> Any:
     def spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> Any:
         base = _resolve(given, model_config, vp_stage)
         return with_memory(
-            base, ultramem, model_config.transformer, vp_stage, partition=config.table_partition
+            base,
+            ultramem,
+            model_config.transformer,
+            vp_stage,
+            partition=config.table_partition,
+            overlap=config.memory_overlap,
         )
 
     return spec

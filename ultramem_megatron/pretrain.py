@@ -88,6 +88,7 @@ def main(
         args, config=transformer_config, model_config_cls=UltraMemGPTModelConfig
     )
     model_config.ultramem, model_config.table_partition = ultramem, partition
+    model_config.memory_overlap = args.ultramem_overlap
     if before_training is not None:
         before_training()
     pretrain(

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from ultramem_megatron.config import UltraMemConfig
+from ultramem_megatron.overlap import branch_end
 from ultramem_megatron.pipeline_layout import check_pipeline, spans_cross_stages
 from ultramem_megatron.sequence_parallel_norm import allowed_norm
 from ultramem_megatron.spans import span_covering
@@ -38,13 +39,15 @@ def with_memory(
     pp_rank: int | None = None,
     *,
     partition: str = "dimension",
+    overlap: bool = False,
 ) -> TransformerBlockSubmodules:
     """Add memories to the layers of one pipeline stage (or virtual chunk).
 
     spec: what Megatron's own spec functions return, one layer's ModuleSpec or a whole block's
     submodules; it is not modified. pp_rank: this rank's pipeline stage, by default the one of
     Megatron's parallel state. partition: how tables are cut over Megatron's expert-parallel group,
-    if that has several ranks. Raises UltraMemError when a span cannot cross into another stage.
+    if that has several ranks. overlap: memories compute beside the layers of their spans. Raises
+    UltraMemError when a span cannot cross into another stage.
     """
     check_pipeline(ultramem.spans, config)
     if pp_rank is None:
@@ -54,12 +57,12 @@ def with_memory(
     memory = ModuleSpec(
         module=TransformerMemory, params={"ultramem": ultramem, "partition": partition}
     )
-    with_memories = [
-        _with_role(
-            layer, memory, _role(number, offset, len(layers), ultramem, config), number, config
-        )
-        for number, layer in enumerate(layers, start=offset + 1)
-    ]
+    with_memories = []
+    for number, layer in enumerate(layers, start=offset + 1):
+        role = _role(number, offset, len(layers), ultramem, config)
+        if overlap:
+            role = _overlapped(role, config)
+        with_memories.append(_with_role(layer, memory, role, number, config))
     final_norm = spec.layer_norm if isinstance(spec, TransformerBlockSubmodules) else LayerNormImpl
     return TransformerBlockSubmodules(
         layer_specs=with_memories, layer_norm=allowed_norm(final_norm, config)
@@ -86,6 +89,12 @@ def _role(
         unpacks=number == offset + 1 and number > 1,
         packs=number == offset + count and number < config.num_layers,
     )
+
+
+def _overlapped(role: LayerRole, config: TransformerConfig) -> LayerRole:
+    if role.span is None or branch_end(role.span, config) == role.span.start:
+        return role
+    return dataclasses.replace(role, branch_end=branch_end(role.span, config))
 
 
 def _with_role(

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor, nn
 
+from ultramem_megatron.branch import Branch
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.spans import Span
 from ultramem_megatron.transformer_memory import TransformerMemory
@@ -44,11 +45,20 @@ class LayerRole:
 
     span: the span that covers the layer, if any. unpacks, packs: it is the first or last of a
     pipeline stage in a model where results cross stages, and takes or sends the wider tensor.
+    branch_end: the memory computes beside the layers up to this one (see branch.py); None: it is
+    done before the next layer starts.
     """
 
     span: Span | None = None
     unpacks: bool = False
     packs: bool = False
+    branch_end: int | None = None
+
+    def beside_branch(self, layer_number: int) -> bool:
+        """Whether the memory of the span, read in an earlier layer, still computes beside it."""
+        if self.span is None or self.branch_end is None:
+            return False
+        return self.span.start < layer_number <= self.branch_end
 
 
 class MemoryLayerMixin:
@@ -70,6 +80,10 @@ class MemoryLayerMixin:
         self.role = role
         self.memory: TransformerMemory | None = None
         self._memory_input: Tensor | None = None
+        self._branch: Branch | None = None
+        if role.beside_branch(self.layer_number):
+            attention: nn.Module = self.self_attention  # type: ignore[attr-defined]
+            attention.register_forward_hook(self._after_attention)
         if submodules.memory is None:
             return
         self.memory = build_module(
@@ -93,22 +107,35 @@ class MemoryLayerMixin:
         # Norms with a fused residual return (output, residual).
         self._memory_input = output[0] if isinstance(output, tuple) else output
 
+    def _after_attention(self, *_: object) -> None:
+        if self._branch is not None:
+            self._branch.go_on()
+
     def forward(
-        self, hidden_states: Tensor, *args: Any, context: Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        context: Tensor | Branch | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As TransformerLayer.forward; `context` is the pending result of the current span.
 
-        hidden_states: (S, B, D), or (S, B, 2D) where this layer unpacks. context: (S, B, D) or
-        None. Returns the hidden states (S, B, 2D if it packs) and the context for the next layer.
+        hidden_states: (S, B, D), or (S, B, 2D) where this layer unpacks. context: (S, B, D), a
+        branch that will have it, or None. Returns the hidden states (S, B, 2D if it packs) and the
+        context for the next layer.
         """
         if self.role.unpacks:
             hidden_states, context = self._unpack(hidden_states)
+        self._branch = context if isinstance(context, Branch) else None
         output, _ = super().forward(hidden_states, *args, context=None, **kwargs)  # type: ignore[misc]
         if self.memory is not None:
             context = self._read_memory(kwargs)
+        elif self._branch is not None:
+            context, self._branch = self._end_of_layer(self._branch), None
         if self.role.span is not None and self.layer_number == self.role.span.end:
             output, context = output + context, None
         if self.role.packs:
+            assert not isinstance(context, Branch), "a branch ends with its pipeline stage"
             pending = torch.zeros_like(output) if context is None else context
             output, context = torch.cat([output, pending], dim=-1), None
         return output, context
@@ -119,16 +146,23 @@ class MemoryLayerMixin:
         crosses = span is not None and span.start < self.layer_number
         return hidden_states.contiguous(), pending.contiguous() if crosses else None
 
-    def _read_memory(self, kwargs: dict[str, Any]) -> Tensor:
+    def _end_of_layer(self, branch: Branch) -> Tensor | Branch:
+        if self.layer_number == self.role.branch_end:
+            return branch.join()
+        branch.go_on()
+        return branch
+
+    def _read_memory(self, kwargs: dict[str, Any]) -> Tensor | Branch:
         assert self.memory is not None
         memory_input, self._memory_input = self._memory_input, None
         assert memory_input is not None, "the pre-MLP norm did not run"
         if self.training:
             # Once per optimizer step would do; with unchanged cores repeating it changes nothing.
             self.memory.update_filter()
-        return self.memory(
-            memory_input, kwargs.get("inference_context"), kwargs.get("packed_seq_params")
-        )
+        inputs = memory_input, kwargs.get("inference_context"), kwargs.get("packed_seq_params")
+        if self.role.branch_end is None:
+            return self.memory(*inputs)
+        return self.memory.branch(*inputs, layers=self.role.branch_end - self.layer_number)
 
 
 @functools.cache

@@ -9,10 +9,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import (
-    gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -21,11 +18,14 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ultramem_megatron.branch import Branch, wait_before_gradient
 from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.layer import UltraMemLayer
+from ultramem_megatron.partition.exchange import gather_shares, take_share
 from ultramem_megatron.partition.groups import TableGroups, table_groups
 from ultramem_megatron.partition.settings import TableSettings
+from ultramem_megatron.steps import Steps, run
 from ultramem_megatron.value_table import ValueTable
 
 _TABLE = "values.weight"
@@ -60,6 +60,7 @@ class TransformerMemory(UltraMemLayer):
         self.groups = groups
         self.tensor_group = pg_collection.tp
         self.sequence_parallel = config.sequence_parallel
+        self._gradient_waits = False
         self._tag_parameters()
 
     def _tag_parameters(self) -> None:
@@ -77,42 +78,69 @@ class TransformerMemory(UltraMemLayer):
         self, x: Tensor, inference_context: Any = None, packed_seq_params: Any = None
     ) -> Tensor:
         """x: (S, B, D), the output of the pre-MLP norm; returns the same shape and dtype."""
+        return run(self.steps(x, inference_context, packed_seq_params))
+
+    def steps(  # type: ignore[override]
+        self, x: Tensor, inference_context: Any = None, packed_seq_params: Any = None
+    ) -> Steps:
+        """As forward, pausing whenever other ranks have to answer."""
+        return (yield from super().steps(x, self._history(x, inference_context, packed_seq_params)))
+
+    def branch(self, x: Tensor, *args: Any, layers: int) -> Branch:
+        """Start `steps(x, *args)` beside so many layers, each with two boundaries."""
+        branch = Branch(self.steps(x, *args), x, pauses=self.pauses, boundaries=2 * layers)
+        if branch.stream is not None and not self._gradient_waits:
+            wait_before_gradient(self.values.weight, branch.stream)
+            self._gradient_waits = True
+        return branch
+
+    def _history(self, x: Tensor, inference_context: Any, packed_seq_params: Any) -> Tensor | None:
+        """What the query convolution sees before x."""
         if self.query.conv is None:
-            return super().forward(x)
+            return None
         if packed_seq_params is not None:
             raise UltraMemError(
                 f"--ultramem-query-conv-kernel {self.config.query_conv_kernel} would mix packed "
                 f"documents; it must be 0 with packed sequences."
             )
         if inference_context is not None:
-            return super().forward(x, self._decoding_history(x, inference_context))
+            return self._decoding_history(x, inference_context)
         if self.sequence_parallel and self.tensor_group.size() > 1:
-            return super().forward(x, self._neighbours_history(x))
-        return super().forward(x)
+            return self._neighbours_history(x)
+        return None
 
-    def read_values(self, addresses: Tensor, scores: Tensor) -> Tensor:
+    def read_values(self, addresses: Tensor, scores: Tensor) -> Steps:
         """As UltraMemLayer.read_values, every token being read by one rank only.
 
         Without sequence parallelism all tensor-parallel ranks hold the same tokens; each reads its
         share, and the pooled values are gathered. What comes before and after is computed on all of
         them alike, so gradients of the small parameters need no reduction.
         """
+        if not self._shares_tokens:
+            return (yield from super().read_values(addresses, scores))
         ranks = self.tensor_group.size()
-        if self.groups is None or self.sequence_parallel or ranks == 1:
-            return super().read_values(addresses, scores)
         tokens = len(addresses)
         missing = -tokens % ranks  # shares must be equal: fill up with tokens that weigh nothing
         share = (tokens + missing) // ranks
         start = self.tensor_group.rank() * share
         own_addresses = pad(addresses, (0, 0, 0, missing))[start : start + share]
-        own_scores = scatter_to_sequence_parallel_region(
-            pad(scores, (0, 0, 0, 0, 0, missing)), group=self.tensor_group
-        )
-        pooled = super().read_values(own_addresses, own_scores)
-        whole = gather_from_sequence_parallel_region(
-            pooled, tensor_parallel_output_grad=False, group=self.tensor_group
-        )
-        return whole[:tokens]
+        padded = pad(scores, (0, 0, 0, 0, 0, missing))
+        own_scores = take_share(padded, self.tensor_group, "shared scores").wait()
+        pooled = yield from super().read_values(own_addresses, own_scores)
+        gathering = gather_shares(pooled, self.tensor_group, "shared values")
+        yield
+        return gathering.wait()[:tokens]
+
+    @property
+    def _shares_tokens(self) -> bool:
+        """Whether several ranks hold the same tokens and read a share each."""
+        shared = self.groups is not None and not self.sequence_parallel
+        return shared and self.tensor_group.size() > 1
+
+    @property
+    def pauses(self) -> int:
+        """How often `steps` pauses."""
+        return super().pauses + self._shares_tokens
 
     def _neighbours_history(self, x: Tensor) -> Tensor:
         """Under sequence parallelism: the inputs before x, which other ranks hold."""

@@ -9,10 +9,12 @@ from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.partition.contract import TableReader
 from ultramem_megatron.partition.dimension_wise import DimensionWiseReader
 from ultramem_megatron.partition.layout import TableLayout
+from ultramem_megatron.partition.lockstep import LockstepReader
 from ultramem_megatron.partition.number_wise import NumberWiseReader
 from ultramem_megatron.partition.replicated import ReplicatedReader
 from ultramem_megatron.partition.settings import exchange_of
 from ultramem_megatron.partition.traffic import pools_at_owner
+from ultramem_megatron.steps import Steps
 
 
 class ValueTable(nn.Module):
@@ -32,11 +34,27 @@ class ValueTable(nn.Module):
         )
         self.weight = nn.Parameter(torch.empty(self.layout.shape))
         mark_as_values(self.weight)
+        self._config, self._group = config, group
         self._reader = _reader(self.layout, config, group, self.weight.element_size())
 
-    def forward(self, addresses: Tensor, scores: Tensor) -> Tensor:
+    @property
+    def pauses(self) -> int:
+        """How often a read pauses for other ranks."""
+        return self._reader.pauses
+
+    def forward(self, addresses: Tensor, scores: Tensor) -> Steps:
         """Pooled values (T, E, Dv) for shuffled virtual addresses (T, P) and scores (T, P, C)."""
         return self._reader.read(self.weight, addresses, scores)
+
+    def read_in_lockstep(self) -> None:
+        """Let ranks of the group bring different numbers of tokens, or none; for inference."""
+        self._reader = LockstepReader(self._reader, self._group)
+
+    def serve(self) -> bool:
+        """In lockstep: take part in one read of the other ranks; False if all have finished."""
+        assert isinstance(self._reader, LockstepReader)
+        config = self._config
+        return self._reader.serve(self.weight, config.heads * config.topk, config.cores)
 
 
 def _reader(

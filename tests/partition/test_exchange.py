@@ -22,11 +22,11 @@ def _exchange_on_rank():
     receive = [_SIZES[sender][rank] for sender in range(size)]
     x = _rows(rank, sum(_SIZES[rank])).requires_grad_()
     with count_bytes() as received:
-        uneven = all_to_all(x, group, "rows", _SIZES[rank], receive)
+        uneven = all_to_all(x, group, "rows", _SIZES[rank], receive).wait()
     (uneven * (rank + 1)).sum().backward()
     return {
-        "gathered": gather_tokens(_rows(rank, 2), group, "tokens"),
-        "even": all_to_all(_rows(rank, size), group, "even"),
+        "gathered": gather_tokens(_rows(rank, 2), group, "tokens").wait(),
+        "even": all_to_all(_rows(rank, size), group, "even").wait(),
         "uneven": uneven.detach(),
         "gradient": x.grad,
         "bytes": received["rows"],

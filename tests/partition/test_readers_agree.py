@@ -20,6 +20,7 @@ from ultramem_megatron.partition.traffic import (
     number_wise_rows,
     number_wise_sums,
 )
+from ultramem_megatron.steps import run
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _whole(case):
     table, addresses, scores, grad = case.tensors()
     table.requires_grad_()
     scores.requires_grad_()
-    out = ReplicatedReader(case.num_values, case.groups).read(table, addresses, scores)
+    out = run(ReplicatedReader(case.num_values, case.groups).read(table, addresses, scores))
     out.backward(grad)
     return out.detach(), table.grad, scores.grad
 
@@ -95,7 +96,7 @@ def _read(case, group, rank):
     else:
         reader = NumberWiseReader(layout, case.groups, group, case.partition == "sums")
     with count_bytes() as received:
-        out = reader.read(part, addresses[own], own_scores)
+        out = run(reader.read(part, addresses[own], own_scores))
         forward = dict(received)
         out.backward(grad[own])
     backward = {name: n - forward.get(name, 0) for name, n in received.items()}

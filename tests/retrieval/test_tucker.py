@@ -94,12 +94,20 @@ def _query(config, tokens=5):
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+def _all_scores(keys, query):
+    """Row and column scores (H, R, T, N) of every key."""
+    config = keys.config
+    directions = torch.ones(2, config.heads, config.tucker_rank, dtype=query.dtype)
+    _, scores = keys(query, directions, config.keys_per_side)
+    return scores.permute(2, 1, 3, 0, 4)
+
+
 def test_product_keys_find_the_best_of_the_whole_grid():
     config = small_config(retrieval="pkm", tucker_rank=1, cores=1, num_keys=11)
     retrieval = _with_random_keys(ProductKeyRetrieval(config, 1e-5).double())
     query = _query(config)
     addresses, scores = retrieval(query)
-    row, column = retrieval.keys(query)
+    row, column = _all_scores(retrieval.keys, query)
     grid = row[:, 0, :, :, None] + column[:, 0, :, None, :]
     best = grid.flatten(2).topk(config.topk)
     assert_close(scores.view(5, 2, -1).transpose(0, 1), best.values, 1e-12)
@@ -114,7 +122,7 @@ def test_tucker_retrieval_is_exact_when_every_key_is_shortlisted():
     retrieval.cores(update_filter=True)
     query = _query(config)
     addresses, scores = retrieval(query)
-    row, column = retrieval.keys(query)
+    row, column = _all_scores(retrieval.keys, query)
     grid = torch.einsum("hati,chab,hbtj->htij", row, retrieval.cores.weight, column)
     best = grid.flatten(2).topk(config.topk)
     assert_close(scores.sum(-1).view(5, 2, -1).transpose(0, 1), best.values, 1e-11)

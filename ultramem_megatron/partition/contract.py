@@ -7,12 +7,19 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ultramem_megatron.steps import Steps
+
 
 class TableReader(Protocol):
     """Reads a table that may be spread over ranks. All ranks take part in each call."""
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Tensor:
-        """Pooled values of this rank's tokens, differentiable in `part` and `scores`.
+    @property
+    def pauses(self) -> int:
+        """How often a read pauses for the other ranks."""
+        ...
+
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+        """Pooled values of this rank's tokens, differentiable in `part` and `scores`; in steps.
 
         part: this rank's part of the table, `TableLayout.shape`. addresses: (T, P) int64, shuffled
         virtual addresses, group * N + row. scores: (T, P, C). Returns (T, E, V) in the table's

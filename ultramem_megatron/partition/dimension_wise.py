@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
-from ultramem_megatron.partition.exchange import all_to_all, gather_tokens
+from ultramem_megatron.partition.exchange import Transfer, all_to_all, gather_tokens
 from ultramem_megatron.partition.layout import TableLayout
 from ultramem_megatron.retrieval.addresses import split_address
+from ultramem_megatron.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,24 @@ class DimensionWiseReader:
     layout: TableLayout
     num_groups: int
     group: Any
+    pauses = 2
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Tensor:
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
         """See TableReader.read."""
         tokens = len(addresses)
-        gathered = gather_tokens(addresses.to(torch.int32), self.group, "addresses").long()
-        rows, groups = split_address(gathered, self.layout.num_values)
-        pooled = lookup_reduce(part, rows, groups, self._send_scores(scores, part), self.num_groups)
-        home = all_to_all(pooled, self.group, "pooled values")  # (G*T, E, v), by owner of columns
+        gathering = gather_tokens(addresses.to(torch.int32), self.group, "addresses")
+        sending = self._send_scores(scores, part)
+        yield
+        rows, groups = split_address(gathering.wait().long(), self.layout.num_values)
+        pooled = lookup_reduce(part, rows, groups, sending.wait(), self.num_groups)
+        returning = all_to_all(pooled, self.group, "pooled values")
+        yield
+        home = returning.wait()  # (G*T, E, v), by owner of columns
         by_rank = home.view(self.layout.size, tokens, self.num_groups, part.shape[1])
         by_token = by_rank.permute(1, 2, 0, 3)
         return by_token.reshape(tokens, self.num_groups, self.layout.value_dim)
 
-    def _send_scores(self, scores: Tensor, part: Tensor) -> Tensor:
+    def _send_scores(self, scores: Tensor, part: Tensor) -> Transfer:
         """Scores (T, P, C) to (G*T, P, c): of all tokens, for the cores of this rank's columns."""
         layout = self.layout
         held = len(layout.cores_of(0))

@@ -8,18 +8,19 @@ T tokens of this rank, G ranks, P picks per token, C cores, E expansion groups, 
 that this rank serves, B sums that it sends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ultramem_megatron.partition.exchange import all_to_all
+from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
+from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.partition.exchange import Transfer, all_to_all
 from ultramem_megatron.partition.layout import TableLayout
 from ultramem_megatron.retrieval.addresses import split_address
-from ultramem_megatron.retrieval.retrieved import at_least_float32
+from ultramem_megatron.steps import Steps
 
 
 class _Picks(NamedTuple):
@@ -31,6 +32,10 @@ class _Picks(NamedTuple):
     owners: Tensor  # (T*P,)
 
 
+_Sizes = tuple[list[int], list[int]]  # entries sent to, and received from, each rank
+_Exchanged = Generator[None, None, tuple[Tensor, Tensor]]  # values that came, and their buckets
+
+
 @dataclass(frozen=True)
 class NumberWiseReader:
     """Reads a table cut by rows over `group`."""
@@ -39,13 +44,14 @@ class NumberWiseReader:
     num_groups: int
     group: Any
     pool_at_owner: bool
+    pauses = 3
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Tensor:
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
         """See TableReader.read."""
         picks = self._by_owner(addresses)
         weights = scores.flatten(0, 1)[picks.order].to(part.dtype)  # (T*P, C)
         exchange = self._read_sums if self.pool_at_owner else self._read_rows
-        values, buckets = exchange(part, picks, weights)
+        values, buckets = yield from exchange(part, picks, weights)
         pooled = _sums(values, buckets, len(addresses) * self.num_groups)
         return pooled.to(part.dtype).view(len(addresses), self.num_groups, part.shape[1])
 
@@ -62,50 +68,65 @@ class NumberWiseReader:
         buckets = (tokens * self.num_groups + groups).flatten()[order]
         return _Picks(order, rows.flatten()[order] - first_rows[owners], buckets, owners)
 
-    def _read_rows(self, part: Tensor, picks: _Picks, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _read_rows(self, part: Tensor, picks: _Picks, weights: Tensor) -> _Exchanged:
         """Rows come here; weighting is done at home."""
-        send, receive = self._exchange_sizes(picks.owners)
-        served = self._send_integers(picks.rows, "addresses", send, receive)  # (S,)
-        rows = F.embedding(served, part)
-        values = all_to_all(rows, self.group, "values", receive, send)  # (T*P, V)
-        return _weighted(values, weights), picks.buckets
+        [(send, receive)] = yield from self._exchange_sizes(picks.owners)
+        asking = self._send_integers(picks.rows, "addresses", send, receive)
+        yield
+        served = asking.wait().long()
+        rows = _read(part, served, part.new_ones(len(served), 1))  # (S, V)
+        returning = all_to_all(rows, self.group, "values", receive, send)
+        yield
+        return _weighted(returning.wait(), weights), picks.buckets  # (T*P, V)
 
-    def _read_sums(self, part: Tensor, picks: _Picks, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _read_sums(self, part: Tensor, picks: _Picks, weights: Tensor) -> _Exchanged:
         """Owners weight and sum; one vector per owner and bucket comes here."""
         # Every rank numbers its (owner, bucket) pairs in order, so the owner need not send them.
         bound = int(picks.buckets.numel() and picks.buckets.max() + 1)
         pairs = picks.owners * bound + picks.buckets
         distinct, number = pairs.unique(return_inverse=True)
         sums_owner = distinct // max(bound, 1)
-        send, receive = self._exchange_sizes(picks.owners)
-        sums_receive, sums_send = self._exchange_sizes(sums_owner)
+        (send, receive), (sums_receive, sums_send) = yield from self._exchange_sizes(
+            picks.owners, sums_owner
+        )
         first_sum = torch.tensor([0, *sums_receive], device=number.device).cumsum(0)
         local_number = number - first_sum[picks.owners]
 
-        served = self._send_integers(picks.rows, "addresses", send, receive)  # (S,)
-        target = self._send_integers(local_number, "sum numbers", send, receive)  # (S,)
-        served_weights = all_to_all(weights, self.group, "scores", send, receive)  # (S, C)
+        asking = self._send_integers(picks.rows, "addresses", send, receive)
+        numbering = self._send_integers(local_number, "sum numbers", send, receive)
+        weighing = all_to_all(weights, self.group, "scores", send, receive)
+        yield
+        served, target = asking.wait().long(), numbering.wait().long()  # (S,)
         offsets = torch.tensor([0, *sums_send], device=number.device).cumsum(0)
         source = torch.repeat_interleave(
             torch.arange(self.layout.size, device=number.device),
             torch.tensor(receive, device=number.device),
         )
-        values = _weighted(F.embedding(served, part), served_weights)
+        values = _read(part, served, weighing.wait())
         sums = _sums(values, target + offsets[source], sum(sums_send)).to(part.dtype)
-        back = all_to_all(sums, self.group, "pooled values", sums_send, sums_receive)
-        return back, distinct % max(bound, 1)
+        returning = all_to_all(sums, self.group, "pooled values", sums_send, sums_receive)
+        yield
+        return returning.wait(), distinct % max(bound, 1)
 
-    def _exchange_sizes(self, owners: Tensor) -> tuple[list[int], list[int]]:
-        """How many entries go to each rank, and how many come from each."""
-        counts = owners.bincount(minlength=self.layout.size)
-        received = all_to_all(counts, self.group, "sizes")
-        both: list[list[int]] = torch.stack([counts, received]).tolist()  # the host waits here
-        return both[0], both[1]
+    def _exchange_sizes(self, *owners: Tensor) -> Generator[None, None, list[_Sizes]]:
+        """For each list of owners: how many entries go to each rank, how many come from each."""
+        size = self.layout.size
+        counts = torch.stack([kind.bincount(minlength=size) for kind in owners], dim=1)
+        counting = all_to_all(counts, self.group, "sizes")
+        yield
+        both = torch.stack([counts, counting.wait()]).permute(2, 0, 1)
+        return [(send, receive) for send, receive in both.tolist()]  # the host waits here
 
     def _send_integers(
         self, x: Tensor, purpose: str, send: Sequence[int], receive: Sequence[int]
-    ) -> Tensor:
-        return all_to_all(x.to(torch.int32), self.group, purpose, send, receive).long()
+    ) -> Transfer:
+        return all_to_all(x.to(torch.int32), self.group, purpose, send, receive)
+
+
+def _read(part: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Rows (S,) of the table times the weight (S, C) of each core on its slice, (S, V)."""
+    rows = rows.unsqueeze(1)
+    return lookup_reduce(part, rows, torch.zeros_like(rows), weights.unsqueeze(1), 1).squeeze(1)
 
 
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:

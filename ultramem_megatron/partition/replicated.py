@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.retrieval.addresses import split_address
+from ultramem_megatron.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,10 @@ class ReplicatedReader:
 
     num_values: int
     num_groups: int
+    pauses = 0
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Tensor:
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
         """See TableReader.read."""
+        yield from ()
         rows, groups = split_address(addresses, self.num_values)
         return lookup_reduce(part, rows, groups, scores, self.num_groups)

@@ -1,13 +1,14 @@
-"""The key sets of all heads and their scores with the queries, one score per Tucker rank.
+"""The key sets of all heads, and the best keys of both sides for a query.
 
-T tokens, H heads, Q queries, N keys per side (already expanded, e*n), R Tucker rank, K width of
-one rank's key. Sides: 0 row, 1 column.
+T tokens, H heads, Q queries, S = 2 sides (row, column), N keys per side (already expanded, e*n),
+R Tucker rank, K width of one rank's key.
 """
 
 import torch
 from torch import Tensor, nn
 
 from ultramem_megatron.config import UltraMemConfig
+from ultramem_megatron.kernels.side_topk import side_topk
 from ultramem_megatron.norm import build_norm
 
 
@@ -21,26 +22,25 @@ class ProductKeys(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
         self.norm = build_norm(config.qk_norm, config.key_dim, eps)
 
-    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of every key.
+    def forward(self, query: Tensor, directions: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+        """The m keys of each side with the largest scores, combined over ranks by `directions`.
 
-        query: (T, Q, 2, Dk), normalised. Returns row and column scores, each (H, R, T, N), in the
-        dtype of the query. Head i reads query i * Q // H.
+        query: (T, Q, S, Dk), normalised; head i reads query i * Q // H. directions: (S, H, R).
+        Returns keys (T, H, S, m), ascending, and their scores (T, H, S, R, m), at least float32.
         """
-        heads, sides, keys, ranks, width = self.weight.shape
         # With split ranks the slices of one key are normalised together, over Dk.
-        normed = self.norm(self.weight.reshape(heads, sides, keys, -1, self.config.key_dim))
-        keys_by_rank = normed.view(heads, sides, keys, ranks, width).permute(1, 0, 3, 4, 2)
-        query_by_rank = self._per_head_and_rank(query)  # (2, H, R, T, K)
-        scores = query_by_rank @ keys_by_rank
-        return scores[0], scores[1]
+        normed = self.norm(self.weight.view(*self.weight.shape[:3], -1, self.config.key_dim))
+        return side_topk(
+            self._per_head_and_rank(query), normed.view_as(self.weight), directions, topk
+        )
 
     def _per_head_and_rank(self, query: Tensor) -> Tensor:
+        """(T, H, S, R, K); a view where each query serves one head, or one query all."""
         heads, _, _, ranks, width = self.weight.shape
-        tokens, queries = query.shape[:2]
+        tokens, queries, sides, _ = query.shape
         if self.config.rank_layout == "split":
-            by_rank = query.view(tokens, queries, 2, ranks, width)
+            by_rank = query.view(tokens, queries, 1, sides, ranks, width)
         else:
-            by_rank = query.unsqueeze(3).expand(tokens, queries, 2, ranks, width)
-        per_head = by_rank.repeat_interleave(heads // queries, dim=1)
-        return per_head.permute(2, 1, 3, 0, 4)
+            by_rank = query.view(tokens, queries, 1, sides, 1, width)
+        per_query = heads // queries
+        return by_rank.expand(-1, -1, per_query, -1, ranks, -1).flatten(1, 2)

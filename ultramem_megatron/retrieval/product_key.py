@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_megatron.config import UltraMemConfig
+from ultramem_megatron.kernels.tucker_topk import tucker_topk
 from ultramem_megatron.retrieval.keys import ProductKeys
-from ultramem_megatron.retrieval.retrieved import Retrieved, best_of_grid, by_token, pick
+from ultramem_megatron.retrieval.retrieved import Retrieved
 
 
 class ProductKeyRetrieval(nn.Module):
@@ -18,13 +19,12 @@ class ProductKeyRetrieval(nn.Module):
 
     def forward(self, query: Tensor) -> Retrieved:
         """query: (T, Q, 2, Dk)."""
-        row_scores, column_scores = self.keys(query)
-        with torch.no_grad():
-            row_keys = row_scores[:, 0].topk(self.config.topk, dim=-1).indices
-            column_keys = column_scores[:, 0].topk(self.config.topk, dim=-1).indices
-        row = pick(row_scores, row_keys)[:, 0]
-        column = pick(column_scores, column_keys)[:, 0]
-        grid = row.unsqueeze(-1) + column.unsqueeze(-2)
-        positions, addresses = best_of_grid(grid, row_keys, column_keys, self.config.keys_per_side)
-        scores = grid.flatten(-2).gather(-1, positions)
-        return Retrieved(by_token(addresses), by_token(scores.unsqueeze(-1)))
+        heads = self.config.heads
+        directions = query.new_ones(2, heads, 1)
+        keys, scores = self.keys(query, directions, self.config.topk)
+        row, column = scores.unbind(2)  # (T, H, 1, m)
+        # A sum as a Tucker grid: (row, 1) and (1, column) of rank 2 with the identity as core.
+        ones = torch.ones_like(row)
+        of_rank_2 = torch.stack([torch.cat([row, ones], 2), torch.cat([ones, column], 2)], dim=2)
+        core = torch.eye(2, dtype=scores.dtype, device=scores.device).expand(1, heads, 2, 2)
+        return Retrieved.by_head(*tucker_topk(of_rank_2, keys, core, self.config.keys_per_side))

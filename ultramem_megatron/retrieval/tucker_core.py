@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_megatron.config import UltraMemConfig
-from ultramem_megatron.retrieval.retrieved import at_least_float32
+from ultramem_megatron.kernels.precision import at_least_float32
 
 
 class TuckerCores(nn.Module):

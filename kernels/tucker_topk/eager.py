@@ -1,0 +1,43 @@
+"""Tucker grid top-m through PyTorch's own kernels: the grids of a few tokens at a time.
+
+Only the sum of the grids decides, which is the grid of the cores' sum; the scores of each core are
+computed for the m chosen pairs alone, by differentiable operations on tensors of that size.
+Letters as in reference.py.
+"""
+
+import torch
+from torch import Tensor
+
+from ultramem_megatron.kernels.selection import largest
+from ultramem_megatron.kernels.tucker_topk.reference import pair_addresses
+
+CACHED_SCORES = 2**18
+"""Grid entries held at a time: 1 MB in float32, the second-level cache of one core."""
+
+
+def tucker_topk_eager(
+    scores: Tensor, keys: Tensor, cores: Tensor, keys_per_side: int
+) -> tuple[Tensor, Tensor]:
+    """Same contract as `tucker_topk_reference`."""
+    cores = cores.to(scores.dtype)
+    positions = _best_positions(scores.detach(), cores.detach().sum(0))
+    topk, ranks = keys.shape[-1], scores.shape[3]
+    index = torch.stack([positions // topk, positions % topk], dim=2)  # (T, H, S, m)
+    picked = scores.gather(4, index.unsqueeze(3).expand(*index.shape[:3], ranks, topk))
+    row, column = picked.unbind(2)  # (T, H, R, m)
+    products = (row.unsqueeze(3) * column.unsqueeze(2)).flatten(2, 3)  # (T, H, R*R, m)
+    by_core = products.transpose(2, 3) @ cores.permute(1, 2, 3, 0).flatten(1, 2)
+    return pair_addresses(keys, positions, keys_per_side), by_core
+
+
+@torch.no_grad()
+def _best_positions(scores: Tensor, total: Tensor) -> Tensor:
+    """Positions (T, H, m) of the best pairs; total (H, R, R): the cores' sum."""
+    tokens, heads, _, _, topk = scores.shape
+    positions = torch.empty(tokens, heads, topk, dtype=torch.int64, device=scores.device)
+    step = max(1, CACHED_SCORES // (heads * topk * topk))
+    for start in range(0, tokens, step):
+        row, column = scores[start : start + step].unbind(2)  # (t, H, R, m)
+        grid = (total.mT @ row).mT @ column  # (t, H, m, m)
+        positions[start : start + step] = largest(grid.flatten(2), topk)
+    return positions

@@ -1,0 +1,69 @@
+"""Small GPTs of the three kinds, and their logits by cached decoding and by one full forward."""
+
+from typing import Any
+
+import torch
+
+from tests.training_runs import tiny_gpt
+
+_TINY = {
+    "num_layers": 4, "untie_embeddings_and_output_weights": True, "max_position_embeddings": 32,
+    # Large enough that logits differ between tokens, and the memory's part shows.
+    "init_method_std": 0.2,
+}  # fmt: skip
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "moe": {"num_experts": 4, "moe_router_topk": 2, "disable_bias_linear": True,
+            "moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "alltoall"},
+    "ultramem": {"ultramem_spans": "1:3/4:4", "ultramem_num_keys": 12, "ultramem_topk": 6},
+    "ultramem-conv": {"ultramem_spans": "1:2/3:4", "ultramem_num_keys": 12, "ultramem_topk": 6,
+                      "ultramem_query_conv_kernel": 4},
+    "pkm": {"ultramem_spans": "2:2", "ultramem_num_keys": 12, "ultramem_topk": 6,
+            "ultramem_retrieval": "pkm", "ultramem_softmax": True},
+}  # fmt: skip
+KINDS["moe-ultramem"] = KINDS["moe"] | KINDS["ultramem"]
+
+
+def flags_of(kind: str) -> list[str]:
+    """Megatron's flags for the small model of that kind."""
+    return tiny_gpt(**{**_TINY, **KINDS[kind]})
+
+
+def causal_mask(length: int) -> torch.Tensor:
+    """(1, 1, S, S), True where attention is forbidden."""
+    return torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+
+
+@torch.no_grad()
+def full_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """(B, S, V) of tokens (B, S), in one forward pass."""
+    positions = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
+    logits: torch.Tensor = model(
+        tokens, positions, causal_mask(tokens.shape[1]), runtime_gather_output=True
+    )
+    return logits
+
+
+@torch.no_grad()
+def cached_logits(model: Any, tokens: torch.Tensor, prefill: int) -> torch.Tensor:
+    """Logits (B, S-prefill+1, V) from position prefill-1 on: the prompt at once, then one by one.
+
+    Through the wrapper that Megatron's engines call.
+    """
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
+        GPTInferenceWrapper,
+    )
+    from megatron.core.inference.utils import InferenceMode
+
+    batch, length = tokens.shape
+    wrapper = GPTInferenceWrapper(model, StaticInferenceContext(batch, length))
+    wrapper.prep_model_for_inference()
+    inputs, logits = wrapper.prep_inference_input(tokens), []
+    with InferenceMode.active():
+        for start, end in [(0, prefill), *((i, i + 1) for i in range(prefill, length))]:
+            window = wrapper.get_batch_for_context_window(inputs, start, end)
+            logits.append(wrapper.run_one_forward_step(window)[:, -1])
+            wrapper.inference_context.enable_decode_mode()
+    return torch.stack(logits, dim=1)

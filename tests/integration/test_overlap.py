@@ -1,0 +1,61 @@
+"""With --ultramem-overlap training is, bit for bit, what it is without."""
+
+import pytest
+import torch
+
+from tests.training_runs import run_pretrain, tiny_gpt
+
+_MEMORY = {
+    "num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 11, "ultramem_topk": 6,
+    "ultramem_value_dim": 16, "seq_length": 16, "max_position_embeddings": 16,
+    "global_batch_size": 8, "micro_batch_size": 1, "train_iters": 2, "clip_grad": 0.5,
+}  # fmt: skip
+
+_NUMBER = {"ultramem_partition": "number"}
+_DIMENSION = {"ultramem_partition": "dimension"}
+_TP = {"tensor_model_parallel_size": 2}
+_SP = {**_TP, "sequence_parallel": True, "ultramem_query_conv_kernel": 3}
+_PP = {"pipeline_model_parallel_size": 2}
+_CROSSING = {**_PP, "pipeline_model_parallel_layout": "Etttt|ttL"}  # span 4:6
+_VPP = {**_PP, "num_virtual_stages_per_pipeline_rank": 3}
+_OVERLAPS = {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
+             "overlap_param_gather": True}  # fmt: skip
+_UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform"}
+_BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
+_EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "disable_bias_linear": True,
+            "expert_model_parallel_size": 2}  # fmt: skip
+
+
+def _train(world_size, overlap, layout):
+    flags = {**_MEMORY, **layout, "ultramem_overlap": overlap}
+    return run_pretrain(world_size, tiny_gpt(**flags), gradients_at=2, parameters=True)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        pytest.param(world_size, layout, id=name)
+        for name, world_size, layout in [
+            ("one rank", 1, {}),
+            ("DP2 dimension, evaluation", 2, {**_DIMENSION, "eval_iters": 1, "eval_interval": 1}),
+            ("DP2 number, experts", 2, {**_NUMBER, **_EXPERTS}),
+            ("DP2 dimension, distributed optimizer", 2, {**_DIMENSION, **_OVERLAPS}),
+            ("TP2 DP2 number", 4, {**_TP, **_NUMBER, "bf16": True}),
+            ("TP2 SP dimension", 2, {**_SP, **_DIMENSION}),
+            ("PP2 crossing, TP2", 4, {**_CROSSING, **_TP, **_DIMENSION}),
+            ("PP2 interleaved, DP2", 4, {**_VPP, **_NUMBER, **_OVERLAPS}),
+            ("recompute, crossing", 2, {**_UNIFORM, "recompute_num_layers": 2, **_NUMBER}),
+            ("recompute, kept in part", 2, {**_BLOCK, "recompute_num_layers": 2, **_DIMENSION}),
+        ]
+    ],
+)  # fmt: skip
+def test_overlap_changes_no_bit(world_size, layout):
+    expected, found = (_train(world_size, overlap, layout) for overlap in (False, True))
+    assert found.losses == expected.losses
+    assert found.grad_norms == expected.grad_norms
+    for ours, theirs in zip(found.ranks, expected.ranks, strict=True):
+        for kind in ("gradients", "parameters"):
+            mine, wanted = getattr(ours, kind), getattr(theirs, kind)
+            assert mine.keys() == wanted.keys()
+            for name, tensor in wanted.items():
+                assert torch.equal(mine[name], tensor), f"{kind} {name}"

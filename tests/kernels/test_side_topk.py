@@ -1,0 +1,149 @@
+"""Side top-m: its worked case, every implementation against float64, ties, extremes, memory.
+
+Letters as in kernels/side_topk/reference.py.
+"""
+
+import pytest
+import torch
+
+from tests.closeness import assert_close, relative_error
+from ultramem_megatron.kernels.side_topk import side_topk, side_topk_reference
+from ultramem_megatron.kernels.side_topk.eager import EagerSideTopk
+
+# tokens, heads, keys per side, ranks, width of a rank's key, m
+SIZES = [
+    (5, 2, 40, 2, 3, 7), (1, 1, 9, 1, 4, 1), (0, 2, 12, 2, 3, 4), (3, 1, 33, 3, 2, 33),
+    (2, 3, 131, 2, 5, 8),
+]  # fmt: skip
+
+
+@pytest.fixture(params=["reference", "torch"])
+def forced(request, monkeypatch):
+    """Each implementation in turn."""
+    monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)
+    return request.param
+
+
+def _case(sizes, dtype=torch.float64, integers=False):
+    tokens, heads, keys, ranks, width, topk = sizes
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return drawn.round().clamp(-2, 2) if integers else drawn
+
+    query, key_set = draw(tokens, heads, 2, ranks, width), draw(heads, 2, keys, ranks, width)
+    directions = draw(2, heads, ranks).float()
+    inputs = query.to(dtype).requires_grad_(), key_set.to(dtype).requires_grad_()
+    return *inputs, directions, topk
+
+
+def _run(function, case):
+    """Indices, scores and the gradients of query and keys for some gradient of the scores."""
+    indices, scores = function(*case)
+    generator = torch.Generator().manual_seed(4)
+    grad = torch.randn(scores.shape, generator=generator, dtype=torch.float64)
+    return indices, scores, *torch.autograd.grad(scores, case[:2], grad.to(scores.dtype))
+
+
+def test_worked_case(forced):
+    keys = torch.tensor([1.0, 5.0, 5.0, 3.0]).view(1, 1, 4, 1, 1).expand(1, 2, 4, 1, 1)
+    query = torch.tensor([2.0, -1.0]).view(1, 1, 2, 1, 1)
+    indices, scores = side_topk(query, keys, torch.ones(2, 1, 1), 2)
+    assert indices.view(2, 2).tolist() == [[1, 2], [0, 3]]
+    assert scores.view(2, 2).tolist() == [[10, 10], [-1, -3]]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_small_integers_with_many_ties_give_the_same_keys(forced, sizes, nan_filled_empty):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = _run(side_topk, _case(sizes, dtype, integers=True))
+        wanted = _run(side_topk_reference, _case(sizes, integers=True))
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1].double(), wanted[1])
+        assert (found[0].diff(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_within_twice_that_of_plain_torch(forced, dtype, nan_filled_empty):
+    """All keys are picked, so that rounding cannot change which ones."""
+    for sizes in ((5, 2, 40, 2, 3, 40), (2, 3, 131, 4, 5, 131)):
+        exact = _run(side_topk_reference, _case(sizes))
+        plain = _run(side_topk_reference, _case(sizes, dtype))
+        found = _run(side_topk, _case(sizes, dtype))
+        for name, out, rounded, truth in zip(
+            ("scores", "query", "keys"), found[1:], plain[1:], exact[1:], strict=True
+        ):
+            own = relative_error(rounded, truth)
+            assert_close(
+                out.double(), truth, 2 * own + 1e-6 * (dtype != torch.float64) + 1e-14, name
+            )
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_picks_and_gradients_equal_the_reference_in_float64(forced, sizes):
+    found, wanted = _run(side_topk, _case(sizes)), _run(side_topk_reference, _case(sizes))
+    assert torch.equal(found[0], wanted[0])
+    for out, truth in zip(found[1:], wanted[1:], strict=True):
+        assert out.shape == truth.shape
+        assert torch.allclose(out, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [side_topk_reference, EagerSideTopk.apply])
+def test_gradcheck(function):
+    query, keys, directions, topk = _case((2, 2, 9, 2, 2, 3))
+    assert torch.autograd.gradcheck(lambda q, k: function(q, k, directions, topk)[1], (query, keys))
+
+
+def test_one_query_may_serve_all_heads_without_a_copy(forced):
+    query, keys, directions, topk = _case((3, 2, 20, 2, 3, 4))
+    shared = query[:, :1].detach().clone().requires_grad_()
+    expanded = shared.expand(-1, 2, -1, -1, -1)
+    _, scores = side_topk(expanded, keys, directions, topk)
+    _, wanted = side_topk(expanded.detach().clone(), keys, directions, topk)
+    assert torch.equal(scores, wanted)
+    scores.sum().backward()
+    assert shared.grad.norm() > 0
+
+
+def test_extremes(forced):
+    """All equal: the first keys. NaN is above all, minus infinity below, and neither is lost."""
+    _, keys, directions, topk = _case((1, 1, 50, 1, 1, 4), torch.float32)
+    query, ones = torch.ones(1, 1, 2, 1, 1), torch.ones_like(directions)
+    with torch.no_grad():
+        assert side_topk(query, torch.ones_like(keys), ones, topk)[0][0, 0, 0].tolist() == [
+            0,
+            1,
+            2,
+            3,
+        ]
+        keys.fill_(float("-inf"))
+        keys[:, :, [7, 30]] = torch.tensor([float("nan"), 5.0]).view(2, 1, 1)
+        indices, scores = side_topk(query, keys, ones, topk)
+    assert indices[0, 0, 0].tolist() == [0, 1, 7, 30]
+    assert scores[0, 0, 0, 0, 0] == float("-inf")
+    assert scores[0, 0, 0, 0, 2].isnan()
+    assert scores[0, 0, 0, 0, 3] == 5
+
+
+def test_selections_of_random_scores_differ_by_near_ties_only(forced):
+    sizes = (20, 2, 300, 2, 16, 12)
+    for dtype in (torch.float32, torch.bfloat16):
+        query, keys, directions, topk = _case(sizes, dtype)
+        indices, _ = side_topk(query, keys, directions, topk)
+        every = torch.einsum(
+            "thsak,hsnak,sha->thsn", query.double(), keys.double(), directions.double()
+        )
+        lowest = every.gather(-1, indices).min(-1).values
+        threshold = every.topk(topk).values[..., -1]
+        assert ((threshold - lowest) <= 8 * torch.finfo(dtype).eps * every.abs().amax(-1)).all()
+
+
+def test_no_tensor_of_all_scores_is_held(monkeypatch):
+    """Allocations of the forward and backward stay far below tokens x keys."""
+    monkeypatch.setenv("ULTRAMEM_KERNELS", "torch")
+    case = _case((512, 1, 2048, 1, 8, 4), torch.float32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        _run(side_topk, case)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest < 512 * 2048 * 4 / 2  # bytes

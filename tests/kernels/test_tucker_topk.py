@@ -1,0 +1,124 @@
+"""Tucker grid top-m: its worked case, every implementation against float64, ties, memory.
+
+Letters as in kernels/tucker_topk/reference.py.
+"""
+
+import pytest
+import torch
+
+from tests.closeness import assert_close, relative_error
+from ultramem_megatron.kernels.tucker_topk import tucker_topk, tucker_topk_reference
+from ultramem_megatron.kernels.tucker_topk.eager import tucker_topk_eager
+
+# tokens, heads, ranks, cores, m
+SIZES = [(5, 2, 2, 2, 7), (1, 1, 1, 1, 1), (0, 2, 2, 2, 4), (3, 3, 3, 1, 13), (2, 1, 4, 3, 33)]
+KEYS_PER_SIDE = 1000
+
+
+@pytest.fixture(params=["reference", "torch"])
+def forced(request, monkeypatch):
+    """Each implementation in turn."""
+    monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)
+    return request.param
+
+
+def _case(sizes, dtype=torch.float64, integers=False, core_dtype=None):
+    tokens, heads, ranks, cores, topk = sizes
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return drawn.round().clamp(-2, 2) if integers else drawn
+
+    scores, core = draw(tokens, heads, 2, ranks, topk), draw(cores, heads, ranks, ranks)
+    keys = torch.rand(tokens, heads, 2, KEYS_PER_SIDE, generator=generator).argsort(-1)
+    inputs = scores.to(dtype).requires_grad_(), core.to(core_dtype or dtype).requires_grad_()
+    return inputs[0], keys[..., :topk].sort(-1).values, inputs[1], KEYS_PER_SIDE
+
+
+def _run(function, case):
+    """Addresses, scores and the gradients of side scores and cores for some gradient."""
+    addresses, scores = function(*case)
+    generator = torch.Generator().manual_seed(4)
+    grad = torch.randn(scores.shape, generator=generator, dtype=torch.float64)
+    inputs = (case[0], case[2])
+    return addresses, scores, *torch.autograd.grad(scores, inputs, grad.to(scores.dtype))
+
+
+def test_worked_case(forced):
+    scores = torch.tensor([[1.0, 2.0], [3.0, 5.0]]).view(1, 1, 2, 1, 2)
+    keys = torch.tensor([[0, 4], [1, 2]]).view(1, 1, 2, 2)
+    addresses, best = tucker_topk(scores, keys, torch.ones(1, 1, 1, 1), 5)
+    assert addresses.flatten().tolist() == [22, 21]
+    assert best.flatten().tolist() == [10, 6]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_small_integers_with_many_ties_give_the_same_addresses(forced, sizes, nan_filled_empty):
+    found = _run(tucker_topk, _case(sizes, torch.float32, integers=True))
+    wanted = _run(tucker_topk_reference, _case(sizes, integers=True))
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1].double(), wanted[1])
+
+
+def test_all_equal_gives_the_first_positions(forced):
+    scores, keys, cores, side = _case((2, 1, 2, 2, 6), torch.float32)
+    addresses, _ = tucker_topk(torch.ones_like(scores), keys, torch.ones_like(cores), side)
+    assert torch.equal(addresses, keys[:, :, 0, :1] * side + keys[:, :, 1])
+
+
+def test_infinities_and_nan(forced):
+    """NaN comes first, minus infinity last."""
+    _, keys, _, side = _case((1, 1, 1, 1, 3), torch.float32)
+    core = torch.ones(1, 1, 1, 1)
+    inf, nan = float("inf"), float("nan")
+    pairs = torch.tensor([[-inf, 1.0, nan], [1.0, 2.0, 3.0]]).view(1, 1, 2, 1, 3)
+    addresses, best = tucker_topk(pairs, keys, core, side)
+    assert torch.equal(addresses, keys[:, :, 0, 2:] * side + keys[:, :, 1])
+    assert best.isnan().all()
+    pairs[0, 0, 0, 0, 2] = -inf
+    assert tucker_topk(pairs, keys, core, side)[1].flatten().tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_error_is_within_twice_that_of_plain_torch(forced, sizes, dtype, nan_filled_empty):
+    exact = _run(tucker_topk_reference, _case(sizes))
+    plain = _run(tucker_topk_reference, _case(sizes, dtype))
+    found = _run(tucker_topk, _case(sizes, dtype))
+    assert torch.equal(found[0], exact[0])
+    if sizes[0] == 0:
+        assert [out.shape for out in found] == [out.shape for out in exact]
+        return
+    floor = 4 * torch.finfo(dtype).eps
+    for name, out, rounded, truth in zip(
+        ("scores", "sides", "cores"), found[1:], plain[1:], exact[1:], strict=True
+    ):
+        assert_close(out.double(), truth, 2 * relative_error(rounded, truth) + floor, name)
+
+
+def test_cores_may_be_of_half_precision(forced):
+    sizes = (4, 2, 2, 2, 9)
+    case = _case(sizes, torch.float32, core_dtype=torch.bfloat16)
+    exact = [case[n].detach().double().requires_grad_() for n in (0, 2)]
+    found = _run(tucker_topk, case)
+    wanted = _run(tucker_topk_reference, (exact[0], case[1], exact[1], case[3]))
+    assert found[3].dtype == torch.bfloat16
+    assert_close(found[1].double(), wanted[1], 1e-6)
+    assert_close(found[2].double(), wanted[2], 1e-6)
+    assert_close(found[3].double(), wanted[3], 0.005)
+
+
+@pytest.mark.parametrize("function", [tucker_topk_reference, tucker_topk_eager])
+def test_gradcheck(function):
+    scores, keys, cores, side = _case((2, 2, 2, 2, 3))
+    assert torch.autograd.gradcheck(lambda s, c: function(s, keys, c, side)[1], (scores, cores))
+
+
+def test_no_tensor_of_all_grids_is_held(monkeypatch):
+    monkeypatch.setenv("ULTRAMEM_KERNELS", "torch")
+    case = _case((300, 2, 2, 2, 64), torch.float32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        _run(tucker_topk, case)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest < 300 * 2 * 64 * 64 * 4 / 4  # bytes

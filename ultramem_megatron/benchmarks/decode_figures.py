@@ -1,0 +1,132 @@
+"""The paper's figures 1b, 1c, 6c and 7, drawn from the CSV of the decode benchmark."""
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultramem_megatron.errors import UltraMemError
+
+Row = dict[str, str]
+
+_NAMES = {"dense": "dense", "moe": "MoE", "ultramem": "UltraMem"}
+_COLOURS = {"dense": "tab:grey", "moe": "tab:orange", "ultramem": "tab:blue"}
+_BAR_BATCHES = (16, 64, 256, 1024)
+
+
+def draw(file: Path) -> None:
+    """Write figure_1b.png, figure_1c.png, figure_6c.png and figure_7.png beside the CSV.
+
+    Raises UltraMemError for a file that the benchmark did not write.
+    """
+    rows = _read(file)
+    over_batches = _first_models(rows)
+    _figure(file, "1b", [_latency], over_batches)
+    _figure(file, "1c", [_bars], over_batches)
+    _figure(file, "7", [_latency, _access], over_batches)
+    if len(rows) > len(over_batches):
+        _figure(file, "6c", [_over_sparse_parameters], rows)
+
+
+def _read(file: Path) -> list[Row]:
+    if not file.is_file():
+        raise UltraMemError(f"{file} is not there. Give the CSV that the benchmark wrote.")
+    with file.open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    if not rows or not {"kind", "batch", "median_ms", "bytes_counted"} <= rows[0].keys():
+        raise UltraMemError(f"{file} holds no rows of the decode benchmark.")
+    return rows
+
+
+def _first_models(rows: Iterable[Row]) -> list[Row]:
+    """Rows of the first model of each kind: the trio of equal FLOPs."""
+    first: dict[str, str] = {}
+    return [row for row in rows if row["model"] == first.setdefault(row["kind"], row["model"])]
+
+
+def _figure(
+    file: Path, name: str, panels: Sequence[Callable[[Any, list[Row]], None]], rows: list[Row]
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        panel(axis, rows)
+    shown = rows[0]
+    figure.suptitle(
+        f"{shown['hardware']}, {shown['dtype']}, KV cache {shown['cache_length']}, "
+        f"{shown['date']}", fontsize=9,
+    )  # fmt: skip
+    figure.savefig(file.with_name(f"figure_{name}.png"), dpi=120)
+    pyplot.close(figure)
+
+
+def _latency(axis: Any, rows: list[Row]) -> None:
+    _lines(axis, rows, lambda row: float(row["median_ms"]))
+    axis.set(ylabel="one decode step, ms", title="latency")
+
+
+def _access(axis: Any, rows: list[Row]) -> None:
+    _lines(axis, rows, lambda row: int(row["bytes_counted"]) / 1e9)
+    for kind in _NAMES:
+        own = [row for row in rows if row["kind"] == kind]
+        axis.plot(
+            [int(row["batch"]) for row in own], [int(row["bytes_modelled"]) / 1e9 for row in own],
+            ":", color=_COLOURS[kind],
+        )  # fmt: skip
+    axis.set(ylabel="weights read, GB", title="weight access: counted, and the model (dotted)")
+
+
+def _lines(axis: Any, rows: list[Row], value: Callable[[Row], float]) -> None:
+    for kind, name in _NAMES.items():
+        own = [row for row in rows if row["kind"] == kind]
+        batches = [int(row["batch"]) for row in own]
+        axis.plot(batches, [value(row) for row in own], "o-", color=_COLOURS[kind], label=name)
+    axis.set(xlabel="batch", xscale="log", yscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _bars(axis: Any, rows: list[Row]) -> None:
+    """Weights read, and how many times more MoE reads than UltraMem."""
+    batches = sorted({int(row["batch"]) for row in rows})
+    shown = [batch for batch in _BAR_BATCHES if batch in batches] or batches
+    read = {(row["kind"], int(row["batch"])): int(row["bytes_counted"]) / 1e9 for row in rows}
+    width = 0.27
+    for place, (kind, name) in enumerate(_NAMES.items()):
+        where = [i + (place - 1) * width for i in range(len(shown))]
+        axis.bar(
+            where, [read.get((kind, batch), 0) for batch in shown], width,
+            color=_COLOURS[kind], label=name,
+        )  # fmt: skip
+    for i, batch in enumerate(shown):
+        if {("moe", batch), ("ultramem", batch)} <= read.keys():
+            ratio = read["moe", batch] / read["ultramem", batch]
+            axis.text(i, read["moe", batch], f"{ratio:.1f}x", ha="center", va="bottom")
+    axis.set_xticks(range(len(shown)), [str(batch) for batch in shown])
+    axis.set(xlabel="batch", ylabel="weights read, GB", title="weight access: MoE over UltraMem")
+    axis.legend()
+
+
+def _over_sparse_parameters(axis: Any, rows: list[Row]) -> None:
+    """Latency at one batch over parameters, in multiples of the dense model's."""
+    several = {row["model"] for row in rows} - {row["model"] for row in _first_models(rows)}
+    batch = next(row["batch"] for row in rows if row["model"] in several)
+    at_batch = [row for row in rows if row["batch"] == batch]
+    dense = next(int(row["parameters"]) for row in rows if row["kind"] == "dense")
+    for kind, name in _NAMES.items():
+        points = sorted(
+            (int(row["parameters"]) / dense, float(row["median_ms"]))
+            for row in at_batch if row["kind"] == kind
+        )  # fmt: skip
+        axis.plot(*zip(*points, strict=True), "o-", color=_COLOURS[kind], label=name)
+    axis.set(
+        xlabel="parameters, in multiples of the dense model's", ylabel="one decode step, ms",
+        title=f"batch {batch}", ylim=(0, None),
+    )  # fmt: skip
+    axis.legend()

@@ -1,0 +1,79 @@
+"""Bytes of MLP, expert and value weights that a decode step reads: counted, and by the model.
+
+As in the paper (section 4, figures 1c and 7b), attention, keys and projections are left out.
+
+B tokens of a step, N values of a memory layer, P picks per token and layer, Dv value dim.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ultramem_megatron.value_table import ValueTable
+
+
+@contextmanager
+def count_weight_bytes(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Within it, forward passes of `model` add up what they read.
+
+    Entries "mlp" (a dense MLP, once per pass), "experts" (those with a token) and "values" (each
+    distinct row once per pass).
+    """
+    counted = {"mlp": 0, "experts": 0, "values": 0}
+
+    def mlp(module: nn.Module, _inputs: Any) -> None:
+        counted["mlp"] += _bytes_of(module)
+
+    def experts(module: nn.Module, inputs: Any) -> None:
+        tokens_per_expert: Tensor = inputs[1]
+        used = int((tokens_per_expert > 0).sum())
+        counted["experts"] += used * _bytes_of(module) // len(tokens_per_expert)
+
+    def values(module: nn.Module, inputs: Any) -> None:
+        assert isinstance(module, ValueTable)
+        rows = (inputs[0] % module.layout.num_values).unique().numel()
+        counted["values"] += rows * module.weight[0].nbytes
+
+    kinds = {"MLP": mlp, "experts": experts, "ValueTable": values}
+    hooks = [
+        module.register_forward_pre_hook(kinds[kind])
+        for name, module in model.named_modules()
+        if (kind := _kind(name, module)) is not None
+    ]
+    try:
+        yield counted
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _kind(name: str, module: nn.Module) -> str | None:
+    if name.endswith(".experts"):
+        return "experts"
+    if isinstance(module, ValueTable):
+        return "ValueTable"
+    return "MLP" if name.endswith(".mlp") and type(module).__name__ == "MLP" else None
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def modelled_bytes(model: nn.Module, batch: int, experts_per_token: int, picks: int) -> int:
+    """The paper's model: every token has experts and values of its own until all are read.
+
+    picks: values that a token reads of one table, m*H.
+    """
+    total = 0
+    for name, module in model.named_modules():
+        kind = _kind(name, module)
+        if kind == "MLP":
+            total += _bytes_of(module)
+        elif kind == "experts":
+            experts = module.num_local_experts
+            total += min(batch * experts_per_token, experts) * _bytes_of(module) // experts
+        elif isinstance(module, ValueTable):
+            total += min(batch * picks, module.layout.num_values) * module.weight[0].nbytes
+    return total
