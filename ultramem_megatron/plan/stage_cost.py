@@ -12,16 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ultramem_megatron.partition.number_wise import NumberWiseReader
-from ultramem_megatron.partition.replicated import ReplicatedReader
 from ultramem_megatron.partition.settings import exchange_of
 from ultramem_megatron.partition.traffic import number_wise
 from ultramem_megatron.pipeline_layout import pipeline_chunks, spans_cross_stages
 from ultramem_megatron.plan.build import Run, built_stage
+from ultramem_megatron.plan.shapes_only import shapes_only
 from ultramem_megatron.transformer_memory import TransformerMemory
 
 
@@ -143,12 +141,11 @@ def _transfers(run: Run, stage: int, chunks: int) -> int:
 def _micro_batch(run: Run, chunks: list[Any]) -> tuple[int, dict[str, int]]:
     """Bytes kept for the backward, and bytes received, in one micro-batch through all chunks."""
     kept, received = 0, _Received(run)
-    for chunk in chunks:
-        _stand_ins(chunk)
-        with received:
+    with shapes_only(chunks), received:
+        for chunk in chunks:
             output, bytes_kept = _forward(run, chunk)
             output.backward(torch.empty_like(output))
-        kept += bytes_kept
+            kept += bytes_kept
     _add_number_wise(run, chunks, received.bytes)
     return kept, received.bytes
 
@@ -170,47 +167,6 @@ def _forward(run: Run, chunk: Any) -> tuple[Tensor, int]:
         output = chunk(tokens, tokens, None, labels=tokens if chunk.post_process else None)
     own = {p.untyped_storage()._cdata for p in chunk.parameters()}
     return output, sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in own)
-
-
-def _stand_ins(chunk: Any) -> None:
-    """Replace what cannot run without data, or would keep what training on GPUs does not."""
-    for module in chunk.modules():
-        if isinstance(module, DotProductAttention):
-            module.forward = lambda q, k, v, *_, **__: _FlashAttention.apply(q, k, v)
-        elif isinstance(getattr(module, "_reader", None), NumberWiseReader):
-            module._reader = _RowsAtHome(module.layout.num_values, module._reader.num_groups)
-    rotary = getattr(chunk, "rotary_pos_emb", None)
-    if rotary is not None:
-        rotary.inv_freq = rotary.inv_freq.to("meta")
-
-
-class _FlashAttention(torch.autograd.Function):
-    """Keeps queries, keys, values and output, not the scores."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q: (S, B, heads, width); returns (S, B, heads * width)."""
-        out = q.new_empty(q.shape[0], q.shape[1], q.shape[2] * v.shape[3])
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Shapes only."""
-        q, k, v, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-class _RowsAtHome:
-    """A number-wise table's rows after the exchange, whose sizes depend on the data."""
-
-    def __init__(self, num_values: int, num_groups: int) -> None:
-        self.whole = ReplicatedReader(num_values, num_groups)
-        self.num_values = num_values
-
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Tensor:
-        """See TableReader.read; every picked row is at home."""
-        return self.whole.read(part.new_empty(self.num_values, part.shape[1]), addresses, scores)
 
 
 class _Received(TorchDispatchMode):
