@@ -58,6 +58,7 @@ def _on_rank(tp, cp, size, partition, sequence_parallel, tokens_per_rank, config
     gradients = {name: p.grad for name, p in memory.named_parameters()}
     group = parallel_state.get_expert_model_parallel_group()
     layout = memory.values.layout
+    assert sum(1 for _ in memory.steps(x[own])) == memory.pauses
     return {
         "out": out.detach(), "gradients": gradients,
         "corner": (layout.rows().start, layout.columns().start),
