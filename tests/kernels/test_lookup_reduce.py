@@ -1,19 +1,27 @@
-"""Lookup-reduce: its worked case, and the fast way against the plain one."""
+"""Lookup-reduce: its worked case, and PyTorch's kernels against the plain way."""
+
+import mmap
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.closeness import assert_close, relative_error
+from tests.closeness import assert_close
+from tests.kernels.lookup_cases import (
+    ODD_SIZES,
+    Sizes,
+    assert_equals_reference,
+    assert_rounds_no_worse,
+    inputs,
+    results,
+)
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference
 
 
-def _case(tokens, picks, cores, width, groups, rows=13, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(3)
-    table = torch.randn(rows, width * cores, generator=generator, dtype=torch.float64).to(dtype)
-    index = torch.randint(rows, (tokens, picks), generator=generator)
-    group = torch.randint(groups, (tokens, picks), generator=generator)
-    scores = torch.randn(tokens, picks, cores, generator=generator, dtype=torch.float64)
-    return table.requires_grad_(), index, group, scores.requires_grad_(), groups
+@pytest.fixture(autouse=True)
+def torch_path(monkeypatch):
+    monkeypatch.setenv("ULTRAMEM_KERNELS", "torch")
 
 
 @pytest.mark.parametrize("read", [lookup_reduce, lookup_reduce_reference])
@@ -25,39 +33,74 @@ def test_worked_case(read):
     assert out.tolist() == [[[0, 0], [32, 10]]]
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [(5, 7, 2, 3, 4), (1, 1, 1, 1, 1), (0, 3, 2, 2, 4), (4, 63, 3, 5, 9), (6, 8, 4, 2, 1)],
-)
+@pytest.mark.parametrize("sizes", ODD_SIZES, ids=str)
+@pytest.mark.usefixtures("nan_filled_empty")
 def test_output_and_gradients_equal_the_reference(sizes):
-    fast, plain = _case(*sizes), _case(*sizes)
-    out, expected = lookup_reduce(*fast), lookup_reduce_reference(*plain)
-    assert_close(out, expected, 1e-13)
-    grad = torch.randn_like(expected)
-    out.backward(grad)
-    expected.backward(grad)
-    assert_close(fast[0].grad, plain[0].grad, 1e-13, "table gradient")
-    assert_close(fast[3].grad, plain[3].grad, 1e-13, "score gradient")
+    assert_equals_reference(lookup_reduce, sizes)
 
 
-def test_gradcheck():
-    table, rows, groups, scores, count = _case(3, 4, 2, 2, 4)
-    for read in (lookup_reduce, lookup_reduce_reference):
-        torch.autograd.gradcheck(
-            lambda t, s, read=read: read(t, rows, groups, s, count), (table, scores)
-        )
+@settings(max_examples=40, deadline=None)
+@given(
+    st.builds(
+        Sizes, tokens=st.integers(0, 9), picks=st.integers(1, 20), cores=st.integers(1, 5),
+        width=st.integers(1, 19), groups=st.integers(1, 9), rows=st.integers(1, 50),
+    )
+)  # fmt: skip
+def test_any_sizes(sizes):
+    assert_equals_reference(lookup_reduce, sizes)
 
 
-def test_repeated_rows_add_up():
-    table, _, groups, scores, count = _case(4, 6, 1, 3, 1)
-    rows = torch.full((4, 6), 2)
-    out = lookup_reduce(table, rows, groups, scores, count)
-    assert_close(out[:, 0], scores.sum(1) * table[2], 1e-12)
+def test_gradients_in_many_pieces_are_the_same(monkeypatch):
+    from ultramem_megatron.kernels.lookup_reduce import torch_path
+
+    monkeypatch.setattr(torch_path, "_CHUNK_BYTES", 3 * 8 * 6)  # three rows of 6 doubles
+    assert_equals_reference(lookup_reduce, Sizes(20, 9, 2, 3, 4, rows=17))
+
+
+@pytest.mark.parametrize("read", [lookup_reduce, lookup_reduce_reference])
+def test_gradcheck(read):
+    case = inputs(Sizes(3, 4, 2, 2, 4))
+    torch.autograd.gradcheck(
+        lambda t, s: read(t, case.rows, case.groups, s, case.num_groups), (case.table, case.scores)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_is_no_worse_than_the_references(dtype):
-    exact = lookup_reduce_reference(*_case(32, 40, 2, 8, 4))
-    case = _case(32, 40, 2, 8, 4, dtype=dtype)
-    plain = relative_error(lookup_reduce_reference(*case), exact)
-    assert relative_error(lookup_reduce(*case), exact) <= 2 * plain + 1e-7
+    assert_rounds_no_worse(lookup_reduce, Sizes(32, 40, 2, 8, 4), dtype)
+
+
+def test_backward_is_deterministic():
+    case = inputs(Sizes(64, 40, 2, 8, 4, rows=5), torch.float32)
+    first, second = results(lookup_reduce, case), results(lookup_reduce, case)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_only_what_is_asked_for():
+    case = inputs(Sizes(3, 4, 2, 2, 4))
+    fixed = case.table.detach()
+    out = lookup_reduce(fixed, case.rows, case.groups, case.scores, case.num_groups)
+    out.backward(case.grad)
+    assert fixed.grad is None
+    assert_close(case.scores.grad, results(lookup_reduce_reference, case)[2], 1e-13)
+
+
+def _lazy_zeros(rows, width, dtype):
+    """Zeros of which only the pages that are written ever take memory."""
+    memory = mmap.mmap(-1, rows * width * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, width)
+
+
+def test_addresses_beyond_2_to_31_bytes():
+    rows, width = 2**21 + 3, 520  # 2.2e9 bytes
+    table = _lazy_zeros(rows, width, torch.float16)
+    table[-1], table[-2] = 2, 3
+    table.requires_grad_().main_grad = _lazy_zeros(rows, width, torch.float32)
+    scores = torch.tensor([[[1.0, 10.0], [1.0, 1.0]]], requires_grad=True)
+    picks, groups = torch.tensor([[rows - 1, rows - 2]]), torch.tensor([[0, 0]])
+    out = lookup_reduce(table, picks, groups, scores, 1)
+    assert out[0, 0, 0] == 5
+    assert out[0, 0, -1] == 23
+    out.sum().backward()
+    assert table.main_grad[-1].tolist() == [1] * 260 + [10] * 260
+    assert scores.grad.tolist() == [[[520, 520], [780, 780]]]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.partition.exchange import Transfer, all_to_all
 from ultramem_megatron.partition.layout import TableLayout
@@ -73,7 +73,8 @@ class NumberWiseReader:
         [(send, receive)] = yield from self._exchange_sizes(picks.owners)
         asking = self._send_integers(picks.rows, "addresses", send, receive)
         yield
-        rows = F.embedding(asking.wait().long(), part)  # (S, V)
+        served = asking.wait().long()
+        rows = _read(part, served, part.new_ones(len(served), 1))  # (S, V)
         returning = all_to_all(rows, self.group, "values", receive, send)
         yield
         return _weighted(returning.wait(), weights), picks.buckets  # (T*P, V)
@@ -101,7 +102,7 @@ class NumberWiseReader:
             torch.arange(self.layout.size, device=number.device),
             torch.tensor(receive, device=number.device),
         )
-        values = _weighted(F.embedding(served, part), weighing.wait())
+        values = _read(part, served, weighing.wait())
         sums = _sums(values, target + offsets[source], sum(sums_send)).to(part.dtype)
         returning = all_to_all(sums, self.group, "pooled values", sums_send, sums_receive)
         yield
@@ -120,6 +121,12 @@ class NumberWiseReader:
         self, x: Tensor, purpose: str, send: Sequence[int], receive: Sequence[int]
     ) -> Transfer:
         return all_to_all(x.to(torch.int32), self.group, purpose, send, receive)
+
+
+def _read(part: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Rows (S,) of the table times the weight (S, C) of each core on its slice, (S, V)."""
+    rows = rows.unsqueeze(1)
+    return lookup_reduce(part, rows, torch.zeros_like(rows), weights.unsqueeze(1), 1).squeeze(1)
 
 
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:

@@ -1,0 +1,95 @@
+"""Inputs for lookup-reduce, and running an implementation on them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tests.closeness import assert_close, relative_error
+from ultramem_megatron.kernels.lookup_reduce import lookup_reduce_reference
+
+Lookup = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+class Sizes(NamedTuple):
+    """tokens, picks, cores, width of one core's slice, groups, table rows."""
+
+    tokens: int
+    picks: int
+    cores: int
+    width: int
+    groups: int
+    rows: int = 13
+
+
+ODD_SIZES = [
+    Sizes(5, 7, 2, 3, 4),
+    Sizes(1, 1, 1, 1, 1),
+    Sizes(0, 3, 2, 2, 4),
+    Sizes(4, 63, 3, 5, 9),
+    Sizes(6, 8, 4, 2, 1),
+    Sizes(3, 5, 1, 33, 4, rows=1),  # all tokens on one row
+    Sizes(1, 17, 2, 40, 16, rows=1000),
+]
+
+
+class Inputs(NamedTuple):
+    """Arguments of a lookup, then the gradient of its output."""
+
+    table: Tensor
+    rows: Tensor
+    groups: Tensor
+    scores: Tensor
+    num_groups: int
+    grad: Tensor
+
+
+def inputs(sizes: Sizes, dtype: torch.dtype = torch.float64, seed: int = 3) -> Inputs:
+    """Random arguments, the same numbers in every dtype up to rounding to bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        # Numbers that every dtype holds exactly: then only the arithmetic differs.
+        return torch.randn(*shape, generator=generator).bfloat16().to(dtype)
+
+    width = sizes.width * sizes.cores
+    index = (sizes.tokens, sizes.picks)
+    return Inputs(
+        draw(sizes.rows, width).requires_grad_(),
+        torch.randint(sizes.rows, index, generator=generator),
+        torch.randint(sizes.groups, index, generator=generator),
+        draw(*index, sizes.cores).requires_grad_(),
+        sizes.groups,
+        draw(sizes.tokens, sizes.groups, width),
+    )
+
+
+def results(lookup: Lookup, given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, table gradient and score gradient."""
+    out = lookup(*given[:5])
+    table_grad, score_grad = torch.autograd.grad(out, (given.table, given.scores), given.grad)
+    return out.detach(), table_grad, score_grad
+
+
+NAMES = ("output", "table gradient", "score gradient")
+
+
+def assert_equals_reference(lookup: Lookup, sizes: Sizes, tolerance: float = 1e-13) -> None:
+    """Everything `lookup` gives, against the reference in float64."""
+    found = results(lookup, inputs(sizes))
+    expected = results(lookup_reduce_reference, inputs(sizes))
+    for name, ours, theirs in zip(NAMES, found, expected, strict=True):
+        assert_close(ours, theirs, tolerance, f"{name} of {sizes}")
+
+
+def assert_rounds_no_worse(lookup: Lookup, sizes: Sizes, dtype: torch.dtype) -> None:
+    """Errors of `lookup` in `dtype` are at most twice those of the reference in `dtype`."""
+    exact = results(lookup_reduce_reference, inputs(sizes))
+    plain = results(lookup_reduce_reference, inputs(sizes, dtype))
+    ours = results(lookup, inputs(sizes, dtype))
+    for name, got, torchs, true in zip(NAMES, ours, plain, exact, strict=True):
+        assert got.dtype == torchs.dtype
+        assert torch.isfinite(got).all(), f"{name} in {dtype}"
+        allowed = 2 * relative_error(torchs.double(), true) + torch.finfo(dtype).eps / 8
+        assert relative_error(got.double(), true) <= allowed, f"{name} in {dtype}"
