@@ -52,6 +52,23 @@ def load_for_inference(
     Raises UltraMemError if there is no such checkpoint or tokenizer, or if the model cannot be
     laid out so.
     """
+    model, args = load_model(load, ckpt_step=ckpt_step, layout=layout)
+    if tokenizer_model is not None:
+        args.tokenizer_model = tokenizer_model
+    return LoadedModel(model, _tokenizer(args), args)
+
+
+def load_model(
+    load: str,
+    *,
+    ckpt_step: int | None = None,
+    layout: InferenceLayout | None = None,
+    local_layers: bool = False,
+) -> tuple[Any, Namespace]:
+    """As `load_for_inference`, without the tokenizer: the model and its flags.
+
+    local_layers: build Megatron's own layers even where Transformer Engine is installed.
+    """
     from ultramem_megatron.compatibility import checkpoint_folder, stored_args
     from ultramem_megatron.pretrain import set_single_process_environment
 
@@ -59,14 +76,12 @@ def load_for_inference(
     registry.apply_all()
     folder = checkpoint_folder(load, ckpt_step)
     args = stored_args(folder)
-    if tokenizer_model is not None:
-        args.tokenizer_model = tokenizer_model
-    model = build_model(args, layout or InferenceLayout())
+    model = build_model(args, layout or InferenceLayout(), local_layers=local_layers)
     _load_weights(model, folder)
-    return LoadedModel(model.eval(), _tokenizer(args), args)
+    return model.eval(), args
 
 
-def build_model(args: Namespace, layout: InferenceLayout) -> Any:
+def build_model(args: Namespace, layout: InferenceLayout, *, local_layers: bool = False) -> Any:
     """The GPT that Megatron's flags `args` describe, on the ranks of this run, newly initialised.
 
     `args` is changed to describe these ranks instead of those of the training run. Raises
@@ -76,6 +91,7 @@ def build_model(args: Namespace, layout: InferenceLayout) -> Any:
 
     ultramem = config_from_args(args)
     tables = _describe_ranks(args, ultramem, layout)
+    _describe_machine(args, local_layers)
     _initialize(args, tables)
     model = _build(args, ultramem, tables)
     if tables.size > args.tensor_model_parallel_size:
@@ -124,6 +140,10 @@ def _describe_ranks(
     args.account_for_loss_in_pipeline_split = args.use_tp_pp_dp_mapping = False
     args.num_distributed_optimizer_instances = 1
     args.gtp_weight_remat_size = args.expert_gtp_weight_remat_size = 1
+    return _describe_experts_and_tables(args, ultramem, layout)
+
+
+def _describe_machine(args: Namespace, local_layers: bool) -> None:
     # The training machine may have had fused kernels that this one lacks; decoding needs none.
     for name in (
         "bias_gelu_fusion",
@@ -134,12 +154,12 @@ def _describe_ranks(
         "gradient_accumulation_fusion",
     ):
         setattr(args, name, False)  # fmt: skip
-    args.no_persist_layer_norm = args.use_cpu_initialization = True
+    args.no_persist_layer_norm, args.use_cpu_initialization = True, not _has_cuda()
     if not _has_cuda():  # the other dispatchers need CUDA to learn how many tokens go where
         args.moe_token_dispatcher_type = "allgather"
-    if importlib.util.find_spec("transformer_engine") is None or not _has_cuda():
+    has_engine = importlib.util.find_spec("transformer_engine") is not None and _has_cuda()
+    if local_layers or not has_engine:
         args.transformer_impl = "local"
-    return _describe_experts_and_tables(args, ultramem, layout)
 
 
 def _check_tensor_parallel(args: Namespace, size: int, ranks: int) -> None:

@@ -39,8 +39,9 @@ def args_from_flags(flags: Sequence[str]) -> Namespace:
 
 
 def untrained_model(
-    flags: Sequence[str], layout: InferenceLayout | None = None
+    flags: Sequence[str], layout: InferenceLayout | None = None, *, local_layers: bool = False
 ) -> tuple[Any, Namespace]:
     """A model in evaluation mode with initial weights, and its flags; see `build_model`."""
     args = args_from_flags(flags)
-    return build_model(args, layout or InferenceLayout()).eval(), args
+    model = build_model(args, layout or InferenceLayout(), local_layers=local_layers)
+    return model.eval(), args
