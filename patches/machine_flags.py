@@ -15,9 +15,12 @@ def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def needed_flags() -> dict[str, tuple[str, ...]]:
-    """Flag -> its values, for everything Megatron turns on by default and this machine lacks."""
-    cuda = torch.cuda.is_available()
+def needed_flags(*, bare: bool = False) -> dict[str, tuple[str, ...]]:
+    """Flag -> its values, for everything Megatron turns on by default and this machine lacks.
+
+    bare: as if it had none of CUDA, Transformer Engine and Apex.
+    """
+    cuda = torch.cuda.is_available() and not bare
     transformer_engine = _has("transformer_engine")
     fused_norm = transformer_engine or _has("apex")
     flags: dict[str, tuple[str, ...]] = {}

@@ -7,11 +7,14 @@ be, the last at the join. Autograd takes operations in the reverse of the order 
 took them, so in backward, too, each transfer has the same layers between its issue and its wait.
 
 On a GPU the branch has a stream of its own. It starts behind what was enqueued before it, and the
-layers go on behind it only at the join; autograd gives its backward the same stream. Kernels are
-enqueued in the same order on every rank, which is what several NCCL communicators need. With
-CUDA_DEVICE_MAX_CONNECTIONS=1 kernels also start in that order: exchanges still run beside the
-layers, the branch's own kernels then do not. Without it (tensor and context parallel size 1, or
-Blackwell) both do.
+layers go on behind it only at the join; autograd gives its backward the same stream.
+
+Several NCCL communicators are then in use at once, as they are with Megatron's own overlaps. Every
+rank enqueues their kernels in the same order, and with CUDA_DEVICE_MAX_CONNECTIONS=1 they also
+start in it, so no two ranks can wait for each other crosswise. With more connections kernels of two
+communicators may start in either order; each takes a small part of a GPU, so both find room. With
+one connection exchanges still run beside the layers, but the branch's own kernels, queued between
+those of the layers, do not; with more (tensor and context parallel size 1, or Blackwell) they do.
 """
 
 import functools

@@ -88,11 +88,23 @@ class TransformerMemory(UltraMemLayer):
 
     def branch(self, x: Tensor, *args: Any, layers: int) -> Branch:
         """Start `steps(x, *args)` beside so many layers, each with two boundaries."""
+        self._await_parameters()
         branch = Branch(self.steps(x, *args), x, pauses=self.pauses, boundaries=2 * layers)
         if branch.stream is not None and not self._gradient_waits:
             wait_before_gradient(self.values.weight, branch.stream)
             self._gradient_waits = True
         return branch
+
+    def _await_parameters(self) -> None:
+        """Let Megatron's overlapped gather bring all of the memory's parameters here, now.
+
+        Its hook makes only that stream wait which calls a module first; the branch and the layers
+        may both have parameters in what is gathered at once.
+        """
+        for module in self.modules():
+            for hook in module._forward_pre_hooks.values():
+                if hook.__module__.startswith("megatron."):
+                    hook(module, ())
 
     def _history(self, x: Tensor, inference_context: Any, packed_seq_params: Any) -> Tensor | None:
         """What the query convolution sees before x."""

@@ -1,0 +1,1 @@
+"""Sizes, FLOPs, memory and traffic of a model, from building it without storage."""
