@@ -78,10 +78,12 @@ def _measure(model: DecodeModel, scale: Scale, batches: Sequence[int], name: str
     from ultramem_megatron.benchmarks.decode_step import DecodeStep
     from ultramem_megatron.benchmarks.environment import environment_columns
     from ultramem_megatron.benchmarks.weight_access import count_weight_bytes, modelled_bytes
+    from ultramem_megatron.inference import prepare_for_inference
     from ultramem_megatron.untrained import untrained_model
 
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all its arguments
         built, args = untrained_model([*model.flags, *scale.extra_flags])
+    prepare_for_inference(built)
     for batch in batches:
         try:
             step = DecodeStep(built, batch, scale.cache_length, args.vocab_size)
