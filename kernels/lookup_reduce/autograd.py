@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ultramem_megatron.kernels.dispatch import implementation
 from ultramem_megatron.kernels.lookup_reduce import torch_path
@@ -36,32 +37,45 @@ def lookup_reduce(
 
 class _LookupReduce(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups: int
-    ) -> Tensor:  # type: ignore[override]
+    def forward(ctx, table, rows, groups, scores, num_groups):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(table, rows, groups, scores)
-        return torch_path.pool(table, rows, groups, scores, num_groups)
+        return _pool(table)(table, rows, groups, scores, num_groups)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         table, rows, groups, scores = ctx.saved_tensors
-        table_grad = score_grad = None
-        if ctx.needs_input_grad[3]:
-            score_grad = torch_path.score_gradient(grad, table, rows, groups, scores)
-        if ctx.needs_input_grad[0]:
-            table_grad = _table_gradient(grad, table, rows, groups, scores)
+        wants_table, _, _, wants_scores, _ = ctx.needs_input_grad
+        target = _target(table) if wants_table else None
+        score_grad = _backward(table)(grad, table, rows, groups, scores, target, wants_scores)
+        table_grad = target
+        if wants_table and target is None:
+            pieces = torch_path.row_gradients(grad, rows, groups, scores)
+            table_grad = sparse_gradient(table, pieces)
+        elif target is not None and target is main_grad_of(table):
+            table_grad = added_to_main_grad(table)
         return table_grad, None, None, score_grad, None
 
 
-def _table_gradient(
-    grad: Tensor, table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor
-) -> Tensor:
-    pieces = torch_path.row_gradients(grad, rows, groups, scores)
+def _target(table: Tensor) -> Tensor | None:
+    """What row gradients are added to; None if they are to become a sparse tensor."""
     if wants_sparse(table):
-        return sparse_gradient(table, pieces)
+        return None
     main_grad = main_grad_of(table)
-    target = torch.zeros_like(table) if main_grad is None else main_grad
-    for distinct, gradients in pieces:
-        target.index_add_(0, distinct, gradients.to(target.dtype))
-    return target if main_grad is None else added_to_main_grad(table)
+    return torch.zeros_like(table) if main_grad is None else main_grad
+
+
+def _pool(table: Tensor) -> Any:
+    if implementation(table.device) == "torch":
+        return torch_path.pool
+    from ultramem_megatron.kernels.lookup_reduce import triton_forward  # needs Triton installed
+
+    return triton_forward.pool
+
+
+def _backward(table: Tensor) -> Any:
+    if implementation(table.device) == "torch":
+        return torch_path.backward
+    from ultramem_megatron.kernels.lookup_reduce import triton_backward
+
+    return triton_backward.backward

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ultramem_megatron.kernels.precision import at_least_float32
+
 _CHUNK_BYTES = 4 * 2**20
 """Row gradients are handed on in pieces of this size, which a CPU's cache holds."""
 
@@ -33,7 +35,26 @@ def pool(table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups
     return sums.view(tokens, num_groups, table.shape[1])
 
 
-def score_gradient(
+def backward(
+    grad: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    groups: Tensor,
+    scores: Tensor,
+    target: Tensor | None,
+    with_scores: bool,
+) -> Tensor | None:
+    """Add the table's gradient to `target` (N, V), if given; return that of the scores, if asked.
+
+    grad: (T, E, V).
+    """
+    if target is not None:
+        for distinct, gradients in row_gradients(grad, rows, groups, scores):
+            target.index_add_(0, distinct, gradients.to(target.dtype))
+    return _score_gradient(grad, table, rows, groups, scores) if with_scores else None
+
+
+def _score_gradient(
     grad: Tensor, table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor
 ) -> Tensor:
     """d scores (T, P, C) for grad (T, E, V): <row, grad of its group>, slice by slice."""
@@ -52,15 +73,15 @@ def score_gradient(
 
 def row_gradients(grad: Tensor, rows: Tensor, groups: Tensor, scores: Tensor) -> RowGradients:
     """Distinct rows (u,) with their gradients (u, V), at least float32, a piece at a time."""
-    precise = torch.promote_types(grad.dtype, torch.float32)
+    grad = at_least_float32(grad)
     cores, width = scores.shape[2], grad.shape[2]
-    by_core = _by_core(grad.flatten(0, 1).to(precise), cores)
+    by_core = _by_core(grad.flatten(0, 1), cores)
     picked, order = rows.flatten().sort(stable=True)
     distinct, counts = torch.unique_consecutive(picked, return_counts=True)
     bags = _bags(groups, grad.shape[1])[order]
-    weights = scores.flatten(0, 1)[order].to(precise)
+    weights = scores.flatten(0, 1)[order].to(grad.dtype)
     starts = counts.cumsum(0) - counts
-    step = max(1, _CHUNK_BYTES // (width * precise.itemsize))
+    step = max(1, _CHUNK_BYTES // (width * grad.itemsize))
     for first in range(0, len(distinct), step):
         begin = int(starts[first])
         end = int(starts[first + step]) if first + step < len(distinct) else len(picked)

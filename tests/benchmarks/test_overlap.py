@@ -35,6 +35,44 @@ def _traced_events(partition, overlap):
     return names, len(trace.transfers(found)), trace.exposed(found)
 
 
+def _evaluate():
+    import torch
+
+    outputs = []
+    for overlap in (False, True):
+        block, (x, _) = _block("dimension", overlap)
+        with torch.no_grad():
+            outputs.append(block.eval()(x, torch.zeros(1, 1, len(x), len(x), dtype=torch.bool)))
+    return torch.equal(*outputs) and bool(outputs[0].norm() > 0)
+
+
+def test_evaluation_is_the_same():
+    assert run_on_ranks(2, _evaluate) == [True, True]
+
+
+def _order_of_parameters():
+    """When a hook that gathers parameters, as Megatron's DDP has it, runs for the projection."""
+    from ultramem_megatron.benchmarks import memory_block
+
+    block, inputs = _block("dimension", True)
+    order = []
+
+    def gather(_module, *_):
+        order.append("gather")
+
+    gather.__module__ = "megatron.core.distributed"
+    block.layers[1].memory.value_proj.register_forward_pre_hook(gather)
+    block.layers[2].register_forward_pre_hook(lambda *_: order.append("layer 3"))
+    memory_block.step(block, *inputs)
+    return order
+
+
+def test_parameters_are_gathered_before_the_branch_leaves_the_layers():
+    # On a GPU only the stream that asks first waits for them.
+    [order, _] = run_on_ranks(2, _order_of_parameters)
+    assert order == ["gather", "layer 3", "gather"]
+
+
 def _all_events():
     return {
         (partition, overlap): _traced_events(partition, overlap)

@@ -22,6 +22,8 @@ _OVERLAPS = {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
              "overlap_param_gather": True}  # fmt: skip
 _UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform"}
 _BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
+_SELECTIVE = {"recompute_granularity": "selective",
+              "recompute_modules": ["core_attn", "mlp"]}  # fmt: skip
 _EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "disable_bias_linear": True,
             "expert_model_parallel_size": 2}  # fmt: skip
 
@@ -36,16 +38,16 @@ def _train(world_size, overlap, layout):
     [
         pytest.param(world_size, layout, id=name)
         for name, world_size, layout in [
-            ("one rank", 1, {}),
-            ("DP2 dimension, evaluation", 2, {**_DIMENSION, "eval_iters": 1, "eval_interval": 1}),
             ("DP2 number, experts", 2, {**_NUMBER, **_EXPERTS}),
-            ("DP2 dimension, distributed optimizer", 2, {**_DIMENSION, **_OVERLAPS}),
+            ("DP2 dimension, selective recompute", 2, {**_DIMENSION, **_OVERLAPS, **_SELECTIVE}),
+            ("P1 of DP2, distributed optimizer", 2, {"ultramem_parallel_size": 1, **_OVERLAPS}),
             ("TP2 DP2 number", 4, {**_TP, **_NUMBER, "bf16": True}),
             ("TP2 SP dimension", 2, {**_SP, **_DIMENSION}),
             ("PP2 crossing, TP2", 4, {**_CROSSING, **_TP, **_DIMENSION}),
             ("PP2 interleaved, DP2", 4, {**_VPP, **_NUMBER, **_OVERLAPS}),
             ("recompute, crossing", 2, {**_UNIFORM, "recompute_num_layers": 2, **_NUMBER}),
-            ("recompute, kept in part", 2, {**_BLOCK, "recompute_num_layers": 2, **_DIMENSION}),
+            ("recompute of some layers, evaluation", 2, {**_BLOCK, "recompute_num_layers": 2,
+             **_DIMENSION, "eval_iters": 1, "eval_interval": 1}),
         ]
     ],
 )  # fmt: skip
@@ -59,3 +61,12 @@ def test_overlap_changes_no_bit(world_size, layout):
             assert mine.keys() == wanted.keys()
             for name, tensor in wanted.items():
                 assert torch.equal(mine[name], tensor), f"{kind} {name}"
+
+
+def test_a_checkpoint_does_not_care(tmp_path):
+    flags = {**_MEMORY, "train_iters": 3, "ckpt_format": "torch_dist"}
+    saving = tiny_gpt(**flags, save=tmp_path, save_interval=2)
+    expected = run_pretrain(1, saving).losses
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = run_pretrain(1, tiny_gpt(**flags, load=tmp_path, ultramem_overlap=True))
+    assert resumed.losses == expected[2:]

@@ -128,7 +128,7 @@ def exposed(trace: profile) -> float:
     kernels = [
         (event.name, event.time_range.start, event.time_range.end)
         for event in trace.events() or []
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
     if not kernels:
         return sum(wait.length for wait in events(trace, WAIT))

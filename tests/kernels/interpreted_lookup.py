@@ -1,0 +1,57 @@
+"""Lookup-reduce in Triton's interpreter; test_lookup_triton.py runs this in a process of its own.
+
+Whether Triton interprets is decided when it is first imported.
+"""
+
+import pytest
+import torch
+
+from tests.closeness import assert_close
+from tests.kernels.lookup_cases import (
+    ODD_SIZES,
+    Sizes,
+    assert_equals_reference,
+    assert_rounds_no_worse,
+    inputs,
+    results,
+)
+from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference
+
+
+@pytest.fixture(params=["atomics", "deterministic"], autouse=True)
+def order_of_sums(request):
+    torch.use_deterministic_algorithms(request.param == "deterministic")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "sizes", [s for s in ODD_SIZES if s.tokens < 6] + [Sizes(1, 9, 1, 300, 3)], ids=str
+)
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_equals_the_reference(sizes):
+    assert_equals_reference(lookup_reduce, sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_no_worse_than_the_references(dtype):
+    assert_rounds_no_worse(lookup_reduce, Sizes(4, 20, 2, 8, 4), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_micro_batches_add_up_in_main_grad(dtype, tolerance):
+    case = inputs(Sizes(6, 9, 2, 8, 4), torch.bfloat16)
+    exact = results(lookup_reduce_reference, inputs(Sizes(6, 9, 2, 8, 4)))
+    case.table.main_grad = torch.zeros_like(case.table, dtype=dtype)
+    for _ in range(2):
+        lookup_reduce(*case[:5]).backward(case.grad)
+        assert case.table.grad._nnz() == 0
+        case.table.grad = None
+    assert_close(case.table.main_grad.double(), 2 * exact[1], tolerance)
+
+
+def test_scores_only():
+    case = inputs(Sizes(3, 4, 2, 2, 4))
+    fixed = case.table.detach()
+    lookup_reduce(fixed, *case[1:5]).backward(case.grad)
+    assert_close(case.scores.grad, results(lookup_reduce_reference, case)[2], 1e-13)

@@ -1,0 +1,111 @@
+"""Lookup-reduce in Triton: in the interpreter, and as machine code for GPUs that are not here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.closeness import assert_close
+from tests.kernels.compiled import compile_for
+from tests.kernels.lookup_cases import NAMES, ODD_SIZES, inputs, results
+from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+
+def test_in_the_interpreter():
+    checks = Path(__file__).with_name("interpreted_lookup.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(checks)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "ULTRAMEM_KERNELS": "triton"},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+_POINTERS = {"rows": "*i64", "groups": "*i64"}
+_SIZE_TYPES = {"picks": "i32", "width": "i32", "slice_width": "i32"}
+
+
+def _types(dtype, *, floats, **others):
+    """Argument types: tables and gradients in `dtype`, scores and sums in float32."""
+    return {**dict.fromkeys(floats, f"*{dtype}"), **_POINTERS, **_SIZE_TYPES, **others}
+
+
+def _compile_pool(capability, dtype, slice_width, groups):
+    import triton.language as tl
+
+    from ultramem_megatron.kernels.lookup_reduce.triton_forward import block_sizes, pool_kernel
+
+    types = _types(dtype, floats=("table", "out"), scores="*fp32", cores="i32", num_groups="i32")
+    constants = {"PRECISE": tl.float32, **block_sizes(slice_width, groups)}
+    return compile_for(capability, pool_kernel, types, constants)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("slice_width", "groups"), [(512, 4), (192, 1), (192, 16)])
+def test_forward_compiles_to_vector_loads_without_spills(capability, dtype, slice_width, groups):
+    built = _compile_pool(capability, dtype, slice_width, groups)
+    assert built.spilled == 0
+    assert built.registers <= 168  # three warps a scheduler
+    assert "ld.global.v4.b32" in built.ptx
+    assert "mul.wide.s64" in built.ptx or "mul.lo.s64" in built.ptx or "mad.lo.s64" in built.ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_backward_compiles_to_vector_loads_and_atomics_without_spills(capability, dtype):
+    import triton.language as tl
+
+    from ultramem_megatron.kernels.lookup_reduce import triton_backward
+
+    constants = {"PRECISE": tl.float32, **triton_backward.block_sizes(512)}
+    counts = {"cores": "i32", "num_groups": "i32"}
+    types = _types(dtype, floats=("grad", "table"), scores="*fp32", **counts)
+    types |= {"target": "*fp32", "score_grad": "*fp32"}
+    built = compile_for(
+        capability, triton_backward.picks_kernel, types, {**constants, "ADD_ROWS": True}
+    )
+    assert built.spilled == 0
+    assert built.registers <= 168
+    assert "ld.global.v4.b32" in built.ptx
+    if capability == 90:  # vector atomics came with sm_90
+        assert "red.global.gpu.relaxed.add.v4.f32" in built.ptx
+
+    types = _types(dtype, floats=("grad",), scores="*fp32", target="*fp32", **counts)
+    types |= {"row_n": "*i64", "order_n": "*i64", "count": "i32"}
+    del types["rows"]
+    built = compile_for(capability, triton_backward.sorted_rows_kernel, types, constants)
+    assert built.spilled == 0
+    assert built.registers <= 168
+    assert "ld.global.v4.b32" in built.ptx
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_equals_the_reference_on_a_gpu(deterministic, monkeypatch):
+    monkeypatch.setenv("ULTRAMEM_KERNELS", "triton")
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for sizes in ODD_SIZES:
+            case = inputs(sizes)
+            found = results(lookup_reduce, _on_gpu(case))
+            expected = results(lookup_reduce_reference, case)
+            for name, ours, theirs in zip(NAMES, found, expected, strict=True):
+                assert_close(ours.cpu(), theirs, 1e-13, f"{name} of {sizes}")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _on_gpu(case):
+    return case._replace(
+        **{
+            name: x.detach().cuda().requires_grad_(x.requires_grad)
+            for name, x in case._asdict().items()
+            if isinstance(x, torch.Tensor)
+        }
+    )
