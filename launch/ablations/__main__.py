@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from launch import plots
 from launch.ablations import recall, table
 from launch.ablations.experiments import EXPERIMENTS, Experiment, find_experiment
 from launch.ablations.models import SMALL_TRAINING, SMALL_TRANSFORMER, sizes
@@ -48,13 +49,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=1, help="small runs at a time")
     add("--output", type=Path, default=Path("runs/ablations"), help="corpora, data, logs, records")
     add("--results", type=Path, default=RESULTS, help="folder of the CSV")
-    add("extra", nargs="*", metavar="-- FLAGS", help="Megatron's and --ultramem-* flags, for all")
+    parser.epilog = "Flags after -- go to Megatron, for every model."
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
-    args = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    args = build_parser().parse_args(words[:end])
+    args.extra = words[end + 1 :]
     try:
         experiment = find_experiment(args.experiment)
         seeds = tuple(args.seeds or experiment.seeds)
@@ -107,6 +111,7 @@ def run_small(experiment: Experiment, seeds: Sequence[int], args: argparse.Names
             print(_progress(number, len(work), waiting[key], records[key], left), flush=True)
             finished = [training for training in planned if training.key() in records]
             write_results(experiment, finished, records, args.results)
+    plots.main([experiment.name, "--results", str(args.results)])
     return 1 if failed else 0
 
 
@@ -128,7 +133,8 @@ def write_results(
     results: Path,
 ) -> None:
     """Writes <experiment>.csv and <experiment>_curves.csv, in the experiment's order."""
-    runs, curves = [], []
+    runs: list[dict[str, Any]] = []
+    curves: list[dict[str, Any]] = []
     tokens = int(SMALL_TRAINING["global-batch-size"]) * int(SMALL_TRANSFORMER["seq-length"])
     order = {model.name: number for number, model in enumerate(experiment.models)}
     for training in sorted(finished, key=lambda t: (order[t.model.name], t.seed)):

@@ -89,7 +89,7 @@ def moe(name: str = "moe", preset: str = "moe-151m-2in32") -> Model:
 
 
 def ablation(name: str, preset: str, **changes: str | int | float) -> Model:
-    """A row of the paper's ablations; changes are fields of UltraMemConfig, the same at both scales."""
+    """A row of the paper's ablations; changes: fields of UltraMemConfig, alike at both scales."""
     fields = {**preset_fields(preset), **changes}
     small = {key: _SMALL_SIZES.get(key, {}).get(value, value) for key, value in fields.items()}
     return Model(name, preset, _as_flags(small), _as_flags(changes))

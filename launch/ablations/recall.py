@@ -62,23 +62,30 @@ def _count(model: Any, tokenizer: Path, lines: Sequence[str]) -> tuple[list[int]
     from tokenizers import Tokenizer
 
     fast = Tokenizer.from_file(str(tokenizer))
-    right, total = [], []
+    right: list[int] = []
+    total: list[int] = []
     for start in range(0, len(lines), BATCH):
-        encodings = [fast.encode(f"\n{line}\n") for line in lines[start : start + BATCH]]
-        # The token of the colon is the last that is given.
+        batch = lines[start : start + BATCH]
+        encodings = [fast.encode(f"\n{line}\n") for line in batch]
         given = [
-            e.char_to_token(len("\n") + e_line.index(": ")) + 1
-            for e, e_line in zip(encodings, lines[start : start + BATCH], strict=True)
+            _token_of(encoding, len("\n") + line.index(": ")) + 1  # all up to the colon
+            for encoding, line in zip(encodings, batch, strict=True)
         ]
-        hits, counts = _count_batch(model, [e.ids for e in encodings], given)
+        hits, counts = count_batch(model, [e.ids for e in encodings], given)
         right += hits
         total += counts
     return right, total
 
 
-def _count_batch(
+def _token_of(encoding: Any, character: int) -> int:
+    """Number of the token that holds a character of the text."""
+    return int(encoding.char_to_token(character))
+
+
+def count_batch(
     model: Any, tokens: Sequence[Sequence[int]], given: Sequence[int]
 ) -> tuple[list[int], list[int]]:
+    """Of each row of tokens after the first `given`: how many are the likeliest, and how many."""
     import torch
 
     length = max(map(len, tokens))

@@ -130,6 +130,7 @@ def _server() -> Any:
     """The fork server's context; the first process started from it pays for the imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # Megatron's on what this machine lacks
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

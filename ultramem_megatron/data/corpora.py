@@ -79,7 +79,8 @@ def check(root: Path) -> None:
         if found != expected:
             raise UltraMemError(
                 f"{name} has SHA-256 {found}, not {expected}: this machine's archive has another "
-                f"edition, and results would not compare. Use Debian 12, or take it as it is with --any-edition."
+                f"edition, and results would not compare. Use Debian 12, or take it "
+                "as it is with --any-edition."
             )
 
 
@@ -117,9 +118,9 @@ def gcide_entries(root: Path) -> Iterator[str]:
     index = (root / GCIDE_INDEX).read_text(encoding="utf-8", errors="replace")
     heads: dict[tuple[int, int], str] = {}
     for line in index.splitlines():
-        word, offset, length = line.split("\t")[:3]
+        word, first, size = line.split("\t")[:3]
         if not word.startswith("00"):  # the database's own information
-            heads.setdefault((_dictd_number(offset), _dictd_number(length)), word)
+            heads.setdefault((_dictd_number(first), _dictd_number(size)), word)
     for (offset, length), word in sorted(heads.items()):
         entry = whole[offset : offset + length].decode("utf-8", "replace")
         body = " ".join(_without_markup(entry).split())
