@@ -25,23 +25,31 @@ KINDS: dict[str, dict[str, Any]] = {
 KINDS["moe-ultramem"] = KINDS["moe"] | KINDS["ultramem"]
 
 
+class NumberTokenizer:
+    """Text of decimal token numbers."""
+
+    vocab_size, eod, bos = 512, 511, 510
+
+    def tokenize(self, text: str) -> list[int]:
+        """[3, 5] of "3 5"."""
+        return [int(word) for word in text.split()]
+
+    def detokenize(self, tokens: list[int], **_: Any) -> str:
+        """The inverse."""
+        return " ".join(map(str, tokens))
+
+
 def flags_of(kind: str) -> list[str]:
     """Megatron's flags for the small model of that kind."""
     return tiny_gpt(**{**_TINY, **KINDS[kind]})
-
-
-def causal_mask(length: int) -> torch.Tensor:
-    """(1, 1, S, S), True where attention is forbidden."""
-    return torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
 
 
 @torch.no_grad()
 def full_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """(B, S, V) of tokens (B, S), in one forward pass."""
     positions = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
-    logits: torch.Tensor = model(
-        tokens, positions, causal_mask(tokens.shape[1]), runtime_gather_output=True
-    )
+    mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
+    logits: torch.Tensor = model(tokens, positions, mask, runtime_gather_output=True)
     return logits
 
 

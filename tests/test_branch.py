@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
 
-from ultramem_megatron.branch import Branch, wait_before_gradient
+from ultramem_megatron.branch import Branch
 from ultramem_megatron.spans import Span
 from ultramem_megatron.steps import run
 
@@ -40,38 +39,6 @@ def test_pauses_are_spread_over_boundaries(pauses, boundaries, phases_begun):
     assert branch.join() == pauses == len(done)
     assert branch.join() == pauses  # again, should a layer ask twice
     assert run(_steps(pauses, [])) == pauses
-
-
-class _Stream:
-    """Stands for a CUDA stream, and notes who waits for it."""
-
-    def __init__(self, notes):
-        self.notes = notes
-
-    def wait_stream(self, other):
-        self.notes.append("wait")
-
-
-def test_the_gradient_is_waited_for_even_where_autograd_sees_none(monkeypatch):
-    class AddsToMainGrad(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, table):
-            return table.sum()
-
-        @staticmethod
-        def backward(ctx, grad):
-            notes.append("kernel")
-            return None
-
-    notes = []
-    table = nn.Parameter(torch.ones(3))
-    # As Megatron's DDP does: a hook behind the node that ends a parameter's backward.
-    node = table.expand_as(table).grad_fn.next_functions[0][0]
-    node.register_hook(lambda *_: notes.append("gradient complete"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: _Stream(notes))
-    wait_before_gradient(table, _Stream(notes))
-    AddsToMainGrad.apply(table).backward()
-    assert notes == ["kernel", "wait", "gradient complete"]
 
 
 _UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform"}

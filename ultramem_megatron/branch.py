@@ -7,7 +7,9 @@ be, the last at the join. Autograd takes operations in the reverse of the order 
 took them, so in backward, too, each transfer has the same layers between its issue and its wait.
 
 On a GPU the branch has a stream of its own. It starts behind what was enqueued before it, and the
-layers go on behind it only at the join; autograd gives its backward the same stream.
+layers go on behind it only at the join; autograd gives its backward the same stream. Whoever uses a
+gradient that comes from there waits for that stream, which is why the lookup, though it adds to
+Megatron's `main_grad` itself, must hand autograd a dummy rather than nothing.
 
 Several NCCL communicators are then in use at once, as they are with Megatron's own overlaps. Every
 rank enqueues their kernels in the same order, and with CUDA_DEVICE_MAX_CONNECTIONS=1 they also
@@ -20,7 +22,7 @@ those of the layers, do not; with more (tensor and context parallel size 1, or B
 import functools
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ultramem_megatron.steps import Steps
 
@@ -38,12 +40,12 @@ class Branch:
         self._pauses, self._boundaries = pauses, boundaries
         self._paused = self._passed = 0
         self._result: Tensor | None = None
-        self.stream: torch.cuda.Stream | None = None
+        self._stream: torch.cuda.Stream | None = None
         if x.is_cuda:
-            self.stream = _stream_beside(x.device)
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self._stream = _stream_beside(x.device)
+            self._stream.wait_stream(torch.cuda.current_stream())
             # x may be freed as soon as the layers no longer need it.
-            x.record_stream(self.stream)
+            x.record_stream(self._stream)
         self._resume()
 
     def go_on(self) -> None:
@@ -57,14 +59,14 @@ class Branch:
         """The result, which the current stream may use from here on."""
         while self._result is None:
             self._resume()
-        if self.stream is not None:
+        if self._stream is not None:
             layers = torch.cuda.current_stream()
-            layers.wait_stream(self.stream)
+            layers.wait_stream(self._stream)
             self._result.record_stream(layers)
         return self._result
 
     def _resume(self) -> None:
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self._stream):
             try:
                 next(self._steps)
             except StopIteration as end:
@@ -74,18 +76,3 @@ class Branch:
 @functools.cache
 def _stream_beside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def wait_before_gradient(table: nn.Parameter, stream: torch.cuda.Stream) -> None:
-    """Whoever uses the table's gradient waits for the branch's stream.
-
-    A kernel that adds to Megatron's `main_grad` itself gives autograd no gradient to wait for, so
-    an overlapped reduction might start before it has finished. The wait is put on the very node
-    whose end tells Megatron's DDP that the gradient is complete.
-    """
-    with torch.enable_grad():
-        view = table.view_as(table)
-    assert view.grad_fn is not None
-    node = view.grad_fn.next_functions[0][0]
-    assert node is not None
-    node.register_prehook(lambda _: torch.cuda.current_stream().wait_stream(stream))

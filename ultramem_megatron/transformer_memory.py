@@ -18,7 +18,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ultramem_megatron.branch import Branch, wait_before_gradient
+from ultramem_megatron.branch import Branch
 from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.layer import UltraMemLayer
@@ -60,7 +60,6 @@ class TransformerMemory(UltraMemLayer):
         self.groups = groups
         self.tensor_group = pg_collection.tp
         self.sequence_parallel = config.sequence_parallel
-        self._gradient_waits = False
         self._tag_parameters()
 
     def _tag_parameters(self) -> None:
@@ -89,11 +88,7 @@ class TransformerMemory(UltraMemLayer):
     def branch(self, x: Tensor, *args: Any, layers: int) -> Branch:
         """Start `steps(x, *args)` beside so many layers, each with two boundaries."""
         self._await_parameters()
-        branch = Branch(self.steps(x, *args), x, pauses=self.pauses, boundaries=2 * layers)
-        if branch.stream is not None and not self._gradient_waits:
-            wait_before_gradient(self.values.weight, branch.stream)
-            self._gradient_waits = True
-        return branch
+        return Branch(self.steps(x, *args), x, pauses=self.pauses, boundaries=2 * layers)
 
     def _await_parameters(self) -> None:
         """Let Megatron's overlapped gather bring all of the memory's parameters here, now.
@@ -103,7 +98,7 @@ class TransformerMemory(UltraMemLayer):
         """
         for module in self.modules():
             for hook in module._forward_pre_hooks.values():
-                if hook.__module__.startswith("megatron."):
+                if getattr(hook, "__module__", "").startswith("megatron."):
                     hook(module, ())
 
     def _history(self, x: Tensor, inference_context: Any, packed_seq_params: Any) -> Tensor | None:

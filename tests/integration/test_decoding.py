@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close
-from tests.decoding import KINDS, cached_logits, flags_of, full_logits
+from tests.decoding import KINDS, NumberTokenizer, cached_logits, flags_of, full_logits
 from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import make_saving_fast
 
@@ -76,18 +76,6 @@ def test_ranks_that_share_a_model_decode_what_one_rank_does(saved):
             assert_close(cached, wanted, 2e-6, f"{kind} {layout}, cached")
 
 
-class _Numbers:
-    """Text of decimal token numbers."""
-
-    vocab_size, eod, bos = 512, 511, 510
-
-    def tokenize(self, text):
-        return [int(word) for word in text.split()]
-
-    def detokenize(self, tokens, **_):
-        return " ".join(map(str, tokens))
-
-
 def _options(tokens, layout):
     names = ("tensor_parallel_size", "ultramem_parallel_size", "ultramem_partition")
     return argparse.Namespace(
@@ -104,7 +92,7 @@ def _generate(folder, prompt_lists, layouts):
     for layout in layouts:
         options = _options(9, layout)
         loaded = load_for_inference(str(folder / "ultramem-conv"), layout=layout_from(options))
-        loaded = loaded._replace(tokenizer=_Numbers())
+        loaded = loaded._replace(tokenizer=NumberTokenizer())
         results.append([generate(loaded, prompts, options) for prompts in prompt_lists])
     return results
 

@@ -22,6 +22,8 @@ _OVERLAPS = {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
              "overlap_param_gather": True}  # fmt: skip
 _UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform"}
 _BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
+_SELECTIVE = {"recompute_granularity": "selective",
+              "recompute_modules": ["core_attn", "mlp"]}  # fmt: skip
 _EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "disable_bias_linear": True,
             "expert_model_parallel_size": 2}  # fmt: skip
 
@@ -37,7 +39,7 @@ def _train(world_size, overlap, layout):
         pytest.param(world_size, layout, id=name)
         for name, world_size, layout in [
             ("DP2 number, experts", 2, {**_NUMBER, **_EXPERTS}),
-            ("DP2 dimension, distributed optimizer", 2, {**_DIMENSION, **_OVERLAPS}),
+            ("DP2 dimension, selective recompute", 2, {**_DIMENSION, **_OVERLAPS, **_SELECTIVE}),
             ("P1 of DP2, distributed optimizer", 2, {"ultramem_parallel_size": 1, **_OVERLAPS}),
             ("TP2 DP2 number", 4, {**_TP, **_NUMBER, "bf16": True}),
             ("TP2 SP dimension", 2, {**_SP, **_DIMENSION}),

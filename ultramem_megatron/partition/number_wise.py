@@ -4,6 +4,9 @@ Indices go to the owners of their rows. Back come either the rows, weighted and 
 what the owner has already summed: one vector per (token, expansion group) that has a pick there.
 Which of the two moves fewer bytes is decided by sizes alone (`traffic.py`), once.
 
+How many indices go where depends on them, and the host must know it: it waits for the sizes, once
+for each read. What comes before that is enqueued without waiting.
+
 T tokens of this rank, G ranks, P picks per token, C cores, E expansion groups, V value dim; S picks
 that this rank serves, B sums that it sends.
 """
@@ -24,7 +27,7 @@ from ultramem_megatron.steps import Steps
 
 
 class _Picks(NamedTuple):
-    """This rank's picks, ordered by the rank that owns the row."""
+    """This rank's picks, ordered by the rank that owns the row, then by bucket."""
 
     order: Tensor  # (T*P,) position of each among the unordered picks
     rows: Tensor  # (T*P,) row within the owner's part
@@ -58,19 +61,20 @@ class NumberWiseReader:
     def _by_owner(self, addresses: Tensor) -> _Picks:
         layout = self.layout
         rows, groups = split_address(addresses, layout.num_values)
-        first_rows = torch.tensor(
-            [layout.first_row(rank) for rank in range(layout.size)], device=rows.device
-        )
+        # Made on the device: a list from the host would have to be waited for.
+        ranks = torch.arange(layout.size, device=rows.device)
+        first_rows = ranks * layout.num_values // layout.size
         owners = torch.bucketize(rows.flatten(), first_rows, right=True) - 1
-        order = owners.argsort(stable=True)
-        owners = owners[order]
         tokens = torch.arange(len(addresses), device=rows.device).unsqueeze(1)
-        buckets = (tokens * self.num_groups + groups).flatten()[order]
+        buckets = (tokens * self.num_groups + groups).flatten()
+        order = (owners * (len(addresses) * self.num_groups) + buckets).argsort(stable=True)
+        owners, buckets = owners[order], buckets[order]
         return _Picks(order, rows.flatten()[order] - first_rows[owners], buckets, owners)
 
     def _read_rows(self, part: Tensor, picks: _Picks, weights: Tensor) -> _Exchanged:
         """Rows come here; weighting is done at home."""
-        [(send, receive)] = yield from self._exchange_sizes(picks.owners)
+        each = torch.ones_like(picks.owners)
+        [(send, receive)] = yield from self._exchange_sizes(picks.owners, each)
         asking = self._send_integers(picks.rows, "addresses", send, receive)
         yield
         served = asking.wait().long()
@@ -82,15 +86,15 @@ class NumberWiseReader:
     def _read_sums(self, part: Tensor, picks: _Picks, weights: Tensor) -> _Exchanged:
         """Owners weight and sum; one vector per owner and bucket comes here."""
         # Every rank numbers its (owner, bucket) pairs in order, so the owner need not send them.
-        bound = int(picks.buckets.numel() and picks.buckets.max() + 1)
-        pairs = picks.owners * bound + picks.buckets
-        distinct, number = pairs.unique(return_inverse=True)
-        sums_owner = distinct // max(bound, 1)
+        new_pair = torch.ones_like(picks.owners)
+        new_pair[1:] = (picks.owners.diff() != 0) | (picks.buckets.diff() != 0)
+        number = new_pair.cumsum(0) - 1
         (send, receive), (sums_receive, sums_send) = yield from self._exchange_sizes(
-            picks.owners, sums_owner
+            picks.owners, torch.ones_like(picks.owners), new_pair
         )
         first_sum = torch.tensor([0, *sums_receive], device=number.device).cumsum(0)
         local_number = number - first_sum[picks.owners]
+        buckets = number.new_empty(sum(sums_receive)).scatter_(0, number, picks.buckets)
 
         asking = self._send_integers(picks.rows, "addresses", send, receive)
         numbering = self._send_integers(local_number, "sum numbers", send, receive)
@@ -106,12 +110,14 @@ class NumberWiseReader:
         sums = _sums(values, target + offsets[source], sum(sums_send)).to(part.dtype)
         returning = all_to_all(sums, self.group, "pooled values", sums_send, sums_receive)
         yield
-        return returning.wait(), distinct % max(bound, 1)
+        return returning.wait(), buckets
 
-    def _exchange_sizes(self, *owners: Tensor) -> Generator[None, None, list[_Sizes]]:
-        """For each list of owners: how many entries go to each rank, how many come from each."""
-        size = self.layout.size
-        counts = torch.stack([kind.bincount(minlength=size) for kind in owners], dim=1)
+    def _exchange_sizes(
+        self, owners: Tensor, *counted: Tensor
+    ) -> Generator[None, None, list[_Sizes]]:
+        """For each of `counted`, 0 or 1 per pick: the sums that go to, and come from, each rank."""
+        none = owners.new_zeros(self.layout.size)
+        counts = torch.stack([none.scatter_add(0, owners, kind) for kind in counted], dim=1)
         counting = all_to_all(counts, self.group, "sizes")
         yield
         both = torch.stack([counts, counting.wait()]).permute(2, 0, 1)

@@ -60,7 +60,6 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
 
     Raises UltraMemError for what we or Megatron refuse.
     """
-    from megatron.core.transformer.enums import AttnBackend
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import validate_args
 
@@ -82,7 +81,6 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
         raise UltraMemError(f"Megatron refuses these flags: {error}") from error
     transformer.init_model_with_meta_device = True
     transformer.perform_initialization = False
-    transformer.attention_backend = AttnBackend.local
     if args.num_experts:
         # Experts with equal numbers of tokens: shapes that do not depend on data.
         transformer.moe_token_dispatcher_type = "alltoall"
@@ -175,7 +173,10 @@ def built_stage(run: Run, stage: int = 0) -> Iterator[list[Any]]:
             create_gloo_process_groups=False,
         )
         model_parallel_cuda_manual_seed(run.args.seed)
-        with mock.patch("torch.cuda.current_device", return_value="meta"):
+        with (
+            mock.patch("torch.cuda.current_device", return_value="meta"),
+            mock.patch.dict(os.environ),  # Megatron leaves its choice of attention there
+        ):
             yield _chunks(run)
     finally:
         destroy_moe_metrics_tracker()  # it remembers the number of layers
