@@ -199,6 +199,14 @@ def test_one_rank_holds_everything_in_the_bytes_of_mixed_precision():
     )
 
 
+def test_flags_that_need_transformer_engine_change_nothing():
+    plain, engine = (
+        _layout(_EXPERTS + more, 2)
+        for more in ("", "--moe-grouped-gemm --transformer-impl transformer_engine")
+    )
+    assert engine == plain
+
+
 def test_stages_and_parts_of_tables_add_up_to_the_model():
     plan = _layout(_MEMORY + "--pipeline-model-parallel-size 2", 8)
     layout = plan["layouts"][0]
