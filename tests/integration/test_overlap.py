@@ -22,8 +22,9 @@ _OVERLAPS = {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
              "overlap_param_gather": True}  # fmt: skip
 _UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform"}
 _BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
-_SELECTIVE = {"recompute_granularity": "selective",
-              "recompute_modules": ["core_attn", "mlp"]}  # fmt: skip
+# Without biases: Megatron 0.19.2 recomputes an MLP with a bias for ever, memories or not.
+_SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"],
+              "disable_bias_linear": True}  # fmt: skip
 _EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "disable_bias_linear": True,
             "expert_model_parallel_size": 2}  # fmt: skip
 
