@@ -2,7 +2,7 @@
 
 The checkpoint may have been written in any parallel layout. Ranks first form tensor-parallel
 groups, each of which decodes a batch of its own; value tables are cut over the ranks of one or
-several of them.
+several of them. Megatron's process groups are made anew, so a process that trains must not load.
 """
 
 import importlib.util

@@ -68,7 +68,7 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
     from ultramem_megatron.pipeline_layout import check_pipeline
 
     args = _parse_only(words)
-    _refuse_what_cannot_be_built(args)
+    _without_transformer_engine(args)
     args.rank, args.world_size = 0, world_size or 1
     if world_size is None:
         _on_one_rank(args)
@@ -105,13 +105,13 @@ def smallest_world(words: Sequence[str]) -> int:
 
 
 def _parse_only(words: Sequence[str]) -> Namespace:
-    """Unchecked. Flags of a bare machine are added, so that a plan is the same on every one."""
+    """Unchecked. Flags of a bare machine come last, so that a plan is the same on every one."""
     from megatron.training.arguments import parse_args
 
     from ultramem_megatron.arguments import add_ultramem_arguments
 
     bare = machine_flags.needed_flags(bare=True).items()
-    needed = [word for flag, values in bare if flag not in words for word in (flag, *values)]
+    needed = [word for flag, values in bare for word in (flag, *values)]
     # Megatron reads sys.argv itself, and prints every flag it has when one is wrong.
     with (
         mock.patch.object(sys, "argv", ["ultramem_megatron.plan", *words, *needed]),
@@ -125,17 +125,14 @@ def _refuse_flag(_: ArgumentParser, message: str) -> NoReturn:
     raise UltraMemError(f"Wrong flags: {message}. Megatron's and --ultramem flags may follow.")
 
 
-def _refuse_what_cannot_be_built(args: Namespace) -> None:
+def _without_transformer_engine(args: Namespace) -> None:
     if args.context_parallel_size > 1:
         raise UltraMemError(
             f"--context-parallel-size {args.context_parallel_size}: a plan is made with Megatron's "
             f"own attention, which has no context parallelism. Use 1."
         )
-    if args.moe_grouped_gemm:
-        raise UltraMemError(
-            "--moe-grouped-gemm needs Transformer Engine, a plan is made without it. Drop the "
-            "flag: experts have the same sizes either way."
-        )
+    # These need Transformer Engine, and change neither sizes nor what is kept or sent.
+    args.moe_grouped_gemm = args.tp_comm_overlap = False
 
 
 def _on_one_rank(args: Namespace) -> None:
