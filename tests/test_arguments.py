@@ -109,6 +109,7 @@ _BASE = "--ultramem-spans 3:5 --ultramem-num-keys 10 "
     ("flags", "message"),
     [
         ("--ultramem-topk 3", r"--ultramem-topk given, but no memory layer is placed"),
+        ("--ultramem-overlap", r"--ultramem-overlap given, but no memory layer is placed"),
         ("--ultramem-spans 3:5", r"--ultramem-num-keys is not given"),
         ("--ultramem-preset big", r"--ultramem-preset 'big' is unknown. Known presets: .*pkm-151m"),
         ("--ultramem-spans 3:13 --ultramem-num-keys 9", r"span 3:13 leaves the model"),

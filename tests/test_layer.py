@@ -151,3 +151,19 @@ def test_statistics_are_recorded_in_training_forwards_only():
 def test_wrong_configuration_is_refused_at_construction():
     with pytest.raises(UltraMemError, match="--ultramem-value-expansion is 3"):
         UltraMemLayer(small_config(value_expansion=3), hidden_size=HIDDEN, num_layers=2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"retrieval": "pkm", "tucker_rank": 1, "cores": 1}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_prepared_for_inference_it_computes_the_same_until_it_is_trained(dtype, changes):
+    layer = small_layer(dtype, **changes).eval()
+    x = _input().to(dtype)
+    before, names = layer(x), set(layer.state_dict())
+    layer.prepare_for_inference()
+    assert torch.equal(layer(x), before)
+    assert set(layer.state_dict()) == names
+    with torch.no_grad():
+        layer.retrieval.keys.weight.neg_()
+    assert torch.equal(layer(x), before)  # keys are not looked at again...
+    layer.train()
+    assert not torch.equal(layer(x), before)  # ...until training begins

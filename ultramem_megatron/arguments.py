@@ -113,8 +113,11 @@ def config_from_args(args: Namespace) -> UltraMemConfig | None:
     preset = getattr(args, "ultramem_preset", None)
     values = (preset_fields(preset) if preset else {}) | given
     if "spans" not in values:
-        if given:
-            shown = ", ".join(flag(name) for name in given)
+        asked_for = [flag(name) for name in given]
+        if getattr(args, "ultramem_overlap", False):
+            asked_for.append(flag("overlap"))
+        if asked_for:
+            shown = ", ".join(asked_for)
             raise UltraMemError(
                 f"{shown} given, but no memory layer is placed. Add --ultramem-spans, for example "
                 f"--ultramem-spans 2:3, or --ultramem-preset."

@@ -2,7 +2,7 @@
 
 The checkpoint may have been written in any parallel layout. Ranks first form tensor-parallel
 groups, each of which decodes a batch of its own; value tables are cut over the ranks of one or
-several of them.
+several of them. Megatron's process groups are made anew, so a process that trains must not load.
 """
 
 import importlib.util
@@ -78,7 +78,17 @@ def load_model(
     args = stored_args(folder)
     model = build_model(args, layout or InferenceLayout(), local_layers=local_layers)
     _load_weights(model, folder)
-    return model.eval(), args
+    prepare_for_inference(model)
+    return model, args
+
+
+def prepare_for_inference(model: Any) -> None:
+    """Evaluation mode, and what memory layers need not repeat; weights must stay as they are."""
+    from ultramem_megatron.auxiliary_loss import memory_layers
+
+    model.eval()
+    for layer in memory_layers(model):
+        layer.prepare_for_inference()
 
 
 def build_model(args: Namespace, layout: InferenceLayout, *, local_layers: bool = False) -> Any:

@@ -114,6 +114,11 @@ class UltraMemLayer(nn.Module):
         if self.cores is not None:
             self.cores(update_filter=True)
 
+    def prepare_for_inference(self) -> None:
+        """Do once what every forward would repeat, until `train()`; the weights must stay."""
+        self.eval()
+        self.retrieval.keys.fix()
+
     def auxiliary_loss(self) -> Tensor | None:
         """alpha * penalty on the cores' small singular values (eq. 11-12); None if there is none.
 

@@ -98,7 +98,7 @@ class TransformerMemory(UltraMemLayer):
         """
         for module in self.modules():
             for hook in module._forward_pre_hooks.values():
-                if hook.__module__.startswith("megatron."):
+                if getattr(hook, "__module__", "").startswith("megatron."):
                     hook(module, ())
 
     def _history(self, x: Tensor, inference_context: Any, packed_seq_params: Any) -> Tensor | None:

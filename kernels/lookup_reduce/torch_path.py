@@ -1,10 +1,10 @@
 """Lookup-reduce through PyTorch's own kernels: the path for CPUs.
 
-Seen as N*C rows of width V/C, the table is summed by `embedding_bag`, one bag for each core, token
-and group, so gathered rows are never stored. Its gradient is an `embedding_bag` too: of the output
-gradient, one bag for each distinct row, in the order of a stable sort, hence deterministic.
+Seen as N*C slices of width V/C, the table is summed by `embedding_bag`, one bag for each token,
+group and core, so gathered rows are never stored. Its gradient is an `embedding_bag` too: of the
+output gradient, one bag for each distinct slice, in the order of a stable sort, so deterministic.
 
-N table rows, V value dim, T tokens, P picks per token, C cores, E groups, U distinct rows.
+N table rows, V value dim, T tokens, P picks per token, C cores, E groups.
 """
 
 from collections.abc import Iterator
@@ -24,13 +24,14 @@ RowGradients = Iterator[tuple[Tensor, Tensor]]
 def pool(table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups: int) -> Tensor:
     """Same contract as `lookup_reduce_reference`, without a graph."""
     tokens, _, cores = scores.shape
-    bags, order = _bags(groups, num_groups).sort(stable=True)
-    starts = torch.searchsorted(bags, torch.arange(tokens * num_groups, device=bags.device))
-    sums = _sum_bags(
-        _by_core(table, cores),
-        rows.flatten()[order],
-        scores.flatten(0, 1)[order].to(table.dtype),
-        starts,
+    slices, bags = _slices(rows, cores), _bags(groups, num_groups, cores)
+    bags, order = bags.sort(stable=True)
+    sums = F.embedding_bag(
+        slices[order],
+        _sliced(table, cores),
+        torch.searchsorted(bags, torch.arange(tokens * num_groups * cores, device=bags.device)),
+        mode="sum",
+        per_sample_weights=scores.flatten()[order].to(table.dtype),
     )
     return sums.view(tokens, num_groups, table.shape[1])
 
@@ -60,13 +61,11 @@ def _score_gradient(
     """d scores (T, P, C) for grad (T, E, V): <row, grad of its group>, slice by slice."""
     if scores.numel() == 0:
         return torch.zeros_like(scores)
-    core = torch.arange(scores.shape[2], device=rows.device)
-    bags = _bags(groups, grad.shape[1])
-    picked = (rows.flatten().unsqueeze(1) * len(core) + core).flatten()
-    summed_in = (bags.unsqueeze(1) * len(core) + core).flatten()
+    cores = scores.shape[2]
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        _by_core(grad.flatten(0, 1), len(core)), _by_core(table, len(core)), picked,
-        torch.zeros(1, dtype=torch.int64, device=rows.device), summed_in, mode=0, padding_idx=-1,
+        _sliced(grad.flatten(0, 1), cores), _sliced(table, cores), _slices(rows, cores),
+        torch.zeros(1, dtype=torch.int64, device=rows.device),
+        _bags(groups, grad.shape[1], cores), mode=0, padding_idx=-1,
     )  # fmt: skip
     return dots.view_as(scores).to(scores.dtype)
 
@@ -75,45 +74,37 @@ def row_gradients(grad: Tensor, rows: Tensor, groups: Tensor, scores: Tensor) ->
     """Distinct rows (u,) with their gradients (u, V), at least float32, a piece at a time."""
     grad = at_least_float32(grad)
     cores, width = scores.shape[2], grad.shape[2]
-    by_core = _by_core(grad.flatten(0, 1), cores)
-    picked, order = rows.flatten().sort(stable=True)
-    distinct, counts = torch.unique_consecutive(picked, return_counts=True)
-    bags = _bags(groups, grad.shape[1])[order]
-    weights = scores.flatten(0, 1)[order].to(grad.dtype)
+    slices, order = _slices(rows, cores).sort(stable=True)
+    distinct, counts = torch.unique_consecutive(slices, return_counts=True)  # (U*C,)
+    bags = _bags(groups, grad.shape[1], cores)[order]
+    weights = scores.flatten()[order].to(grad.dtype)
     starts = counts.cumsum(0) - counts
-    step = max(1, _CHUNK_BYTES // (width * grad.itemsize))
+    step = cores * max(1, _CHUNK_BYTES // (width * grad.itemsize))
     for first in range(0, len(distinct), step):
         begin = int(starts[first])
-        end = int(starts[first + step]) if first + step < len(distinct) else len(picked)
-        sums = _sum_bags(
-            by_core,
+        end = int(starts[first + step]) if first + step < len(distinct) else len(slices)
+        sums = F.embedding_bag(
             bags[begin:end],
-            weights[begin:end],
+            _sliced(grad.flatten(0, 1), cores),
             starts[first : first + step] - begin,
+            mode="sum",
+            per_sample_weights=weights[begin:end],
         )
-        yield distinct[first : first + step], sums
+        yield distinct[first : first + step : cores] // cores, sums.view(-1, width)
 
 
-def _bags(groups: Tensor, num_groups: int) -> Tensor:
-    """Number token * E + group of each pick's sum, (T*P,)."""
-    tokens = torch.arange(len(groups), device=groups.device).unsqueeze(1)
-    return (tokens * num_groups + groups).flatten()
-
-
-def _by_core(x: Tensor, cores: int) -> Tensor:
+def _sliced(x: Tensor, cores: int) -> Tensor:
     """(n, V) as (n*C, V/C)."""
     return x.reshape(len(x) * cores, x.shape[1] // cores)
 
 
-def _sum_bags(by_core: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-    """Weighted sums of rows: (n*C, V/C), (k,), (k, C), first pick of each bag (b,) to (b, V)."""
-    cores = weights.shape[1]
-    core = torch.arange(cores, device=rows.device).unsqueeze(1)
-    sums = F.embedding_bag(
-        (rows * cores + core).flatten(),
-        by_core,
-        (starts + core * len(rows)).flatten(),
-        mode="sum",
-        per_sample_weights=weights.t().flatten(),
-    )  # (C*b, V/C)
-    return sums.view(cores, len(starts), by_core.shape[1]).transpose(0, 1).flatten(1)
+def _slices(rows: Tensor, cores: int) -> Tensor:
+    """Rows (T, P) as the slices they consist of, (T*P*C,)."""
+    core = torch.arange(cores, device=rows.device)
+    return (rows.flatten().unsqueeze(1) * cores + core).flatten()
+
+
+def _bags(groups: Tensor, num_groups: int, cores: int) -> Tensor:
+    """The slice of the output that each picked slice is added to, (T*P*C,)."""
+    tokens = torch.arange(len(groups), device=groups.device).unsqueeze(1)
+    return _slices(tokens * num_groups + groups, cores)

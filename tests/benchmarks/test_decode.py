@@ -29,7 +29,8 @@ def _counts():
     """Bytes counted in one step, and what must have been read, found out another way."""
     from ultramem_megatron.benchmarks.decode_models import SCALES
     from ultramem_megatron.benchmarks.decode_step import DecodeStep
-    from ultramem_megatron.benchmarks.weight_access import count_weight_bytes, modelled_bytes
+    from ultramem_megatron.benchmarks.weight_access import count_weight_bytes, read_sizes
+    from ultramem_megatron.plan.sizes import weight_bytes_read
     from ultramem_megatron.untrained import untrained_model
 
     found = {}
@@ -49,7 +50,7 @@ def _counts():
         )  # fmt: skip
         found[model.kind] = (
             counted, mlp, len(rows),
-            [modelled_bytes(built, batch, 2, 16) for batch in (1, 10**6)],
+            [weight_bytes_read(read_sizes(built, 2, 16), batch, 4) for batch in (1, 10**6)],
         )  # fmt: skip
     return found
 

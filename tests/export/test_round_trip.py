@@ -11,9 +11,10 @@ import torch
 from tests.closeness import assert_close
 from tests.decoding import full_logits
 from tests.ranks import RanksFailed, run_on_ranks
-from tests.training_runs import make_saving_fast, tiny_gpt
+from tests.training_runs import make_saving_fast, run_pretrain, tiny_gpt
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.export import load_plain
+from ultramem_megatron.export.megatron import plain_name
 
 _MEMORY = {"ultramem_num_keys": 12, "ultramem_topk": 6}
 _MODELS = {
@@ -87,6 +88,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 import torch
 from ultramem_megatron.export import load_plain
+from ultramem_megatron.export.megatron import plain_name
 tokens, names = torch.load(sys.argv[1]), sys.argv[3:]
 with torch.no_grad():
     torch.save({n: load_plain(f"{sys.argv[2]}/{n}/plain")(tokens) for n in names}, sys.argv[1])
@@ -109,6 +111,18 @@ def test_the_plain_model_gives_the_same_logits_without_megatron(exported, plain_
     assert torch.equal(back, original)
     assert plain_logits[name].dtype == original.dtype
     assert_close(plain_logits[name], original, _TOLERANCES.get(name, 2e-5))
+
+
+def test_training_goes_on_from_an_import(exported):
+    folder = exported[0] / "convolution/back"
+    flags = {**_MODELS["convolution"], "num_layers": 4, "train_iters": 1, "lr": 1e-9}
+    start = {"load": folder, "ckpt_format": "torch_dist", "min_lr": 0, "finetune": True}
+    run = run_pretrain(1, tiny_gpt(**flags, **start), initial_parameters=True)
+    plain = load_plain(exported[0] / "convolution/plain").state_dict()
+    ours = run.ranks[0].initial_parameters
+    assert len(run.losses) == 1
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, plain[plain_name(name.removeprefix("module."))]), name
 
 
 def test_the_configuration_says_what_the_model_is(exported):

@@ -77,11 +77,15 @@ def _rows(scale: Scale, name: str) -> Iterator[Row]:
 def _measure(model: DecodeModel, scale: Scale, batches: Sequence[int], name: str) -> Iterator[Row]:
     from ultramem_megatron.benchmarks.decode_step import DecodeStep
     from ultramem_megatron.benchmarks.environment import environment_columns
-    from ultramem_megatron.benchmarks.weight_access import count_weight_bytes, modelled_bytes
+    from ultramem_megatron.benchmarks.weight_access import count_weight_bytes, read_sizes
+    from ultramem_megatron.inference import prepare_for_inference
+    from ultramem_megatron.plan.sizes import weight_bytes_read
     from ultramem_megatron.untrained import untrained_model
 
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all its arguments
         built, args = untrained_model([*model.flags, *scale.extra_flags])
+    prepare_for_inference(built)
+    sizes = read_sizes(built, args.moe_router_topk, _picks(args))
     for batch in batches:
         try:
             step = DecodeStep(built, batch, scale.cache_length, args.vocab_size)
@@ -100,7 +104,7 @@ def _measure(model: DecodeModel, scale: Scale, batches: Sequence[int], name: str
             "p80_ms": round(timing.p80, 3), "repeats": timing.repeats,
             **{f"{kind}_bytes_counted": n for kind, n in counted.items()},
             "bytes_counted": read,
-            "bytes_modelled": modelled_bytes(built, batch, args.moe_router_topk, _picks(args)),
+            "bytes_modelled": weight_bytes_read(sizes, batch, args.params_dtype.itemsize),
             **environment_columns(),
         }  # fmt: skip
         print(

@@ -1,4 +1,4 @@
-"""Bytes of MLP, expert and value weights that a decode step reads: counted, and by the model.
+"""Bytes of MLP, expert and value weights that a decode step reads, counted in the step.
 
 As in the paper (section 4, figures 1c and 7b), attention, keys and projections are left out.
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ultramem_megatron.plan.sizes import ReadSizes
 from ultramem_megatron.value_table import ValueTable
 
 
@@ -61,19 +62,26 @@ def _bytes_of(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def modelled_bytes(model: nn.Module, batch: int, experts_per_token: int, picks: int) -> int:
-    """The paper's model: every token has experts and values of its own until all are read.
+def read_sizes(model: nn.Module, experts_per_token: int, picks: int) -> ReadSizes:
+    """What the paper's model of weight access needs to know of a built model.
 
     picks: values that a token reads of one table, m*H.
     """
-    total = 0
-    for name, module in model.named_modules():
-        kind = _kind(name, module)
-        if kind == "MLP":
-            total += _bytes_of(module)
-        elif kind == "experts":
-            experts = module.num_local_experts
-            total += min(batch * experts_per_token, experts) * _bytes_of(module) // experts
-        elif isinstance(module, ValueTable):
-            total += min(batch * picks, module.layout.num_values) * module.weight[0].nbytes
-    return total
+    kinds = [(_kind(name, module), module) for name, module in model.named_modules()]
+    experts = [module for kind, module in kinds if kind == "experts"]
+    tables = [module for _, module in kinds if isinstance(module, ValueTable)]
+    number = experts[0].num_local_experts if experts else 0
+    return ReadSizes(
+        mlp=sum(_elements_of(module) for kind, module in kinds if kind == "MLP"),
+        expert=sum(map(_elements_of, experts)) // number if number else 0,
+        experts=number,
+        experts_per_token=experts_per_token if number else 0,
+        memory_layers=len(tables),
+        values=tables[0].layout.num_values if tables else 0,
+        value_dim=tables[0].layout.value_dim if tables else 0,
+        picks=picks,
+    )
+
+
+def _elements_of(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

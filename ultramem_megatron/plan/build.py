@@ -60,7 +60,6 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
 
     Raises UltraMemError for what we or Megatron refuse.
     """
-    from megatron.core.transformer.enums import AttnBackend
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import validate_args
 
@@ -69,7 +68,7 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
     from ultramem_megatron.pipeline_layout import check_pipeline
 
     args = _parse_only(words)
-    _refuse_what_cannot_be_built(args)
+    _without_transformer_engine(args)
     args.rank, args.world_size = 0, world_size or 1
     if world_size is None:
         _on_one_rank(args)
@@ -82,7 +81,6 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
         raise UltraMemError(f"Megatron refuses these flags: {error}") from error
     transformer.init_model_with_meta_device = True
     transformer.perform_initialization = False
-    transformer.attention_backend = AttnBackend.local
     if args.num_experts:
         # Experts with equal numbers of tokens: shapes that do not depend on data.
         transformer.moe_token_dispatcher_type = "alltoall"
@@ -107,13 +105,13 @@ def smallest_world(words: Sequence[str]) -> int:
 
 
 def _parse_only(words: Sequence[str]) -> Namespace:
-    """Unchecked. Flags of a bare machine are added, so that a plan is the same on every one."""
+    """Unchecked. Flags of a bare machine come last, so that a plan is the same on every one."""
     from megatron.training.arguments import parse_args
 
     from ultramem_megatron.arguments import add_ultramem_arguments
 
     bare = machine_flags.needed_flags(bare=True).items()
-    needed = [word for flag, values in bare if flag not in words for word in (flag, *values)]
+    needed = [word for flag, values in bare for word in (flag, *values)]
     # Megatron reads sys.argv itself, and prints every flag it has when one is wrong.
     with (
         mock.patch.object(sys, "argv", ["ultramem_megatron.plan", *words, *needed]),
@@ -127,17 +125,14 @@ def _refuse_flag(_: ArgumentParser, message: str) -> NoReturn:
     raise UltraMemError(f"Wrong flags: {message}. Megatron's and --ultramem flags may follow.")
 
 
-def _refuse_what_cannot_be_built(args: Namespace) -> None:
+def _without_transformer_engine(args: Namespace) -> None:
     if args.context_parallel_size > 1:
         raise UltraMemError(
             f"--context-parallel-size {args.context_parallel_size}: a plan is made with Megatron's "
             f"own attention, which has no context parallelism. Use 1."
         )
-    if args.moe_grouped_gemm:
-        raise UltraMemError(
-            "--moe-grouped-gemm needs Transformer Engine, a plan is made without it. Drop the "
-            "flag: experts have the same sizes either way."
-        )
+    # These need Transformer Engine, and change neither sizes nor what is kept or sent.
+    args.moe_grouped_gemm = args.tp_comm_overlap = False
 
 
 def _on_one_rank(args: Namespace) -> None:
@@ -175,7 +170,10 @@ def built_stage(run: Run, stage: int = 0) -> Iterator[list[Any]]:
             create_gloo_process_groups=False,
         )
         model_parallel_cuda_manual_seed(run.args.seed)
-        with mock.patch("torch.cuda.current_device", return_value="meta"):
+        with (
+            mock.patch("torch.cuda.current_device", return_value="meta"),
+            mock.patch.dict(os.environ),  # Megatron leaves its choice of attention there
+        ):
             yield _chunks(run)
     finally:
         destroy_moe_metrics_tracker()  # it remembers the number of layers

@@ -106,8 +106,10 @@ def _layout(layout: dict[str, Any]) -> str:
 def _stage(stage: dict[str, Any]) -> str:
     keys = ("parameters", "gradients", "optimizer", "activations", "memory")
     columns = "".join(f"{stage[key] / 1e9:>9.2f}" for key in keys)
-    received = ", ".join(f"{cause} {count / 1e9:.2f}" for cause, count in stage["received"].items())
-    return f"  {stage['stage']:<6}{stage['layers']:<24}{columns}   {received or 'nothing'}"
+    received = ", ".join(
+        f"{cause} {count / 1e9:.2f}" for cause, count in stage["received"].items() if count >= 5e6
+    )
+    return f"  {stage['stage']:<6}{stage['layers']:<24}{columns}   {received or 'next to nothing'}"
 
 
 def _advice(layout: str | None) -> str:

@@ -1,0 +1,83 @@
+"""Time, memory and bandwidth of a step.
+
+On a CPU time is the process's own, with one thread: other processes do not count in it.
+"""
+
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+_SECONDS = 1.0
+_LEAST, _MOST = 3, 15
+_COPY_BYTES = 2**28
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one step, and how many were timed."""
+
+    minimum: float
+    median: float
+    repeats: int
+
+
+def timed(step: Callable[[], object], device: torch.device) -> Timing:
+    """Time `step` after one run that is not timed."""
+    step()
+    taken: list[float] = []
+    while len(taken) < _LEAST or (sum(taken) < 1e3 * _SECONDS and len(taken) < _MOST):
+        taken.append(_once(step, device))
+    return Timing(min(taken), statistics.median(taken), len(taken))
+
+
+def _once(step: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+    start = time.process_time()
+    step()
+    return 1e3 * (time.process_time() - start)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a large copy reads and writes."""
+    source = torch.ones(_COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * _COPY_BYTES / (1e-3 * timed(lambda: target.copy_(source), device).minimum)
+
+
+def extra_memory(step: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes at the peak of `step` above what was there; None where that cannot be told."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _resident("VmRSS")
+        step()
+        return max(0, _resident("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1]) if found else 0
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return 1024 * int(found[1]) if found else 0
