@@ -23,6 +23,7 @@ from tests.training_runs import tiny_gpt
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _ITERATION = re.compile(r"iteration +(\d+)/ +\d+ .*lm loss: (\S+)")
+_START = re.compile(r"before the start of training step")
 
 
 def flags(folder: Path, **changes: Any) -> list[str]:
@@ -67,8 +68,20 @@ class Launched:
         return self.log.read_text(errors="replace")
 
     def losses(self) -> dict[int, str]:
-        """Iteration -> loss as last printed, in all its digits."""
-        return {int(i): loss for i, loss in _ITERATION.findall(self.output())}
+        """Iteration -> loss as last printed, in all its digits.
+
+        Without the second iteration after each start: Megatron prints the mean of the first two.
+        """
+        losses: dict[int, str] = {}
+        since_start = 0
+        for line in self.output().splitlines():
+            if _START.search(line):
+                since_start = 0
+            if found := _ITERATION.search(line):
+                since_start += 1
+                if since_start != 2:
+                    losses[int(found[1])] = found[2]
+        return losses
 
     def iterations(self) -> list[int]:
         """Every iteration in the order it was trained, repeats included."""

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# MoE twin of the 680M models: 33 experts over 3 ranks, so 24 GPUs and more (GPUS=24).
+set -euo pipefail
+PRESET=moe-680m-2in33
+LAYOUT=(
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+    --micro-batch-size 4 --expert-model-parallel-size 3 --moe-token-dispatcher-type alltoall
+)
+# shellcheck source=launch/recipes/run.sh
+source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
