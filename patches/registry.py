@@ -33,6 +33,8 @@ PATCH_MODULES = (
     "distopt_missing_step",
     "distopt_shared_step",
     "distopt_load_without_grad",
+    # Faults.
+    "checkpoint_sums",
 )
 """Order of application; every name is a file in this folder."""
 

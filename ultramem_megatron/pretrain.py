@@ -66,6 +66,7 @@ def main(
     from ultramem_megatron import gpt_task
     from ultramem_megatron.arguments import add_ultramem_arguments, config_from_args
     from ultramem_megatron.compatibility import check_checkpoint, refuse_unsupported_flags
+    from ultramem_megatron.integrity import check_before_loading
     from ultramem_megatron.model import UltraMemGPTModelConfig
     from ultramem_megatron.partition.groups import initialize_model_parallel
     from ultramem_megatron.partition.settings import settings_from_args
@@ -78,7 +79,9 @@ def main(
     transformer_config = core_transformer_config_from_args(args)
     if ultramem is not None:
         check_pipeline(ultramem.spans, transformer_config)
-    check_checkpoint(args, ultramem)
+    if os.environ["RANK"] == "0":  # one reader; its failure ends the others
+        check_before_loading(args)
+        check_checkpoint(args, ultramem)
     partition = "dimension"
     if ultramem is not None:
         tables = settings_from_args(args, ultramem)
