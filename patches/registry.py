@@ -26,6 +26,7 @@ PATCH_MODULES = (
     "dataset_helpers",
     # What memory layers need.
     "value_learning_rate",
+    "lazy_adam",
     "memory_metrics",
     "memory_flops",
     "memory_footprint",
