@@ -26,6 +26,7 @@ PATCH_MODULES = (
     "dataset_helpers",
     # What memory layers need.
     "value_learning_rate",
+    "lazy_adam",
     "memory_metrics",
     "memory_flops",
     "memory_footprint",
@@ -33,6 +34,8 @@ PATCH_MODULES = (
     "distopt_missing_step",
     "distopt_shared_step",
     "distopt_load_without_grad",
+    # Faults.
+    "checkpoint_sums",
 )
 """Order of application; every name is a file in this folder."""
 

@@ -39,6 +39,20 @@ class NumberTokenizer:
         return " ".join(map(str, tokens))
 
 
+def random_model(kind: str) -> tuple[Any, Any]:
+    """A model of that kind and its flags; convolutions, which start inert, mix their taps."""
+    from ultramem_megatron.auxiliary_loss import memory_layers
+    from ultramem_megatron.untrained import untrained_model
+
+    model, args = untrained_model(flags_of(kind))
+    for layer in memory_layers(model):
+        if layer.query.conv is not None:
+            generator = torch.Generator().manual_seed(layer.layer_number)
+            taps = layer.query.conv.weight
+            taps.data = torch.randn(taps.shape, generator=generator)
+    return model, args
+
+
 def flags_of(kind: str) -> list[str]:
     """Megatron's flags for the small model of that kind."""
     return tiny_gpt(**{**_TINY, **KINDS[kind]})

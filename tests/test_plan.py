@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 
 from tests.ranks import run_on_ranks
+from tests.training_runs import run_pretrain
 
 # Table 1: parameters and FLOPs, both in 1e9, as printed.
 TABLE_1 = {
@@ -214,6 +215,53 @@ def test_stages_and_parts_of_tables_add_up_to_the_model():
     assert (layout["table_parallel"], layout["data_parallel"]) == (4, 4)
     assert held == _everything(plan) - plan["sparse_params"] * 3 // 4
     assert [stage["layers"] for stage in layout["stages"]] == ["1-2", "3-4"]
+
+
+def _held(trained):
+    """Bytes of parameters, gradients and optimizer state on a rank of a real run."""
+    import torch
+
+    parameters = [p for chunk in trained.model for p in chunk.parameters()]
+    optimizers = getattr(trained.optimizer, "chained_optimizers", [trained.optimizer])
+    state = [
+        tensor
+        for optimizer in optimizers
+        for entry in optimizer.optimizer.state.values()
+        for name, tensor in entry.items()
+        if name != "step"
+    ]
+    copies = [
+        p for optimizer in optimizers for group in optimizer.fp32_from_float16_groups for p in group
+    ]
+    assert all(isinstance(tensor, torch.Tensor) for tensor in state)
+    return tuple(
+        sum(t.numel() * t.element_size() for t in tensors)
+        for tensors in (parameters, [p.main_grad for p in parameters], [*state, *copies])
+    )
+
+
+_ONE_STEP = (
+    "--train-iters 1 --lr 1e-4 --mock-data --tokenizer-type NullTokenizer --eval-iters 0 "
+    "--eval-interval 9 --num-workers 0 --hidden-dropout 0 --attention-dropout 0"
+)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        (_MEMORY + "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 ", 4),
+        (_EXPERTS + "--expert-model-parallel-size 2 ", 2),
+    ],
+)
+def test_ranks_of_a_real_run_hold_what_is_planned(flags, ranks):
+    run = run_pretrain(ranks, (_TINY + flags + _ONE_STEP).split(), on_finish=_held)
+    stages = _layout(flags, ranks)["layouts"][0]["stages"]
+    planned = [
+        tuple(stage[key] for key in ("parameters", "gradients", "optimizer"))
+        for stage in stages
+        for _ in range(ranks // len(stages))
+    ]
+    assert [rank.finished for rank in run.ranks] == planned
 
 
 def test_the_distributed_optimizer_spreads_its_state_and_changes_what_is_sent():

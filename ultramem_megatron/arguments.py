@@ -39,6 +39,8 @@ _SWITCH_HELP = {
     "share_query": "Two heads use one query.",
     "value_projection": "Project pooled values to the hidden size; needed for value expansion.",
     "softmax": "Softmax over each head's scores, as product-key memories have it.",
+    "lazy_adam": "Adam updates only the rows of value tables that have a gradient: for small "
+    "batches and fine-tuning.",
 }
 
 

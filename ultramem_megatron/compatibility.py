@@ -8,7 +8,7 @@ from typing import Any
 from ultramem_megatron.config import UltraMemConfig, flag
 from ultramem_megatron.errors import UltraMemError
 
-_RESUMABLE = {"value_lr_decay", "aux_loss_weight", "aux_loss_margin", "init", "seed"}
+_RESUMABLE = {"value_lr_decay", "lazy_adam", "aux_loss_weight", "aux_loss_margin", "init", "seed"}
 """Fields that a resumed run may change: they shape neither tensors nor what is read from them."""
 
 
@@ -34,6 +34,8 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
          f"the convolution would need its neighbours' tokens. Use {flag('query_conv_kernel')} 0"),
         (args.fp8 is not None, f"--fp8-format {args.fp8}",
          "memory layers compute in fp32, fp16 or bf16. Drop the flag"),
+        (ultramem.lazy_adam and args.use_distributed_optimizer, "--use-distributed-optimizer",
+         f"it cuts tables into pieces that are no rows. Drop it or {flag('lazy_adam')}"),
     )  # fmt: skip
     for present, given, reason in refused:
         if present:

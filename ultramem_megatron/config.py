@@ -64,6 +64,8 @@ class UltraMemConfig:
     """k: the table's learning rate starts at k times the base rate..."""
     value_lr_decay: float = 1.0
     """...and falls linearly to 1x over this fraction of training."""
+    lazy_adam: bool = False
+    """Adam leaves rows of the tables without gradient alone (lazy_adam.py)."""
     seed: int = 1234
     """Of the initial values; they depend on it, the layer number and the sizes, nothing else."""
 

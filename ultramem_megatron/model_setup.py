@@ -1,5 +1,6 @@
 """From Megatron's parsed flags to the model config that `pretrain()` builds from, all checked."""
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from megatron.training.argument_utils import (
 
 from ultramem_megatron.arguments import config_from_args
 from ultramem_megatron.compatibility import check_checkpoint, refuse_unsupported_flags
+from ultramem_megatron.integrity import check_before_loading
 from ultramem_megatron.model import UltraMemGPTModelConfig
 from ultramem_megatron.partition.groups import initialize_model_parallel
 from ultramem_megatron.partition.settings import settings_from_args
@@ -31,7 +33,9 @@ def model_config_from_args(
     transformer: Any = core_transformer_config_from_args(args)
     if ultramem is not None:
         check_pipeline(ultramem.spans, transformer)
-    check_checkpoint(args, ultramem)
+    if os.environ["RANK"] == "0":  # one reader; its failure ends the others
+        check_before_loading(args)
+        check_checkpoint(args, ultramem)
     partition, upcycle_from = "dimension", None
     if ultramem is not None:
         upcycle_from = dense_checkpoint(args)

@@ -40,21 +40,21 @@ def candidates(shape: Shape, device: torch.device) -> list[Candidate]:
     def plain() -> Tensor:
         return plain_lookup(table, rows, groups, scores, shape.expansion)
 
-    sliced = table.detach().view(-1, shape.value_dim // shape.cores).requires_grad_()
     found = [
         candidate("reference", table, ours, "reference"),
         candidate("torch", table, ours, "torch"),
-        candidate(
-            "plain", table, lambda: plain_lookup(table, rows, groups, scores, shape.expansion)
-        ),
+        candidate("plain", table, plain),
     ]
-    for sparse in (False, True):
-        name = f"embedding_bag, {'sparse' if sparse else 'dense'} gradient"
-        found.append(
-            candidate(name, sliced, _bags(sliced, rows, groups, scores, shape.expansion, sparse))
-        )
     if device.type == "cuda":
         found.append(candidate("triton", table, ours, "triton"))
+    bags = _Bags(table, rows, groups, scores, shape.expansion)
+    for sparse in (False, True):
+        name = f"embedding_bag, {'sparse' if sparse else 'dense'} gradient"
+        found.append(candidate(name, bags.sliced, bags.embedding_bag(sparse)))
+    try:
+        found.append(candidate("FBGEMM TBE, dense gradient", *bags.fbgemm()))
+    except (ImportError, OSError) as error:  # OSError: built for another version of PyTorch
+        print(f"  FBGEMM left out: {error}")
     return found
 
 
@@ -77,22 +77,57 @@ def table_gradient(leaf: Tensor, shape: torch.Size) -> Tensor:
     return dense.view(shape)
 
 
-def _bags(
-    sliced: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups: int, sparse: bool
-) -> Callable[[], Tensor]:
-    """PyTorch's own: one bag a core, token and group, on the table as N*C rows of V/C."""
-    tokens, picks, cores = scores.shape
-    core = torch.arange(cores, device=rows.device).unsqueeze(1)
-    token = torch.arange(tokens, device=rows.device).unsqueeze(1)
+class _Bags:
+    """The lookup as pooled embeddings: bags of the table's N*C slices, for every sum and core."""
 
-    def forward() -> Tensor:
-        bags, order = (token * num_groups + groups).flatten().sort(stable=True)
-        starts = torch.searchsorted(bags, torch.arange(tokens * num_groups, device=rows.device))
-        sums = F.embedding_bag(
-            (rows.flatten()[order] * cores + core).flatten(), sliced,
-            (starts + core * tokens * picks).flatten(), mode="sum", sparse=sparse,
-            per_sample_weights=scores.flatten(0, 1)[order].t().flatten().to(sliced.dtype),
+    def __init__(
+        self, table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups: int
+    ) -> None:
+        self.rows, self.groups, self.scores, self.num_groups = rows, groups, scores, num_groups
+        self.sliced = table.detach().view(-1, table.shape[1] // scores.shape[2]).requires_grad_()
+
+    def embedding_bag(self, sparse: bool) -> Callable[[], Tensor]:
+        """PyTorch's own."""
+
+        def forward() -> Tensor:
+            slices, starts, weights = self._prepared()
+            sums = F.embedding_bag(
+                slices, self.sliced, starts[:-1], mode="sum", sparse=sparse,
+                per_sample_weights=weights.to(self.sliced.dtype),
+            )  # fmt: skip
+            return sums.view(len(self.rows), self.num_groups, -1)
+
+        return forward
+
+    def fbgemm(self) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Its table, on the same storage, and FBGEMM's table-batched embedding of that."""
+        from fbgemm_gpu.split_embedding_configs import SparseType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            DenseTableBatchedEmbeddingBagsCodegen,
+        )
+
+        precision = SparseType.from_dtype(self.sliced.dtype)
+        module = DenseTableBatchedEmbeddingBagsCodegen(
+            [tuple(self.sliced.shape)], weights_precision=precision, output_dtype=precision,
+            use_cpu=self.sliced.device.type == "cpu",
         )  # fmt: skip
-        return sums.view(cores, tokens, num_groups, -1).permute(1, 2, 0, 3).flatten(2)
+        module.weights = torch.nn.Parameter(self.sliced.detach().flatten())
 
-    return forward
+        def forward() -> Tensor:
+            slices, starts, weights = self._prepared()
+            sums: Tensor = module(slices, starts, per_sample_weights=weights)
+            return sums.view(len(self.rows), self.num_groups, -1)
+
+        return module.weights, forward
+
+    def _prepared(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Slices, first slice of each bag (and their end), weights; in the order of bags."""
+        cores, device = self.scores.shape[2], self.rows.device
+        core = torch.arange(cores, device=device)
+        token = torch.arange(len(self.rows), device=device).unsqueeze(1)
+        sums = (token * self.num_groups + self.groups).unsqueeze(2) * cores + core
+        bags, order = sums.flatten().sort(stable=True)
+        last = len(self.rows) * self.num_groups * cores
+        starts = torch.searchsorted(bags, torch.arange(last + 1, device=device))
+        slices = (self.rows.unsqueeze(2) * cores + core).flatten()
+        return slices[order], starts, self.scores.flatten()[order]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.decoding import NumberTokenizer, flags_of, full_logits
+from tests.decoding import NumberTokenizer, full_logits, random_model
 from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import make_saving_fast
 from ultramem_megatron.data import indexed
@@ -32,10 +32,9 @@ def files(tmp_path_factory):
 def _save(folder, stream):
     """Save a model; the mean loss of the stream and some continuations, the plain way."""
     from ultramem_megatron.checkpoint import save_weights
-    from ultramem_megatron.untrained import untrained_model
 
     make_saving_fast()
-    model, args = untrained_model(flags_of("ultramem-conv"))
+    model, args = random_model("ultramem-conv")
     save_weights(model, args, folder / "checkpoint")
     losses = []
     for start in range(0, 100, _LENGTH):

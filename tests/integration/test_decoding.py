@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close
-from tests.decoding import KINDS, NumberTokenizer, cached_logits, flags_of, full_logits
+from tests.decoding import KINDS, NumberTokenizer, cached_logits, full_logits, random_model
 from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import make_saving_fast
 
@@ -26,12 +26,11 @@ def _save(folder):
     """Save an untrained model of each kind; what it computes."""
     from ultramem_megatron.auxiliary_loss import memory_layers
     from ultramem_megatron.checkpoint import save_weights
-    from ultramem_megatron.untrained import untrained_model
 
     make_saving_fast()
     results = {}
     for kind in KINDS:
-        model, args = untrained_model(flags_of(kind))
+        model, args = random_model(kind)
         save_weights(model, args, folder / kind)
         results[kind] = full_logits(model, _tokens()), cached_logits(model, _tokens(), _PREFILL)
         for layer in memory_layers(model):

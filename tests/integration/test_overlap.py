@@ -16,17 +16,18 @@ _DIMENSION = {"ultramem_partition": "dimension"}
 _TP = {"tensor_model_parallel_size": 2}
 _SP = {**_TP, "sequence_parallel": True, "ultramem_query_conv_kernel": 3}
 _PP = {"pipeline_model_parallel_size": 2}
-_CROSSING = {**_PP, "pipeline_model_parallel_layout": "Etttt|ttL"}  # span 4:6
-_VPP = {**_PP, "num_virtual_stages_per_pipeline_rank": 3}
+# Span 4:6 runs beside layer 5, where the stage ends, and crosses.
+_CROSSING = {**_PP, "pipeline_model_parallel_layout": "Ettttt|tL"}
+# Chunks of two layers: span 2:3 crosses at once, the others run beside layers 6 and 8.
+_VPP = {**_PP, "num_virtual_stages_per_pipeline_rank": 2, "num_layers": 8,
+        "ultramem_spans": "2:3/5:6/7:8"}  # fmt: skip
 _OVERLAPS = {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
              "overlap_param_gather": True}  # fmt: skip
 _UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform"}
 _BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
-_SELECTIVE = {
-    "recompute_granularity": "selective",
-    "recompute_modules": ["core_attn", "mlp"],
-    "disable_bias_linear": True,
-}  # fmt: skip - Megatron recomputes an MLP with bias forever
+# Without biases: Megatron 0.19.2 recomputes an MLP with a bias for ever, memories or not.
+_SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"],
+              "disable_bias_linear": True}  # fmt: skip
 _EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "disable_bias_linear": True,
             "expert_model_parallel_size": 2}  # fmt: skip
 
@@ -46,9 +47,9 @@ def _train(world_size, overlap, layout):
             ("P1 of DP2, distributed optimizer", 2, {"ultramem_parallel_size": 1, **_OVERLAPS}),
             ("TP2 DP2 number", 4, {**_TP, **_NUMBER, "bf16": True}),
             ("TP2 SP dimension", 2, {**_SP, **_DIMENSION}),
-            ("PP2 crossing, TP2", 4, {**_CROSSING, **_TP, **_DIMENSION}),
+            ("PP2 crossing, TP2, recompute", 4, {**_CROSSING, **_TP, **_DIMENSION, **_UNIFORM,
+             "recompute_num_layers": 3}),
             ("PP2 interleaved, DP2", 4, {**_VPP, **_NUMBER, **_OVERLAPS}),
-            ("recompute, crossing", 2, {**_UNIFORM, "recompute_num_layers": 2, **_NUMBER}),
             ("recompute of some layers, evaluation", 2, {**_BLOCK, "recompute_num_layers": 2,
              **_DIMENSION, "eval_iters": 1, "eval_interval": 1}),
         ]

@@ -32,6 +32,11 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
         ),
         (1, {"cuda_graph_impl": "local"}, "cuda"),
         (
+            1,
+            {"ultramem_lazy_adam": True, "use_distributed_optimizer": True},
+            "--use-distributed-optimizer cannot be combined",
+        ),
+        (
             2,
             {"context_parallel_size": 2, "ultramem_query_conv_kernel": 3},
             "--context-parallel-size 2",

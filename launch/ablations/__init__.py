@@ -1,0 +1,1 @@
+"""The paper's training experiments: many small models, seeds repeated, one CSV each."""

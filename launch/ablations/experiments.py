@@ -1,0 +1,117 @@
+"""Which models each table or figure of the paper compares, in the order they are printed.
+
+A model that stands in several experiments is trained once: results are kept by flags and seed.
+"""
+
+from dataclasses import dataclass
+
+from launch.ablations.models import ULTRAMEM_ROW, Model, ablation, dense, moe, resized
+from ultramem_megatron.errors import UltraMemError
+
+_X10 = "ablation-151m-x10-"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Models to train alike; `baseline` names the one that differences are taken from."""
+
+    name: str
+    about: str
+    models: tuple[Model, ...]
+    baseline: str
+    seeds: tuple[int, ...] = (1, 2)
+    steps: int = 200
+    data: str = "prose"
+    """prose: dictionaries and Python; dictionary: a thousand definitions, seen many times."""
+
+
+_TABLE_2 = (
+    ("pkm", "pkm-151m-x10"),
+    *((row, _X10 + row) for row in (
+        "no-softmax", "half-value-dim", "share-query", "split-skip", "qk-norm", "ive", "tdqkr",
+        "mcs", "init", "value-lr",
+    )),
+    ("ultramem", ULTRAMEM_ROW),
+)  # fmt: skip
+
+_TABLE_3 = (
+    ("E=1", "qk-norm"), ("E=4", "ive"), ("E=9", "e9"), ("E=16", "e16"),
+    ("r=1", "ive"), ("r=2", "tdqkr"), ("r=3", "r3"), ("r=4", "r4"),
+    ("h=1", "tdqkr"), ("h=2", "mcs"), ("h=4", "h4"), ("h=8", "h8"),
+)  # fmt: skip
+
+# Figure 6b: keys per side and top-m; values over values read, n^2/(m*H), stay the same.
+_SPARSITY = ((550, 10), (778, 20), (1100, 40), (1556, 80))
+_SMALL_SPARSITY = ((80, 4), (113, 8), (160, 16), (226, 32))
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        Experiment(
+            "figure1a",
+            "dense, MoE, product keys and UltraMem at equal FLOPs and parameters (figures 1a, 6a)",
+            (
+                dense("dense", "dense-1.6b"),
+                moe("moe", "moe-1.6b-2in34"),
+                ablation("pkm", "pkm-151m-x10"),
+                Model("ultramem", "ultramem-1.6b-x12", ablation("", ULTRAMEM_ROW).small),
+            ),
+            "dense",
+            seeds=(1, 2, 3),
+        ),
+        Experiment(
+            "recall",
+            "share of a dictionary's definitions that the model reproduces",
+            (dense(), moe(), Model("ultramem", ULTRAMEM_ROW, ablation("", ULTRAMEM_ROW).small)),
+            "dense",
+            steps=500,
+            data="dictionary",
+        ),
+        Experiment(
+            "table2",
+            "from product keys to UltraMem, one change a row",
+            tuple(ablation(name, preset) for name, preset in _TABLE_2),
+            "pkm",
+        ),
+        Experiment(
+            "table3",
+            "value expansion E, Tucker rank r, cores h",
+            tuple(ablation(name, _X10 + preset) for name, preset in _TABLE_3),
+            "E=1",
+        ),
+        Experiment(
+            "figure10",
+            "norms of queries and keys; the authors' code's initialisation and the paper's",
+            (
+                ablation("ultramem", ULTRAMEM_ROW),
+                ablation("no-norms", ULTRAMEM_ROW, qk_norm="none"),
+                ablation("naive-init", ULTRAMEM_ROW, init="official"),
+            ),
+            "ultramem",
+        ),
+        Experiment(
+            "figure6b",
+            "loss over sparse parameters, values over values read being the same",
+            tuple(
+                resized(
+                    f"n={small_keys}",
+                    "ultramem-151m-x12",
+                    {"num_keys": keys, "topk": topk},
+                    {"num_keys": small_keys, "topk": small_topk},
+                )
+                for (keys, topk), (small_keys, small_topk) in zip(
+                    _SPARSITY, _SMALL_SPARSITY, strict=True
+                )
+            ),
+            "n=80",
+        ),
+    )
+}
+
+
+def find_experiment(name: str) -> Experiment:
+    """Raises UltraMemError for an unknown name, listing the known."""
+    if name not in EXPERIMENTS:
+        raise UltraMemError(f"experiment {name!r} is unknown. Known: {', '.join(EXPERIMENTS)}.")
+    return EXPERIMENTS[name]

@@ -1,0 +1,69 @@
+"""Records of runs as tidy CSV: one line a run, and one line for each point of a curve."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.ablations.models import Sizes
+
+VALIDATION = "lm loss validation"
+_LAST_MEMORY = {"ultramem/top-1-score": "top1_score", "ultramem/output-std": "output_std"}
+
+
+def run_line(experiment: str, model: str, sizes: Sizes, record: dict[str, Any]) -> dict[str, Any]:
+    """What one run came to; losses in nats per token."""
+    scalars = record["scalars"]
+    return {
+        "experiment": experiment,
+        "model": model,
+        "seed": record["seed"],
+        "steps": record["steps"],
+        "dense_params": sizes.dense_params,
+        "sparse_params": sizes.sparse_params,
+        "flops_per_token": sizes.flops_per_token,
+        "train_loss": round(scalars["lm loss"][-1][1], 5),
+        "valid_loss": round(scalars[VALIDATION][-1][1], 5),
+        **{name: round(value, 5) for name, value in record.get("measured", {}).items()},
+        "seconds": record["seconds"],
+        "date": record["date"],
+        "commit": record["commit"],
+        "torch": record["torch"],
+    }
+
+
+def curve_lines(
+    experiment: str, model: str, tokens_per_step: int, record: dict[str, Any]
+) -> Iterable[dict[str, Any]]:
+    """Validation loss over training, and top-1 score and output std of the last memory."""
+    for name, points in _curves(record["scalars"]).items():
+        for step, value in points:
+            yield {
+                "experiment": experiment,
+                "model": model,
+                "seed": record["seed"],
+                "step": step,
+                "tokens": step * tokens_per_step,
+                "metric": name,
+                "value": round(value, 5),
+            }
+
+
+def _curves(scalars: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    curves = {"valid_loss": scalars[VALIDATION], "train_loss": scalars["lm loss"]}
+    for prefix, name in _LAST_MEMORY.items():
+        tags = sorted(tag for tag in scalars if tag.startswith(prefix + "/"))
+        if tags:
+            curves[name] = scalars[tags[-1]]
+    return curves
+
+
+def write(lines: Sequence[dict[str, Any]], file: Path) -> None:
+    """Writes lines with equal keys, whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", newline="", encoding="utf-8") as output:
+        writer = csv.DictWriter(output, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    partial.replace(file)

@@ -1,0 +1,195 @@
+"""One training in a process of its own, forked from a server that has imported everything.
+
+Megatron's global state cannot be reset, so a run never shares a process; its imports, which would
+take longer than some of the runs, are shared.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from launch.ablations.models import Model
+from launch.report import write_json
+from launch.stage import LAST_LINES, StageError
+
+EVALUATIONS = 4  # during training; each on EVAL_BATCHES global batches
+EVAL_BATCHES = 12
+LOGS = 20  # points of a curve
+RESULT = "result.json"
+
+_PRELOADED = (
+    "megatron.core.dist_checkpointing",
+    "megatron.core.tokenizers.text",
+    "megatron.training",
+    "megatron.training.argument_utils",
+    "torch.utils.tensorboard",
+    "ultramem_megatron.gpt_task",
+    "ultramem_megatron.inference",
+    "ultramem_megatron.pretrain",
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model, a seed, and the data and number of steps to train with."""
+
+    model: Model
+    seed: int
+    steps: int
+    data: Path
+    """Folder made by ultramem_megatron.data.prepare."""
+    extra: tuple[str, ...]
+    save: bool
+    """Keep a checkpoint of the last step."""
+
+    def arguments(self, folder: Path) -> list[str]:
+        """The whole command line; what is written goes below `folder`."""
+        interval = max(1, self.steps // EVALUATIONS)
+        words = [*self.model.small_arguments(), "--seed", str(self.seed)]
+        words += ["--train-iters", str(self.steps), "--eval-interval", str(interval)]
+        words += ["--eval-iters", str(EVAL_BATCHES), "--num-workers", "0"]
+        words += ["--log-interval", str(max(1, self.steps // LOGS))]
+        words += ["--tokenizer-type", "HuggingFaceTokenizer"]
+        words += ["--tokenizer-model", str(self.data / "tokenizer")]
+        words += ["--train-data-path", str(self.data / "train")]
+        words += ["--valid-data-path", str(self.data / "valid")]
+        words += ["--data-cache-path", str(folder / "data_index")]
+        words += ["--tensorboard-dir", str(folder / "tensorboard")]
+        if self.save:
+            words += ["--save", str(folder / "checkpoints"), "--save-interval", str(self.steps)]
+        return [*words, *self.extra]
+
+    def key(self) -> str:
+        """Hash of everything that decides the result: flags and data."""
+        data = json.loads((self.data / "data.json").read_text(encoding="utf-8"))["key"]
+        decisive = [data, self.arguments(Path("."))]
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+
+
+def train(
+    training: Training, runs: Path, measure: Callable[[Path], dict[str, float]] | None
+) -> dict[str, Any]:
+    """Trains unless a finished run with the same key is there; returns its record.
+
+    measure: called in a process like the training's with the folder of checkpoints; what it returns
+    is added to the record under "measured".
+
+    Raises:
+        StageError: the training failed; the message holds the last lines of its log.
+    """
+    folder = runs / training.key()
+    result = folder / RESULT
+    if result.exists():
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return found
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    started = time.monotonic()
+    name = f"{training.model.name}, seed {training.seed}"
+    in_process(name, folder / "train.log", _train, training.arguments(folder))
+    record = {"seed": training.seed, "steps": training.steps, **_scalars(folder / "tensorboard")}
+    if measure is not None:
+        measured = folder / "measured.json"
+        in_process(name, folder / "measure.log", _measure, measure, folder, measured)
+        record["measured"] = json.loads(measured.read_text(encoding="utf-8"))
+    record |= {"seconds": round(time.monotonic() - started, 1), **_circumstances()}
+    write_json(record, result)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # all that was needed is measured
+    return record
+
+
+def in_process(name: str, log: Path, function: Callable[..., None], *args: Any) -> None:
+    """Calls `function(*args)` in a fresh process with its output in `log`.
+
+    Raises:
+        StageError: it raised or died.
+    """
+    process = _server().Process(target=_main, args=(log, function, args))
+    process.start()
+    try:
+        process.join()
+    except BaseException:
+        process.terminate()
+        raise
+    if process.exitcode:
+        last = log.read_text(errors="replace").splitlines()[-LAST_LINES:] if log.exists() else []
+        raise StageError(f"{name} failed; the last lines of {log}:\n  | " + "\n  | ".join(last))
+
+
+def _server() -> Any:
+    """The fork server's context; the first process started from it pays for the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # Megatron's on what this machine lacks
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return context
+
+
+def _main(log: Path, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    output = log.open("w", buffering=1, encoding="utf-8")
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout = sys.stderr = output
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    function(*args)
+    output.flush()
+
+
+def _train(arguments: list[str]) -> None:
+    from ultramem_megatron.pretrain import main
+
+    print("$ python -m ultramem_megatron.pretrain", *arguments)
+    main(arguments)
+
+
+def _measure(measure: Callable[[Path], dict[str, float]], folder: Path, output: Path) -> None:
+    write_json(measure(folder), output)
+
+
+def _scalars(folder: Path) -> dict[str, Any]:
+    """Losses and metrics of memories from TensorBoard events: tag -> [[step, value], ...]."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    wanted = [
+        tag
+        for tag in events.Tags()["scalars"]
+        if tag in ("lm loss", "lm loss validation") or tag.startswith("ultramem/")
+    ]
+    # Of two values for a step the later stands: the last step is evaluated twice.
+    return {
+        "scalars": {
+            tag: [
+                list(point)
+                for point in {s.step: (s.step, s.value) for s in events.Scalars(tag)}.values()
+            ]
+            for tag in wanted
+        }
+    }
+
+
+def _circumstances() -> dict[str, str]:
+    """What a number may depend on beside flags and data."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=10", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": commit or "unknown",
+        "torch": metadata.version("torch"),
+        "cores": str(os.cpu_count()),
+    }

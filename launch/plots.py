@@ -1,0 +1,241 @@
+"""Draws the pictures of the training experiments from their CSVs, and prints their tables.
+
+    python -m launch.plots [NAME ...] [--results DIR]
+
+A point is a seed; a bar is one standard deviation over seeds. Differences are taken between runs of
+the same seed, which saw the same text in the same order.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.ablations.experiments import EXPERIMENTS
+from ultramem_megatron.errors import UltraMemError
+
+RESULTS = Path(__file__).parent / "results"
+
+PAPER_VALIDATION: Mapping[str, Mapping[str, float]] = {
+    "figure1a": {"dense": 2.49, "moe": 2.30, "ultramem": 2.24},
+    "table2": {
+        "pkm": 2.828, "no-softmax": 2.822, "half-value-dim": 2.800, "share-query": 2.803,
+        "split-skip": 2.788, "qk-norm": 2.789, "ive": 2.772, "tdqkr": 2.764, "mcs": 2.761,
+        "init": 2.758, "value-lr": 2.736, "ultramem": 2.736,
+    },
+    "table3": {
+        "E=1": 2.789, "E=4": 2.772, "E=9": 2.764, "E=16": 2.762,
+        "r=1": 2.772, "r=2": 2.764, "r=3": 2.7636, "r=4": 2.7638,
+        "h=1": 2.764, "h=2": 2.761, "h=4": 2.765, "h=8": 2.770,
+    },
+}  # fmt: skip
+"""Validation losses of the paper (tables 1-3), at its sizes and on its data."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """An experiment's lines: runs, and points of curves."""
+
+    name: str
+    runs: list[dict[str, str]]
+    curves: list[dict[str, str]]
+
+    @property
+    def models(self) -> list[str]:
+        """In the order of the CSV."""
+        return list(dict.fromkeys(line["model"] for line in self.runs))
+
+    def of(self, model: str, column: str) -> dict[int, float]:
+        """A column by seed."""
+        lines = (line for line in self.runs if line["model"] == model)
+        return {int(line["seed"]): float(line[column]) for line in lines}
+
+    def differences(self, model: str, baseline: str, column: str) -> list[float]:
+        """This model's minus the baseline's, for the seeds that both have."""
+        one, other = self.of(model, column), self.of(baseline, column)
+        return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+
+
+def read(name: str, folder: Path) -> Results:
+    """Reads an experiment's CSVs.
+
+    Raises:
+        UltraMemError: there are none.
+    """
+    lines = []
+    for file in (folder / f"{name}.csv", folder / f"{name}_curves.csv"):
+        if not file.exists():
+            raise UltraMemError(f"no {file}. Make it with: bash launch/ablate_{name}.sh")
+        with file.open(newline="", encoding="utf-8") as opened:
+            lines.append(list(csv.DictReader(opened)))
+    return Results(name, *lines)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (of a sample; NaN for a single value)."""
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return statistics.fmean(values), deviation
+
+
+def summary(results: Results) -> str:
+    """A table in Markdown: losses, differences from the baseline, and the paper's."""
+    baseline = EXPERIMENTS[results.name].baseline
+    paper = PAPER_VALIDATION.get(results.name, {})
+    columns = ["validation loss", f"minus {baseline}'s", "paper: loss", f"minus {baseline}'s"]
+    head = ["model", "dense + sparse, M", "FLOPs, M", "seeds", *columns[: 4 if paper else 2]]
+    rows = []
+    for model in results.models:
+        losses = list(results.of(model, "valid_loss").values())
+        difference = spread(results.differences(model, baseline, "valid_loss"))
+        cells = [model, *_sizes(results, model), str(len(losses)), _with_bar(*spread(losses))]
+        cells.append("" if model == baseline else _with_bar(*difference, sign="+"))
+        if paper:
+            known = paper.get(model)
+            cells += ["" if known is None else f"{known:g}"]
+            is_other = known is not None and model != baseline
+            cells += [f"{known - paper[baseline]:+.3f}" if is_other and known else ""]
+        rows.append(cells)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _sizes(results: Results, model: str) -> tuple[str, str]:
+    line = next(line for line in results.runs if line["model"] == model)
+    dense, sparse, flops = (
+        int(line[column]) / 1e6 for column in ("dense_params", "sparse_params", "flops_per_token")
+    )
+    return f"{dense:.3f} + {sparse:.3f}", f"{flops:.3f}"
+
+
+def _with_bar(mean: float, deviation: float, sign: str = "") -> str:
+    bar = "" if deviation != deviation else f" ± {deviation:.3f}"
+    return f"{mean:{sign}.3f}{bar}"
+
+
+def _draw_models(axes: Any, results: Results, column: str) -> None:
+    """Seeds as points, mean and deviation as a bar, one model a line."""
+    for place, model in enumerate(results.models):
+        values = list(results.of(model, column).values())
+        mean, deviation = spread(values)
+        axes.errorbar(mean, place, xerr=deviation, fmt="D", color="tab:blue", capsize=4)
+        axes.plot(values, [place] * len(values), ".", color="black", alpha=0.5)
+    axes.set_yticks(range(len(results.models)), results.models)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _draw_table(results: Results, figure: Any) -> None:
+    axes = figure.subplots()
+    _draw_models(axes, results, "valid_loss")
+    axes.set(xlabel="validation loss, nats per token", title=EXPERIMENTS[results.name].about)
+
+
+def _draw_recall(results: Results, figure: Any) -> None:
+    for axes, (column, label) in zip(
+        figure.subplots(1, 2, sharey=True),
+        (("recall", "definitions reproduced, share"), ("recall_tokens", "their tokens, share")),
+        strict=True,
+    ):
+        _draw_models(axes, results, column)
+        axes.set(xlabel=label)
+    figure.suptitle("Definitions of the training text, given the headword")
+
+
+def _draw_curves(axes: Any, results: Results, metric: str) -> None:
+    """A metric over tokens: mean over seeds, and a band of one deviation."""
+    for model in results.models:
+        points: dict[int, list[float]] = {}
+        for line in results.curves:
+            if (line["model"], line["metric"]) == (model, metric):
+                points.setdefault(int(line["tokens"]), []).append(float(line["value"]))
+        if not points:
+            continue
+        tokens = sorted(points)
+        means, bars = zip(*(spread(points[t]) for t in tokens), strict=True)
+        (drawn,) = axes.plot(tokens, means, marker=".", label=model)
+        low, high = ([m + s * b for m, b in zip(means, bars, strict=True)] for s in (-1, 1))
+        axes.fill_between(tokens, low, high, color=drawn.get_color(), alpha=0.2)
+    axes.set(xlabel="training tokens", ylabel=metric)
+    axes.legend()
+
+
+def _draw_figure1a(results: Results, figure: Any) -> None:
+    axes = figure.subplots()
+    _draw_curves(axes, results, "valid_loss")
+    axes.set(ylabel="validation loss, nats per token", title="Equal FLOPs, on real text")
+
+
+def _draw_figure10(results: Results, figure: Any) -> None:
+    panels = (
+        ("train_loss", "training loss"),
+        ("top1_score", "top-1 score, last memory"),
+        ("output_std", "output std, last memory"),
+    )
+    for axes, (metric, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        _draw_curves(axes, results, metric)
+        axes.set(ylabel=label)
+
+
+def _draw_figure6b(results: Results, figure: Any) -> None:
+    axes = figure.subplots()
+    for model in results.models:
+        line = next(line for line in results.runs if line["model"] == model)
+        ratio = int(line["sparse_params"]) / int(line["dense_params"])
+        losses = list(results.of(model, "valid_loss").values())
+        mean, deviation = spread(losses)
+        axes.errorbar(ratio, mean, yerr=deviation, fmt="D", color="tab:blue", capsize=4)
+        axes.plot([ratio] * len(losses), losses, ".", color="black", alpha=0.5)
+        axes.annotate(model, (ratio, mean), xytext=(6, 6), textcoords="offset points")
+    axes.set(xscale="log", xlabel="sparse over dense parameters", title="The same share is read",
+             ylabel="validation loss, nats per token")  # fmt: skip
+
+
+_DRAWINGS: dict[str, tuple[Callable[[Results, Any], None], tuple[float, float]]] = {
+    "figure1a": (_draw_figure1a, (6.5, 4.5)),
+    "recall": (_draw_recall, (8, 3)),
+    "table2": (_draw_table, (7, 5)),
+    "table3": (_draw_table, (7, 5)),
+    "figure10": (_draw_figure10, (13, 4)),
+    "figure6b": (_draw_figure6b, (6, 4)),
+}
+
+
+def draw(results: Results, file: Path) -> None:
+    """Draws an experiment as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawing, size = _DRAWINGS[results.name]
+    figure = pyplot.figure(figsize=size, layout="constrained")
+    drawing(results, figure)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m launch.plots", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: those with a CSV")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of CSVs and pictures")
+    args = parser.parse_args(argv)
+    names = args.names or [n for n in EXPERIMENTS if (args.results / f"{n}.csv").exists()]
+    try:
+        if unknown := [name for name in names if name not in EXPERIMENTS]:
+            raise UltraMemError(f"{unknown[0]!r} is unknown. Known: {', '.join(EXPERIMENTS)}.")
+        for name in names:
+            results = read(name, args.results)
+            draw(results, args.results / f"{name}.png")
+            print(f"\n{name}: {EXPERIMENTS[name].about}\n\n{summary(results)}")
+    except UltraMemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

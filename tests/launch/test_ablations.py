@@ -1,0 +1,154 @@
+"""Experiments at two steps a run: plumbing, resuming, failures, tables; recall's counting."""
+
+import csv
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import plots
+from launch.ablations import recall
+from launch.ablations.__main__ import main
+from launch.ablations.experiments import EXPERIMENTS, ULTRAMEM_ROW
+from launch.ablations.models import sizes
+from ultramem_megatron.data import corpora
+from ultramem_megatron.presets import PRESETS
+
+TINY = ["--seq-length", "32", "--eval-iters", "1"]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder whose corpora were fetched already."""
+    folder = tmp_path_factory.mktemp("ablations")
+    text = folder / "corpora" / "text"
+    text.mkdir(parents=True)
+    words = [f"word{number}" for number in range(400)]
+    (text / "a.txt").write_text("".join(f"{w}: the {w[::-1]} of all things\n" for w in words))
+    pairs = "".join(f"{word}\tthe {word[::-1]} of all things\n" for word in words)
+    (folder / "corpora" / "definitions.tsv").write_text(pairs)
+    manifest = f'{{"format": {corpora.FORMAT}, "any_edition": false}}'
+    (folder / "corpora" / corpora.MANIFEST).write_text(manifest)
+    return folder
+
+
+def run(output: Path, results: Path, experiment: str, *flags: str, seeds: str = "1") -> int:
+    words = [experiment, "--seeds", *seeds.split(), "--steps", "2"]
+    words += ["--output", str(output), "--results", str(results)]
+    return main([*words, "--", *TINY, *flags])
+
+
+def lines(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_an_experiment_is_trained_once_and_drawn(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(output, tmp_path, "figure10") == 0
+    printed = capsys.readouterr().out
+    assert "[3/3]" in printed
+    assert "0 min left" in printed
+    first = lines(tmp_path / "figure10.csv")
+    assert [line["model"] for line in first] == ["ultramem", "no-norms", "naive-init"]
+    assert {line["seed"] for line in first} == {"1"}
+    losses = [float(line["valid_loss"]) for line in first]
+    assert len(set(losses)) == 3
+    assert all(2 < loss < 8 for loss in losses)
+    metrics = {line["metric"] for line in lines(tmp_path / "figure10_curves.csv")}
+    assert metrics == {"valid_loss", "train_loss", "top1_score", "output_std"}
+    assert (tmp_path / "figure10.png").stat().st_size > 10_000
+
+    records = sorted((output / "records").glob("*/result.json"))
+    times = [record.stat().st_mtime_ns for record in records]
+    records[0].unlink()  # as if that run had been interrupted
+    (tmp_path / "figure10.csv").unlink()
+    assert run(output, tmp_path, "figure10") == 0
+    assert [r.stat().st_mtime_ns for r in records[1:]] == times[1:]
+    assert records[0].exists()
+    again = lines(tmp_path / "figure10.csv")
+    assert [line["valid_loss"] for line in again] == [line["valid_loss"] for line in first]
+
+
+def test_a_failed_run_leaves_the_others(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(output, tmp_path, "table3", "--ultramem-value-expansion", "4",
+               "--ultramem-tucker-rank", "2", "--ultramem-key-dim", "9") == 1  # fmt: skip
+    error = capsys.readouterr().err
+    assert "failed; the last lines of" in error
+    assert "--ultramem-key-dim is 9, not divisible by" in error
+
+
+def test_recall_counts_reproduced_definitions(output: Path, tmp_path: Path) -> None:
+    assert run(output, tmp_path, "recall") == 0
+    for line in lines(tmp_path / "recall.csv"):
+        for column in ("recall", "recall_tokens", "heldout", "heldout_tokens"):
+            assert 0 <= float(line[column]) <= 1
+    assert not list(output.glob("records/*/checkpoints"))
+
+
+def test_counting_of_likeliest_tokens() -> None:
+    def next_number(tokens_BS: torch.Tensor, *_: object) -> torch.Tensor:
+        return torch.nn.functional.one_hot(tokens_BS + 1, 50).float()
+
+    rows = [[5, 6, 7, 8, 9], [5, 6, 7], [5, 9, 10, 3]]
+    assert recall.count_batch(next_number, rows, [2, 2, 2]) == ([3, 1, 1], [3, 1, 2])
+
+
+def test_flops_and_parameters_are_equal() -> None:
+    dense, moe, _, ultramem = (
+        sizes(model.name, tuple(model.small_arguments()))
+        for model in EXPERIMENTS["figure1a"].models
+    )
+    for other in (dense, moe):
+        assert abs(other.flops_per_token / ultramem.flops_per_token - 1) < 0.01
+    total = ultramem.dense_params + ultramem.sparse_params
+    assert abs((moe.dense_params + moe.sparse_params) / total - 1) < 0.01
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_full_scale_prints_the_papers_models(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--scale", "full", "--", "--bf16"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    experiment = EXPERIMENTS[name]
+    assert len(printed) == len(experiment.models) * len(experiment.seeds)
+    for model in experiment.models:
+        assert model.preset in PRESETS
+    for line in printed:
+        words = shlex.split(line)
+        assert words[:4] == ["torchrun", "$LAUNCH", "-m", "ultramem_megatron.pretrain"]
+        assert words[-1] == "--bf16"
+
+
+def test_small_rows_differ_as_the_papers_do() -> None:
+    rows = {model.name: model.small for model in EXPERIMENTS["table2"].models}
+    assert rows["pkm"]["ultramem-retrieval"] == "pkm"
+    assert rows["tdqkr"]["ultramem-cores"] == 1
+    assert rows["mcs"]["ultramem-cores"] == 2
+    for before, after in zip(rows.values(), list(rows.values())[1:], strict=False):
+        assert before != after
+    assert EXPERIMENTS["table2"].models[-1].preset == ULTRAMEM_ROW
+
+
+def test_unknown_experiments_and_missing_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["table9"]) == 2
+    assert "'table9' is unknown. Known: figure1a" in capsys.readouterr().err
+    assert plots.main(["table2", "--results", str(tmp_path)]) == 2
+    assert "Make it with: bash launch/ablate_table2.sh" in capsys.readouterr().err
+
+
+def test_summary_pairs_seeds(tmp_path: Path) -> None:
+    sizes_ = {"dense_params": "1000000", "sparse_params": "0", "flops_per_token": "2000000"}
+    runs = [
+        {"model": model, "seed": str(seed), "valid_loss": str(loss), **sizes_}
+        for model, losses in {"dense": (3.0, 4.0), "moe": (2.5, 3.3)}.items()
+        for seed, loss in enumerate(losses, start=1)
+    ]
+    text = plots.summary(plots.Results("figure1a", runs, []))
+    assert "| 3.500 ± 0.707 |" in text
+    assert "| -0.600 ± 0.141 | 2.3 | -0.190 |" in text

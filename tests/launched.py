@@ -1,0 +1,150 @@
+"""Trainings started as a user starts them, by launch/torchrun.sh, for tests that hurt them.
+
+with launch(folder) as run:
+    run.wait_for_iteration(7)
+    os.kill(run.ranks()[0], signal.SIGKILL)
+    assert run.wait() == 0
+run.losses()          # iteration -> loss as last printed
+"""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.training_runs import tiny_gpt
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_ITERATION = re.compile(r"iteration +(\d+)/ +\d+ .*lm loss: (\S+)")
+
+
+def flags(folder: Path, **changes: Any) -> list[str]:
+    """A tiny GPT with one memory that saves every five iterations and resumes by itself."""
+    settings: dict[str, Any] = {
+        "ultramem_spans": "1:2", "ultramem_num_keys": 12, "ultramem_topk": 6, "hidden_dropout": 0.1,
+        "ckpt_format": "torch_dist", "train_iters": 20, "save_interval": 5,
+        "save": folder / "checkpoints", "load": folder / "checkpoints",
+    }  # fmt: skip
+    return tiny_gpt(**{**settings, **changes})
+
+
+def children(pid: int) -> list[int]:
+    """Processes started by `pid` and still there."""
+    tasks = Path(f"/proc/{pid}/task")
+    return [int(c) for t in tasks.glob("*/children") for c in t.read_text().split()]
+
+
+def command_of(pid: int) -> str:
+    """Command line of a process; empty once it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`."""
+    below = children(pid)
+    return below + [further for child in below for further in descendants(child)]
+
+
+@dataclass
+class Launched:
+    """A running or finished launch."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def output(self) -> str:
+        """Everything printed up to now."""
+        return self.log.read_text(errors="replace")
+
+    def losses(self) -> dict[int, str]:
+        """Iteration -> loss as last printed, in all its digits."""
+        return {int(i): loss for i, loss in _ITERATION.findall(self.output())}
+
+    def iterations(self) -> list[int]:
+        """Every iteration in the order it was trained, repeats included."""
+        return [int(iteration) for iteration, _ in _ITERATION.findall(self.output())]
+
+    def agent(self) -> int:
+        """The torchrun process."""
+        return next(
+            p for p in descendants(self.process.pid) if "torch.distributed.run" in command_of(p)
+        )
+
+    def ranks(self) -> list[int]:
+        """The training processes, in no order."""
+        return [
+            p
+            for p in children(self.agent())
+            if "ultramem_megatron.pretrain" in command_of(p)
+            and "distributed.run" not in command_of(p)
+        ]
+
+    def wait_for_iteration(self, iteration: int, seconds: float = 120.0) -> None:
+        """Return as soon as the log shows it."""
+        self.wait_for(rf"iteration +{iteration}/", seconds)
+
+    def wait_for(self, pattern: str, seconds: float = 120.0) -> None:
+        """Return as soon as the log matches."""
+        until = time.monotonic() + seconds
+        while not re.search(pattern, self.output()):
+            assert self.process.poll() is None, f"ended before {pattern!r}:\n{self.output()}"
+            assert time.monotonic() < until, f"no {pattern!r}:\n{self.output()}"
+            time.sleep(0.02)
+
+    def wait(self, seconds: float = 180.0) -> int:
+        """The exit status."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.output()}") from None
+
+
+@contextmanager
+def launch(
+    folder: Path,
+    arguments: Sequence[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+    name: str = "out",
+) -> Iterator[Launched]:
+    """Start launch/torchrun.sh with two ranks; whatever is left of it is killed at the end.
+
+    Args:
+        folder: for checkpoints and logs.
+        arguments: Megatron's flags; None: `flags(folder)`.
+        env: further environment variables.
+        prefix: words before the command, such as those that enter a network namespace.
+        name: of the file that takes the output.
+    """
+    log = folder / f"{name}.log"
+    command = [*prefix, "bash", str(REPOSITORY / "launch" / "torchrun.sh")]
+    command += flags(folder) if arguments is None else list(arguments)
+    environment = {**os.environ, "NPROC": "2", "LOG_DIR": str(folder / "logs"), **(env or {})}
+    with log.open("wb") as file:
+        file.write(f"$ {shlex.join(command)}\n".encode())
+        file.flush()
+        process = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    launched = Launched(process, log)
+    seen: set[int] = set()
+    try:
+        yield launched
+    finally:
+        seen.update(descendants(process.pid))
+        for pid in (process.pid, *seen):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.wait()
