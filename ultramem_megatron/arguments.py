@@ -77,7 +77,22 @@ def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
             flag(name), action=BooleanOptionalAction, help=text + _shown_default(defaults[name])
         )
     _add_table_arguments(group)
+    _add_start_arguments(group)
     return parser
+
+
+def _add_start_arguments(group: Any) -> None:
+    group.add_argument(
+        "--ultramem-upcycle",
+        metavar="DIR",
+        help="Start from the torch_dist checkpoint of a dense GPT: its weights, with memories that "
+        "have no effect at first. Where --load holds a checkpoint already, that one is resumed.",
+    )
+    group.add_argument(
+        "--ultramem-train-only",
+        choices=("memory",),
+        help="memory: freeze everything but the memory layers.",
+    )
 
 
 def _add_table_arguments(group: Any) -> None:
@@ -116,8 +131,9 @@ def config_from_args(args: Namespace) -> UltraMemConfig | None:
     values = (preset_fields(preset) if preset else {}) | given
     if "spans" not in values:
         asked_for = [flag(name) for name in given]
-        if getattr(args, "ultramem_overlap", False):
-            asked_for.append(flag("overlap"))
+        for name in ("overlap", "upcycle", "train_only"):
+            if getattr(args, f"ultramem_{name}", None):
+                asked_for.append(flag(name))
         if asked_for:
             shown = ", ".join(asked_for)
             raise UltraMemError(

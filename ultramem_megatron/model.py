@@ -25,6 +25,8 @@ from ultramem_megatron.pipeline_carrier import widen_pipeline_tensors
 from ultramem_megatron.pipeline_layout import most_on_one_stage, spans_cross_stages
 from ultramem_megatron.size import memory_size
 from ultramem_megatron.specs import with_memory
+from ultramem_megatron.train_only import train_only_memory
+from ultramem_megatron.upcycle import start_from_dense
 
 
 @dataclass(kw_only=True)
@@ -33,13 +35,16 @@ class UltraMemGPTModelConfig(GPTModelConfig):
 
     table_partition: how value tables are cut over Megatron's expert-parallel group, "number" or
     "dimension"; of no account where that has one rank. memory_overlap: memories compute beside the
-    layers of their spans (see branch.py); results are the same.
+    layers of their spans (see branch.py); results are the same. upcycle_from: iteration folder of a
+    dense checkpoint to start from. train_only_memory: freeze everything else.
     """
 
     builder = "ultramem_megatron.model.UltraMemGPTModelBuilder"
     ultramem: UltraMemConfig | None = None
     table_partition: str = "dimension"
     memory_overlap: bool = False
+    upcycle_from: str | None = None
+    train_only_memory: bool = False
 
 
 def ultramem_layer_spec(
@@ -64,6 +69,7 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
         if model_config.ultramem is not None:
             model_config = copy.copy(model_config)
             model_config.transformer_layer_spec = _spec_with_memory(model_config)
+            model_config.pre_wrap_hooks = [*model_config.pre_wrap_hooks, self._prepare_weights]
             transformer = model_config.transformer
             # Layers with and without memory differ, so checkpoint keys must name the layer.
             transformer.hetereogenous_dist_checkpoint = True
@@ -88,6 +94,14 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
             self._monitor(models, config.ultramem, pg_collection)
             self._print_plan(config.ultramem, pg_collection, kwargs.get("ddp_config"))
         return models
+
+    def _prepare_weights(self, chunks: list[Any]) -> list[Any]:
+        """A pre-wrap hook: weights of a dense model, and what is frozen."""
+        if self._model_config.upcycle_from is not None:
+            start_from_dense(chunks, self._model_config.upcycle_from)
+        if self._model_config.train_only_memory:
+            train_only_memory(chunks)
+        return chunks
 
     def _monitor(
         self, models: list[Any], ultramem: UltraMemConfig, groups: ProcessGroupCollection

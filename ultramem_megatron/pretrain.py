@@ -56,42 +56,16 @@ def main(
     # Imported here, as Megatron takes seconds to import and the patches come first.
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
-    from megatron.training.argument_utils import (
-        core_transformer_config_from_args,
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
     from ultramem_megatron import gpt_task
-    from ultramem_megatron.arguments import add_ultramem_arguments, config_from_args
-    from ultramem_megatron.compatibility import check_checkpoint, refuse_unsupported_flags
-    from ultramem_megatron.integrity import check_before_loading
-    from ultramem_megatron.model import UltraMemGPTModelConfig
-    from ultramem_megatron.partition.groups import initialize_model_parallel
-    from ultramem_megatron.partition.settings import settings_from_args
-    from ultramem_megatron.pipeline_layout import check_pipeline
+    from ultramem_megatron.arguments import add_ultramem_arguments
+    from ultramem_megatron.model_setup import model_config_from_args
 
     args = parse_and_validate_args(extra_args_provider=add_ultramem_arguments)
     gpt_task.refuse_other_tasks(args)
-    ultramem = config_from_args(args)
-    refuse_unsupported_flags(args, ultramem)
-    transformer_config = core_transformer_config_from_args(args)
-    if ultramem is not None:
-        check_pipeline(ultramem.spans, transformer_config)
-    if os.environ["RANK"] == "0":  # one reader; its failure ends the others
-        check_before_loading(args)
-        check_checkpoint(args, ultramem)
-    partition = "dimension"
-    if ultramem is not None:
-        tables = settings_from_args(args, ultramem)
-        partition = tables.partition
-        initialize_model_parallel(args, tables.size, gpt_task.get_embedding_ranks)
-    model_config = gpt_config_from_args(
-        args, config=transformer_config, model_config_cls=UltraMemGPTModelConfig
-    )
-    model_config.ultramem, model_config.table_partition = ultramem, partition
-    model_config.memory_overlap = args.ultramem_overlap
+    model_config = model_config_from_args(args, gpt_task.get_embedding_ranks)
     if before_training is not None:
         before_training()
     pretrain(

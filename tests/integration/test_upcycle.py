@@ -1,0 +1,134 @@
+"""Memory layers added to a trained dense GPT, and training of the memories alone."""
+
+import pytest
+import torch
+
+from tests.ranks import RanksFailed
+from tests.training_runs import run_pretrain, tiny_gpt
+
+_MODEL = {"num_layers": 4, "ckpt_format": "torch_dist", "disable_bias_linear": True}
+_MEMORY = {"ultramem_spans": "1:2/3:4", "ultramem_num_keys": 12, "ultramem_topk": 6}
+_STILL = {"lr": 0.0, "min_lr": 0.0}
+_NO_PROJECTION = {
+    "ultramem_value_projection": None, "no_ultramem_value_projection": True,
+    "ultramem_value_dim": 32, "ultramem_value_expansion": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """Folder of a dense GPT after two steps, and the losses it has from there without learning."""
+    folder = tmp_path_factory.mktemp("dense")
+    run_pretrain(1, tiny_gpt(**_MODEL, train_iters=2, lr=1e-2, save=folder, save_interval=2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense_losses(dense):
+    return run_pretrain(
+        1, tiny_gpt(**_MODEL, **_STILL, load=dense, finetune=True, train_iters=2)
+    ).losses
+
+
+def _upcycled(dense, **changes):
+    return tiny_gpt(**{**_MODEL, **_MEMORY, "ultramem_upcycle": dense, "train_iters": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (1, {}),
+        (1, _NO_PROJECTION),
+        (2, {"use_distributed_optimizer": True}),
+        (2, {"tensor_model_parallel_size": 2}),
+        (2, {"pipeline_model_parallel_size": 2}),
+    ],
+)
+def test_without_learning_the_loss_is_the_dense_models(world_size, changes, dense, dense_losses):
+    run = run_pretrain(world_size, _upcycled(dense, **_STILL, **changes))
+    assert run.losses == pytest.approx(dense_losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", [{}, _NO_PROJECTION])
+def test_memories_learn_from_their_silent_start(layout, dense, dense_losses):
+    run = run_pretrain(
+        1, _upcycled(dense, train_iters=3, **layout), initial_parameters=True, parameters=True
+    )
+    assert run.losses[0] == pytest.approx(dense_losses[0], rel=1e-6)
+    assert abs(run.losses[1] - dense_losses[1]) > 1e-5
+    (rank,) = run.ranks
+    for name, before in rank.initial_parameters.items():
+        if ".memory." in name:
+            assert not torch.equal(rank.parameters[name], before), name
+
+
+_RECOMPUTE = {
+    "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (1, {}),
+        (1, _RECOMPUTE),
+        (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True}),
+        (2, {"pipeline_model_parallel_size": 2}),
+    ],
+)
+def test_training_memories_alone_leaves_the_rest_bitwise(world_size, changes, dense):
+    run = run_pretrain(
+        world_size,
+        _upcycled(dense, ultramem_train_only="memory", train_iters=3, **changes),
+        initial_parameters=True,
+        parameters=True,
+    )
+    for rank in run.ranks:
+        names = [name for name in rank.initial_parameters if ".memory." in name]
+        assert names
+        for name, before in rank.initial_parameters.items():
+            assert torch.equal(rank.parameters[name], before) == (".memory." not in name), name
+    assert run.losses[0] == pytest.approx(_one_rank_losses(dense)[0], rel=1e-6)
+    assert run.losses == pytest.approx(_one_rank_losses(dense), rel=1e-5)
+
+
+_losses: list[float] = []
+
+
+def _one_rank_losses(dense):
+    if not _losses:
+        flags = _upcycled(dense, ultramem_train_only="memory", train_iters=3)
+        _losses.extend(run_pretrain(1, flags).losses)
+    return _losses
+
+
+@pytest.mark.parametrize("train_only", [{}, {"ultramem_train_only": "memory"}])
+def test_an_upcycled_run_resumes_from_its_own_checkpoint(train_only, dense, tmp_path):
+    flags = {"train_iters": 4, "save": tmp_path, "load": tmp_path, "save_interval": 2, **train_only}
+    whole = run_pretrain(1, _upcycled(dense, **flags))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = run_pretrain(1, _upcycled(dense, **flags))
+    assert len(whole.losses) == 4
+    assert resumed.losses == whole.losses[2:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 64}, "hidden_size is 64 here, 32 in the checkpoint"),
+        ({"num_layers": 5}, "num_layers is 5 here, 4 in the checkpoint"),
+        ({"swiglu": True}, "swiglu is True here, False in the checkpoint"),
+        ({"ultramem_upcycle": "/nowhere"}, "--ultramem-upcycle /nowhere: no checkpoint there"),
+        ({"ultramem_spans": None}, "--ultramem-upcycle given, but no memory layer is placed"),
+    ],
+)
+def test_a_dense_model_that_does_not_fit_is_refused(changes, message, dense):
+    with pytest.raises(RanksFailed) as failed:
+        run_pretrain(1, _upcycled(dense, **changes))
+    assert message in str(failed.value).replace("--ultramem-num-keys, --ultramem-topk, ", "")
+
+
+def test_a_checkpoint_with_memories_is_not_upcycled(dense, tmp_path):
+    run_pretrain(1, _upcycled(dense, train_iters=1, save=tmp_path, save_interval=1))
+    with pytest.raises(RanksFailed, match="has memory layers already"):
+        run_pretrain(1, _upcycled(tmp_path))
