@@ -154,6 +154,9 @@ def _train(arguments: list[str]) -> None:
 
     print("$ python -m ultramem_megatron.pretrain", *arguments)
     main(arguments)
+    from megatron.training.global_vars import get_tensorboard_writer
+
+    get_tensorboard_writer().flush()  # forked processes end without it
 
 
 def _measure(measure: Callable[[Path], dict[str, float]], folder: Path, output: Path) -> None:
@@ -171,16 +174,13 @@ def _scalars(folder: Path) -> dict[str, Any]:
         for tag in events.Tags()["scalars"]
         if tag in ("lm loss", "lm loss validation") or tag.startswith("ultramem/")
     ]
-    # Of two values for a step the later stands: the last step is evaluated twice.
-    return {
-        "scalars": {
-            tag: [
-                list(point)
-                for point in {s.step: (s.step, s.value) for s in events.Scalars(tag)}.values()
-            ]
-            for tag in wanted
-        }
-    }
+    # The last step is evaluated twice, on other batches: the first value is the one whose batches
+    # all runs share with the evaluations before it.
+    scalars: dict[str, dict[int, list[float]]] = {tag: {} for tag in wanted}
+    for tag in wanted:
+        for scalar in events.Scalars(tag):
+            scalars[tag].setdefault(scalar.step, [scalar.step, scalar.value])
+    return {"scalars": {tag: list(points.values()) for tag, points in scalars.items()}}
 
 
 def _circumstances() -> dict[str, str]:
