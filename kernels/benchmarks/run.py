@@ -66,8 +66,10 @@ def _rows(device: torch.device, quick: bool, bandwidth: float) -> Iterator[Row]:
 
 def _measured(op: str, shape: Shape, device: torch.device, bandwidth: float) -> Iterator[Row]:
     print(f"\n{op}: {', '.join(f'{k} {v}' for k, v in shape.columns().items())}")
-    # The table, its main_grad, and two dense gradients of the slower candidates while checked.
-    needed = 2 * shape.table_bytes + 2 * shape.values * shape.value_dim * 4
+    # The table, its main_grad, and two dense gradients of the slower candidates while checked;
+    # beside a layer the other packages' own tables and gradients, twice as wide in one of them.
+    tables = 7 if op == "layer" else 2
+    needed = tables * shape.table_bytes + 2 * shape.values * shape.value_dim * 4
     if op in ("lookup", "layer") and needed > 0.8 * measure.free_memory(device):
         print(f"  left out: needs about {needed / 1e9:.0f} GB of memory")
         return
