@@ -83,6 +83,8 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 def summary(results: Results) -> str:
     """A table in Markdown: losses, differences from the baseline, and the paper's."""
+    if results.name == "recall":
+        return _recall_summary(results)
     baseline = EXPERIMENTS[results.name].baseline
     paper = PAPER_VALIDATION.get(results.name, {})
     columns = ["validation loss", f"minus {baseline}'s", "paper: loss", f"minus {baseline}'s"]
@@ -99,6 +101,22 @@ def summary(results: Results) -> str:
             is_other = known is not None and model != baseline
             cells += [f"{known - paper[baseline]:+.3f}" if is_other and known else ""]
         rows.append(cells)
+    return _markdown(head, rows)
+
+
+def _recall_summary(results: Results) -> str:
+    """Shares in percent; the loss is of definitions the model was not trained on."""
+    shares = ("recall", "recall_tokens", "heldout", "heldout_tokens")
+    head = ["model", "reproduced, %", "tokens, %", "not trained on: %", "tokens, %", "loss"]
+    rows = []
+    for model in results.models:
+        cells = [spread([100 * v for v in results.of(model, c).values()]) for c in shares]
+        loss = spread(list(results.of(model, "valid_loss").values()))
+        rows.append([model, *(f"{m:.1f} ± {d:.1f}" for m, d in cells), _with_bar(*loss)])
+    return _markdown(head, rows)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -123,7 +141,7 @@ def _draw_models(axes: Any, results: Results, column: str) -> None:
         axes.errorbar(mean, place, xerr=deviation, fmt="D", color="tab:blue", capsize=4)
         axes.plot(values, [place] * len(values), ".", color="black", alpha=0.5)
     axes.set_yticks(range(len(results.models)), results.models)
-    axes.invert_yaxis()
+    axes.set_ylim(len(results.models) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
 
 
