@@ -2,6 +2,7 @@
 # Makes the environment, if need be, and runs the tests.
 #   bash tests/run.sh                        everything
 #   bash tests/run.sh tests/data -k utf      pytest's arguments
+#   bash tests/run.sh --slow                 only what is left out otherwise: launched runs that are hurt
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -10,4 +11,7 @@ bash launch/setup.sh
 # One thread per process: the tests start several, and more threads than cores slow all down.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}"
 export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
+if [[ ${1:-} == --slow ]]; then
+    set -- -m slow "${@:2}"
+fi
 exec .venv/bin/python -m pytest --durations=15 "$@"

@@ -1,5 +1,6 @@
 """Which side top-m runs; see dispatch.py."""
 
+import torch
 from torch import Tensor
 
 from ultramem_megatron.kernels.dispatch import implementation
@@ -8,9 +9,17 @@ from ultramem_megatron.kernels.side_topk.reference import side_topk_reference
 
 
 def side_topk(query: Tensor, keys: Tensor, directions: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Indices (T, H, S, m) and scores (T, H, S, R, m); see `side_topk_reference`."""
+    """Indices (T, H, S, m) and scores (T, H, S, R, m); see `side_topk_reference`.
+
+    float64 is computed by PyTorch's kernels where Triton is chosen.
+    """
     chosen = implementation(query.device)
     if chosen == "reference":
         return side_topk_reference(query, keys, directions, topk)
-    indices, scores = EagerSideTopk.apply(query, keys, directions, topk)
+    if chosen == "triton" and query.dtype != torch.float64:
+        from ultramem_megatron.kernels.side_topk.fused import FusedSideTopk  # needs Triton
+
+        indices, scores = FusedSideTopk.apply(query, keys, directions, topk)
+    else:
+        indices, scores = EagerSideTopk.apply(query, keys, directions, topk)
     return indices, scores

@@ -1,5 +1,6 @@
 """Which Tucker grid top-m runs; see dispatch.py."""
 
+import torch
 from torch import Tensor
 
 from ultramem_megatron.kernels.dispatch import implementation
@@ -10,8 +11,16 @@ from ultramem_megatron.kernels.tucker_topk.reference import tucker_topk_referenc
 def tucker_topk(
     scores: Tensor, keys: Tensor, cores: Tensor, keys_per_side: int
 ) -> tuple[Tensor, Tensor]:
-    """Addresses (T, H, m) and scores (T, H, m, C); see `tucker_topk_reference`."""
+    """Addresses (T, H, m) and scores (T, H, m, C); see `tucker_topk_reference`.
+
+    float64 is computed by PyTorch's kernels where Triton is chosen.
+    """
     chosen = implementation(scores.device)
     if chosen == "reference":
         return tucker_topk_reference(scores, keys, cores, keys_per_side)
+    if chosen == "triton" and scores.dtype != torch.float64:
+        from ultramem_megatron.kernels.tucker_topk.fused import FusedTuckerTopk  # needs Triton
+
+        addresses, best = FusedTuckerTopk.apply(scores, keys, cores, keys_per_side)
+        return addresses, best
     return tucker_topk_eager(scores, keys, cores, keys_per_side)

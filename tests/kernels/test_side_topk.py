@@ -3,6 +3,8 @@
 Letters as in kernels/side_topk/reference.py.
 """
 
+import os
+
 import pytest
 import torch
 
@@ -17,7 +19,10 @@ SIZES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["reference", "torch"])
+TRITON = ["triton"] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") else []
+
+
+@pytest.fixture(params=["reference", "torch", *TRITON])
 def forced(request, monkeypatch):
     """Each implementation in turn."""
     monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)

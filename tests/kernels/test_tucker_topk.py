@@ -3,6 +3,8 @@
 Letters as in kernels/tucker_topk/reference.py.
 """
 
+import os
+
 import pytest
 import torch
 
@@ -15,7 +17,10 @@ SIZES = [(5, 2, 2, 2, 7), (1, 1, 1, 1, 1), (0, 2, 2, 2, 4), (3, 3, 3, 1, 13), (2
 KEYS_PER_SIDE = 1000
 
 
-@pytest.fixture(params=["reference", "torch"])
+TRITON = ["triton"] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") else []
+
+
+@pytest.fixture(params=["reference", "torch", *TRITON])
 def forced(request, monkeypatch):
     """Each implementation in turn."""
     monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)

@@ -1,0 +1,93 @@
+"""Side top-m on GPUs: matrix products, then one Triton kernel from their output to the picks.
+
+Letters as in reference.py; P = H*S pairs of head and side. Neither pass copies keys or scores.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ultramem_megatron.kernels.side_topk.triton_kernels import scatter_kernel, select_kernel
+
+SCORES_PER_WARP = 2048
+"""64 scores per thread: what fits in registers beside the bisection (tests compile it)."""
+
+
+class FusedSideTopk(torch.autograd.Function):
+    """Same contract as `side_topk_reference`, for float32, bfloat16 and float16."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, keys: Tensor, directions: Tensor, topk: int
+    ) -> tuple[Tensor, Tensor]:
+        query_p, keys_p = _by_pair(query, keys)
+        scores = _scores(query_p, keys_p)
+        tokens, heads, sides, ranks, _ = query.shape
+        indices = torch.empty(tokens, heads, sides, topk, dtype=torch.int64, device=query.device)
+        picked = torch.empty(tokens, heads, sides, ranks, topk, device=query.device)
+        by_pair = directions.float().transpose(0, 1).contiguous()
+        _select(scores, by_pair, indices, picked)
+        ctx.save_for_backward(query, keys, indices)
+        ctx.mark_non_differentiable(indices)
+        return indices, picked
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, _: Tensor, grad_picked: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        query, keys, indices = ctx.saved_tensors
+        query_p, keys_p = _by_pair(query, keys)
+        grad = _scattered(grad_picked.contiguous(), indices, keys)  # (R, P, T, N)
+        grad_query = torch.matmul(grad, keys_p).permute(2, 1, 0, 3).reshape(query.shape)
+        grad_keys = torch.matmul(grad.mT, query_p).permute(1, 2, 0, 3).reshape(keys.shape)
+        return grad_query, grad_keys, None, None
+
+
+def _by_pair(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Query (R, P, T, K) and keys (R, P, N, K); views, but for a query that serves some heads."""
+    return query.flatten(1, 2).permute(2, 1, 0, 3), keys.flatten(0, 1).permute(2, 0, 1, 3)
+
+
+def _scores(query_p: Tensor, keys_p: Tensor) -> Tensor:
+    """(R, P, T, N): one batched product per rank, which takes the strides as they are."""
+    ranks, pairs, tokens, _ = query_p.shape
+    scores = query_p.new_empty(ranks, pairs, tokens, keys_p.shape[2])
+    for rank in range(ranks):
+        torch.bmm(query_p[rank], keys_p[rank].mT, out=scores[rank])
+    return scores
+
+
+def select_sizes(num_keys: int, topk: int) -> dict[str, int]:
+    """Launch constants: chunks of about sqrt(N / m) keys balance the two bisections."""
+    chunk = 1
+    while chunk < 32 and 4 * chunk * chunk * topk <= 2 * num_keys and num_keys > 2 * chunk * topk:
+        chunk *= 2
+    chunks = triton.next_power_of_2(triton.cdiv(num_keys, chunk))
+    candidates = triton.next_power_of_2(topk * chunk)
+    warps = max(1, min(16, chunks * chunk // SCORES_PER_WARP))
+    return {"CHUNK": chunk, "CHUNKS": chunks, "CANDIDATES": candidates, "num_warps": warps}
+
+
+def _select(scores: Tensor, directions: Tensor, indices: Tensor, picked: Tensor) -> None:
+    ranks, pairs, tokens, num_keys = scores.shape
+    topk = indices.shape[-1]
+    if tokens:
+        select_kernel[(tokens * pairs,)](
+            scores, directions, indices, picked, tokens, num_keys, pairs,
+            RANKS=ranks, TOPK=topk, **select_sizes(num_keys, topk),
+        )  # fmt: skip
+
+
+def _scattered(grad_picked: Tensor, indices: Tensor, keys: Tensor) -> Tensor:
+    """Gradient of the scores, (R, P, T, N) in the dtype of the keys."""
+    tokens, heads, sides, ranks, topk = grad_picked.shape
+    num_keys = keys.shape[2]
+    grad = keys.new_empty(ranks, heads * sides, tokens, num_keys)
+    if tokens:
+        scatter_kernel[(tokens * heads * sides,)](
+            grad_picked, indices, grad, tokens, num_keys, heads * sides, RANKS=ranks, TOPK=topk,
+            SLOTS=triton.next_power_of_2(topk), BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    return grad

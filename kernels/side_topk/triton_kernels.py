@@ -1,0 +1,87 @@
+"""Side top-m in Triton: one program per token, head and side.
+
+Letters as in reference.py; P = H*S pairs of head and side. Scores are as the matrix products leave
+them, (R, P, T, N).
+"""
+
+import triton
+import triton.language as tl
+
+from ultramem_megatron.kernels.triton_selection import ABSENT, mask_of_largest, ordered_keys
+
+
+@triton.jit
+def _combined_keys(row, rank_stride, direction, index, inside, RANKS: tl.constexpr):
+    """Ordered keys of sum_a direction[a] * scores[a, index]; ABSENT where not inside."""
+    total = tl.zeros(index.shape, tl.float32)
+    for rank in tl.static_range(RANKS):
+        scores = tl.load(row + rank * rank_stride + index, mask=inside, other=0.0)
+        total += tl.load(direction + rank) * scores.to(tl.float32)
+    return tl.where(inside, ordered_keys(total), ABSENT)
+
+
+@triton.jit
+def select_kernel(
+    scores, directions, indices, picked, num_tokens, num_keys, num_pairs,
+    RANKS: tl.constexpr, TOPK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """indices (T, P, m) and picked (T, P, R, m) from scores (R, P, T, N), directions (P, R).
+
+    CHUNK keys are a chunk; CHUNKS and CANDIDATES are powers of two, at least ceil(N / CHUNK) >= m
+    and m * CHUNK.
+    """
+    program = tl.program_id(0).to(tl.int64)  # token * P + pair
+    token, pair = program // num_pairs, program % num_pairs
+    row = scores + (pair * num_tokens + token) * num_keys
+    rank_stride = num_pairs.to(tl.int64) * num_tokens * num_keys
+    direction = directions + pair * RANKS
+    indices += program * TOPK
+
+    chunk = tl.arange(0, CHUNKS)
+    index = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    keys = _combined_keys(row, rank_stride, direction, index, index < num_keys, RANKS)
+    best_chunks = mask_of_largest(tl.max(keys, 1), TOPK)
+    slot = tl.cumsum(best_chunks.to(tl.int32), 0) - 1
+    tl.store(indices + slot, chunk.to(tl.int64), mask=best_chunks)  # the output as scratch space
+    tl.debug_barrier()
+
+    candidate = tl.arange(0, CANDIDATES)
+    listed = candidate < TOPK * CHUNK
+    chunk_of = tl.load(indices + candidate // CHUNK, mask=listed, other=0).to(tl.int32)
+    key_index = chunk_of * CHUNK + candidate % CHUNK
+    inside = listed & (key_index < num_keys)
+    best = mask_of_largest(
+        _combined_keys(row, rank_stride, direction, key_index, inside, RANKS), TOPK
+    )
+    tl.debug_barrier()
+    slot = tl.cumsum(best.to(tl.int32), 0) - 1
+    tl.store(indices + slot, key_index.to(tl.int64), mask=best)
+    for rank in tl.static_range(RANKS):
+        value = tl.load(row + rank * rank_stride + key_index, mask=best, other=0.0)
+        target = picked + (program * RANKS + rank) * TOPK + slot
+        tl.store(target, value.to(tl.float32), mask=best)
+
+
+@triton.jit
+def scatter_kernel(
+    grad_picked, indices, grad, num_tokens, num_keys, num_pairs,
+    RANKS: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad (R, P, T, N), written in full: grad_picked (T, P, R, m) at indices, zero elsewhere."""
+    program = tl.program_id(0).to(tl.int64)
+    token, pair = program // num_pairs, program % num_pairs
+    row = grad + (pair * num_tokens + token) * num_keys
+    rank_stride = num_pairs.to(tl.int64) * num_tokens * num_keys
+    offset = tl.arange(0, BLOCK)
+    for rank in tl.static_range(RANKS):
+        for start in range(0, num_keys, BLOCK):
+            zeros = tl.zeros([BLOCK], grad.dtype.element_ty)
+            tl.store(row + rank * rank_stride + start + offset, zeros, start + offset < num_keys)
+    tl.debug_barrier()  # the row is still in the cache
+    slot = tl.arange(0, SLOTS)
+    index = tl.load(indices + program * TOPK + slot, mask=slot < TOPK, other=0)
+    for rank in tl.static_range(RANKS):
+        source = grad_picked + (program * RANKS + rank) * TOPK + slot
+        value = tl.load(source, mask=slot < TOPK, other=0.0)
+        tl.store(row + rank * rank_stride + index, value.to(grad.dtype.element_ty), slot < TOPK)

@@ -1,0 +1,131 @@
+"""Tucker grid top-m in Triton: one program per token and head; the grid exists in registers only.
+
+Letters as in reference.py. `scores` of a program are (S, R, m): the row's, then the column's.
+"""
+
+import triton
+import triton.language as tl
+
+from ultramem_megatron.kernels.triton_selection import ABSENT, mask_of_largest, ordered_keys
+
+
+@triton.jit
+def _pair_scores(scores, core, i, j, inside_i, inside_j, TOPK: tl.constexpr, RANKS: tl.constexpr):
+    """sum_ab row[a, i] core[a, b] column[b, j] of index tensors that broadcast."""
+    column = scores + RANKS * TOPK
+    total = 0.0
+    for b in tl.static_range(RANKS):
+        half = 0.0
+        for a in tl.static_range(RANKS):
+            row = tl.load(scores + a * TOPK + i, mask=inside_i, other=0.0)
+            half += tl.load(core + a * RANKS + b) * row
+        total += half * tl.load(column + b * TOPK + j, mask=inside_j, other=0.0)
+    return total
+
+
+@triton.jit
+def grid_kernel(
+    scores, keys, cores, total, addresses, positions, best_scores, keys_per_side, num_heads,
+    TOPK: tl.constexpr, RANKS: tl.constexpr, CORES: tl.constexpr, ROWS: tl.constexpr,
+    GROUPS: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """addresses, positions (T, H, m) and best_scores (T, H, m, C); total (H, R, R) sums the cores.
+
+    A chunk is CHUNK neighbours of a grid row. ROWS, GROUPS and CANDIDATES are powers of two, at
+    least m, ceil(m / CHUNK) and m * CHUNK.
+    """
+    program = tl.program_id(0).to(tl.int64)  # token * H + head
+    head = program % num_heads
+    scores += program * 2 * RANKS * TOPK
+    keys += program * 2 * TOPK
+    total += head * RANKS * RANKS
+    addresses += program * TOPK
+
+    i = tl.arange(0, ROWS)[:, None]
+    group = tl.arange(0, GROUPS)[None, :]
+    maxima = tl.full([ROWS, GROUPS], ABSENT, tl.int32)
+    for step in range(CHUNK):
+        j = group * CHUNK + step
+        pair = _pair_scores(scores, total, i, j, i < TOPK, j < TOPK, TOPK, RANKS)
+        inside = (i < TOPK) & (j < TOPK)
+        maxima = tl.maximum(maxima, tl.where(inside, ordered_keys(pair), ABSENT))
+    best_chunks = mask_of_largest(tl.reshape(maxima, [ROWS * GROUPS]), TOPK)
+    slot = tl.cumsum(best_chunks.to(tl.int32), 0) - 1
+    chunk = tl.arange(0, ROWS * GROUPS)
+    tl.store(addresses + slot, chunk.to(tl.int64), mask=best_chunks)  # the output as scratch space
+    tl.debug_barrier()
+
+    candidate = tl.arange(0, CANDIDATES)
+    listed = candidate < TOPK * CHUNK
+    chunk_of = tl.load(addresses + candidate // CHUNK, mask=listed, other=0).to(tl.int32)
+    i = chunk_of // GROUPS
+    j = chunk_of % GROUPS * CHUNK + candidate % CHUNK
+    inside = listed & (j < TOPK)
+    pair = _pair_scores(scores, total, i, j, inside, inside, TOPK, RANKS)
+    key = tl.where(inside, ordered_keys(pair), ABSENT)
+    best = mask_of_largest(key, TOPK)
+    tl.debug_barrier()
+    slot = tl.cumsum(best.to(tl.int32), 0) - 1
+    # One integer orders by score, then by lowest position.
+    sortable = (key.to(tl.int64) << 32) | (TOPK * TOPK - (i * TOPK + j))
+    tl.store(addresses + slot, sortable, mask=best)
+    tl.debug_barrier()
+
+    pick = tl.arange(0, ROWS)
+    picked = pick < TOPK
+    lowest = tl.full([ROWS], -(2**63), tl.int64)
+    in_order = tl.sort(tl.load(addresses + pick, mask=picked, other=lowest), descending=True)
+    position = TOPK * TOPK - (in_order & 0xFFFFFFFF).to(tl.int32)
+    i, j = position // TOPK, position % TOPK
+    row_key = tl.load(keys + i, mask=picked, other=0)
+    column_key = tl.load(keys + TOPK + j, mask=picked, other=0)
+    tl.debug_barrier()
+    tl.store(addresses + pick, row_key * keys_per_side + column_key, mask=picked)
+    tl.store(positions + program * TOPK + pick, position, mask=picked)
+    for core in tl.static_range(CORES):
+        matrix = cores + (core * num_heads + head) * RANKS * RANKS
+        value = _pair_scores(scores, matrix, i, j, picked, picked, TOPK, RANKS)
+        tl.store(best_scores + (program * TOPK + pick) * CORES + core, value, mask=picked)
+
+
+@triton.jit
+def grid_backward_kernel(
+    grad_best, scores, cores, positions, grad_scores, grad_cores, num_heads,
+    TOPK: tl.constexpr, RANKS: tl.constexpr, CORES: tl.constexpr, ROWS: tl.constexpr,
+    SLAB: tl.constexpr,
+):  # fmt: skip
+    """grad_scores (T, H, S, R, m), written in full, and each program's grad_cores (T, H, C, R, R).
+
+    Everything is recomputed from the m picks; SLAB shortlisted keys collect theirs at a time.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    head = program % num_heads
+    scores += program * 2 * RANKS * TOPK
+    grad_scores += program * 2 * RANKS * TOPK
+    grad_best += program * TOPK * CORES
+    grad_cores += program * CORES * RANKS * RANKS
+    pick = tl.arange(0, ROWS)
+    picked = pick < TOPK
+    position = tl.load(positions + program * TOPK + pick, mask=picked, other=0)
+    for side in tl.static_range(2):
+        own = position // TOPK if side == 0 else position % TOPK
+        other = position % TOPK if side == 0 else position // TOPK
+        for a in tl.static_range(RANKS):
+            grad = tl.zeros([ROWS], tl.float32)  # of this side's score of rank a, per pick
+            own_score = tl.load(scores + (side * RANKS + a) * TOPK + own, mask=picked, other=0.0)
+            for b in tl.static_range(RANKS):
+                source = scores + ((1 - side) * RANKS + b) * TOPK + other
+                other_score = tl.load(source, mask=picked, other=0.0)
+                entry = a * RANKS + b if side == 0 else b * RANKS + a
+                for core in tl.static_range(CORES):
+                    out = tl.load(grad_best + pick * CORES + core, mask=picked, other=0.0)
+                    matrix = cores + (core * num_heads + head) * RANKS * RANKS
+                    grad += out * other_score * tl.load(matrix + entry)
+                    if side == 0:
+                        product = tl.sum(out * own_score * other_score, 0)
+                        tl.store(grad_cores + core * RANKS * RANKS + entry, product)
+            for start in range(0, TOPK, SLAB):
+                key = start + tl.arange(0, SLAB)
+                mine = picked[:, None] & (own[:, None] == key[None, :])
+                collected = tl.sum(tl.where(mine, grad[:, None], 0.0), 0)
+                tl.store(grad_scores + (side * RANKS + a) * TOPK + key, collected, key < TOPK)

@@ -1,0 +1,52 @@
+"""Both top-m in Triton: in the interpreter, and as machine code for GPUs that are not here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.compiled import compile_for
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+
+@pytest.mark.parametrize("op", ["side", "tucker"])
+def test_in_the_interpreter(op):
+    checks = Path(__file__).with_name(f"test_{op}_topk.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", str(checks)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("num_keys", "topk"), [(3600, 42), (1616, 80)])
+def test_side_top_m_compiles_without_spills(capability, num_keys, topk):
+    from ultramem_megatron.kernels.side_topk.fused import select_sizes
+    from ultramem_megatron.kernels.side_topk.triton_kernels import select_kernel
+
+    types = {"scores": "*bf16", "directions": "*fp32", "indices": "*i64", "picked": "*fp32"}
+    types |= dict.fromkeys(("num_tokens", "num_keys", "num_pairs"), "i32")
+    constants = {"RANKS": 2, "TOPK": topk, **select_sizes(num_keys, topk)}
+    built = compile_for(capability, select_kernel, types, constants)
+    assert built.spilled == 0
+    assert built.registers <= 255
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("topk", [42, 80, 128])
+def test_grid_top_m_compiles_without_spills(capability, topk):
+    from ultramem_megatron.kernels.tucker_topk.fused import grid_sizes
+    from ultramem_megatron.kernels.tucker_topk.triton_kernels import grid_kernel
+
+    types = dict.fromkeys(("scores", "cores", "total", "best_scores"), "*fp32")
+    types |= {"keys": "*i64", "addresses": "*i64", "positions": "*i32"}
+    types |= {"keys_per_side": "i32", "num_heads": "i32"}
+    constants = {"RANKS": 2, "CORES": 2, "TOPK": topk, **grid_sizes(topk)}
+    built = compile_for(capability, grid_kernel, types, constants)
+    assert built.spilled == 0
+    assert built.registers <= 255
