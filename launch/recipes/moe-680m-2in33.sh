@@ -5,7 +5,8 @@ set -euo pipefail
 PRESET=moe-680m-2in33
 LAYOUT=(
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
-    --micro-batch-size 4 --expert-model-parallel-size 3 --moe-token-dispatcher-type alltoall
+    --micro-batch-size 4 --global-batch-size 2016 # 24 does not divide the paper's 2048
+    --expert-model-parallel-size 3 --moe-token-dispatcher-type alltoall
 )
 # shellcheck source=launch/recipes/run.sh
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.launched import Launched, flags, launch
+from tests.launched import Launched, launch
 
 SAVE_INTERVAL = 5
 
@@ -25,12 +25,12 @@ def _repeated(run: Launched) -> int:
     return len(run.iterations()) - len(set(run.iterations()))
 
 
-def _assert_same_curve(undisturbed: dict[int, str], *runs: Launched, at_least: int = 17) -> None:
+def _assert_same_curve(undisturbed: dict[int, str], *runs: Launched) -> None:
     """Every loss the runs printed is that of the undisturbed run, up to its end."""
     seen = {step: loss for run in runs for step, loss in run.losses().items() if step != 2}
     assert {step: undisturbed[step] for step in seen} == seen
     assert 20 in seen
-    assert len(seen) >= at_least
+    assert len(seen) >= 17
 
 
 def _seconds_to_train_again(run: Launched, after: str) -> float:
@@ -68,18 +68,3 @@ def test_a_killed_rank_is_replaced(undisturbed, tmp_path):
     assert 0 < _repeated(run) <= SAVE_INTERVAL
     assert "exitcode: -9" in run.output()
     assert seconds < 60
-
-
-@pytest.mark.slow
-def test_after_a_killed_agent_the_next_launch_continues(undisturbed, tmp_path):
-    with launch(tmp_path) as first:
-        first.wait_for_iteration(8)
-        orphans = first.ranks()
-        os.kill(first.agent(), signal.SIGKILL)
-        assert first.wait(30) != 0
-        for pid in orphans:
-            os.kill(pid, signal.SIGKILL)
-    with launch(tmp_path, flags(tmp_path), name="second") as second:
-        assert second.wait() == 0, second.output()
-    # What the ranks printed goes through the agent and ends with it.
-    _assert_same_curve(undisturbed, first, second, at_least=9)
