@@ -13,7 +13,14 @@ from ultramem_megatron.kernels.tucker_topk import tucker_topk, tucker_topk_refer
 from ultramem_megatron.kernels.tucker_topk.eager import tucker_topk_eager
 
 # tokens, heads, ranks, cores, m
-SIZES = [(5, 2, 2, 2, 7), (1, 1, 1, 1, 1), (0, 2, 2, 2, 4), (3, 3, 3, 1, 13), (2, 1, 4, 3, 33)]
+SIZES = [
+    (5, 2, 2, 2, 7),
+    (2, 1, 2, 2, 128),
+    (1, 1, 1, 1, 1),
+    (0, 2, 2, 2, 4),
+    (3, 3, 3, 1, 13),
+    (2, 1, 4, 3, 33),
+]
 KEYS_PER_SIDE = 1000
 
 
