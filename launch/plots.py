@@ -1,4 +1,4 @@
-"""Draws the pictures of the training experiments from their CSVs, and prints their tables.
+"""Draws the pictures of experiments and benchmarks from their CSVs, and prints experiments' tables.
 
     python -m launch.plots [NAME ...] [--results DIR]
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.ablations.experiments import EXPERIMENTS
+from ultramem_megatron.benchmarks import decode_figures, training
 from ultramem_megatron.errors import UltraMemError
 
 RESULTS = Path(__file__).parent / "results"
@@ -173,7 +174,8 @@ def _draw_curves(axes: Any, results: Results, metric: str) -> None:
             continue
         tokens = sorted(points)
         means, bars = zip(*(spread(points[t]) for t in tokens), strict=True)
-        (drawn,) = axes.plot(tokens, means, marker=".", label=model)
+        marker = "." if len(tokens) <= _FEW_POINTS else None
+        (drawn,) = axes.plot(tokens, means, marker=marker, label=model)
         low, high = ([m + s * b for m, b in zip(means, bars, strict=True)] for s in (-1, 1))
         axes.fill_between(tokens, low, high, color=drawn.get_color(), alpha=0.2)
     axes.set(xlabel="training tokens", ylabel=metric)
@@ -207,6 +209,7 @@ def _draw_figure6b(results: Results, figure: Any) -> None:
         axes.errorbar(ratio, mean, yerr=deviation, fmt="D", color="tab:blue", capsize=4)
         axes.plot([ratio] * len(losses), losses, ".", color="black", alpha=0.5)
         axes.annotate(model, (ratio, mean), xytext=(6, 6), textcoords="offset points")
+    axes.margins(x=0.15)
     axes.set(xscale="log", xlabel="sparse over dense parameters", title="The same share is read",
              ylabel="validation loss, nats per token")  # fmt: skip
 
@@ -219,6 +222,16 @@ _DRAWINGS: dict[str, tuple[Callable[[Results, Any], None], tuple[float, float]]]
     "figure10": (_draw_figure10, (13, 4)),
     "figure6b": (_draw_figure6b, (6, 4)),
 }
+
+
+_BENCHMARKS: dict[str, Callable[[Path], None]] = {
+    "decode": decode_figures.draw,
+    "training": training.plot,
+}
+"""Draw beside the CSV, whose rows say on which machine they were measured."""
+
+_FEW_POINTS = 30
+"""Up to here a curve shows where it was measured."""
 
 
 def draw(results: Results, file: Path) -> None:
@@ -241,11 +254,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: those with a CSV")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of CSVs and pictures")
     args = parser.parse_args(argv)
-    names = args.names or [n for n in EXPERIMENTS if (args.results / f"{n}.csv").exists()]
+    known = [*EXPERIMENTS, *_BENCHMARKS]
+    names = args.names or [name for name in known if (args.results / f"{name}.csv").exists()]
     try:
-        if unknown := [name for name in names if name not in EXPERIMENTS]:
-            raise UltraMemError(f"{unknown[0]!r} is unknown. Known: {', '.join(EXPERIMENTS)}.")
+        if unknown := [name for name in names if name not in known]:
+            raise UltraMemError(f"{unknown[0]!r} is unknown. Known: {', '.join(known)}.")
         for name in names:
+            if name in _BENCHMARKS:
+                _BENCHMARKS[name](args.results / f"{name}.csv")
+                continue
             results = read(name, args.results)
             draw(results, args.results / f"{name}.png")
             print(f"\n{name}: {EXPERIMENTS[name].about}\n\n{summary(results)}")

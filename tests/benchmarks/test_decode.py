@@ -105,7 +105,7 @@ def test_the_command_writes_rows_and_figures(tmp_path):
     parameters = {row["model"]: int(row["parameters"]) for row in rows}
     assert parameters["small moe-2in4"] < parameters["small moe-2in12"]
     assert {path.name for path in tmp_path.glob("*.png")} == {
-        "figure_1b.png", "figure_1c.png", "figure_6c.png", "figure_7.png",
+        "decode_figure1b.png", "decode_figure1c.png", "decode_figure6c.png", "decode_figure7.png",
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ Writes DIR/decode.csv, one row per model and batch, and its figures.
 import argparse
 import contextlib
 import csv
+import ctypes
 import gc
 import io
 import sys
@@ -25,6 +26,8 @@ from ultramem_megatron.errors import exit_on_user_error
 
 Row = dict[str, str | int | float]
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, or draw figures of a CSV."""
@@ -38,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(words)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "decode.csv"
+    _keep_freed_memory()
     _write(file, _rows(_scale(options), options.scale))
     draw(file)
     print(f"{file} and figures beside it")
@@ -64,6 +68,19 @@ def _scale(options: argparse.Namespace) -> Scale:
         return scale
     batches = tuple(b for b in scale.batches if b in (1, 16, 256))
     return Scale(scale.trio, (), batches, scale.fixed_batch, scale.cache_length, scale.extra_flags)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large buffers, where PyTorch takes them from it, on a CPU.
+
+    Else each step gives them back and takes them again page by page, or not, depending on what the
+    models before left in the heap: the order of models would decide.
+    """
+    if torch.cuda.is_available() or not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    for parameter, value in ((_M_TRIM_THRESHOLD, -1), (_M_MMAP_MAX, 0)):
+        libc.mallopt(parameter, value)
 
 
 def _rows(scale: Scale, name: str) -> Iterator[Row]:

@@ -15,7 +15,7 @@ _BAR_BATCHES = (16, 64, 256, 1024)
 
 
 def draw(file: Path) -> None:
-    """Write figure_1b.png, figure_1c.png, figure_6c.png and figure_7.png beside the CSV.
+    """Write decode_figure1b.png, and the same for 1c, 6c and 7, beside the CSV.
 
     Raises UltraMemError for a file that the benchmark did not write.
     """
@@ -62,7 +62,7 @@ def _figure(
         f"{shown['hardware']}, {shown['dtype']}, KV cache {shown['cache_length']}, "
         f"{shown['date']}", fontsize=9,
     )  # fmt: skip
-    figure.savefig(file.with_name(f"figure_{name}.png"), dpi=120)
+    figure.savefig(file.with_name(f"decode_figure{name}.png"), dpi=120)
     pyplot.close(figure)
 
 
