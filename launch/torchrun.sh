@@ -103,4 +103,10 @@ while kill -0 "$agent" 2>/dev/null; do
     sleep 1 &
     wait "$!" || true
 done
-wait "$agent"
+status=0
+wait "$agent" || status=$?
+if ((status > 128)); then
+    echo "torchrun.sh: torchrun was killed (signal $((status - 128))), its ranks end with it." \
+        "Start again to go on from the newest complete checkpoint." >&2
+fi
+exit "$status"

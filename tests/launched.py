@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from tests.training_runs import tiny_gpt
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _ITERATION = re.compile(r"iteration +(\d+)/ +\d+ .*lm loss: (\S+)")
-_START = re.compile(r"before the start of training step")
 
 
 def flags(folder: Path, **changes: Any) -> list[str]:
@@ -50,10 +49,31 @@ def command_of(pid: int) -> str:
         return ""
 
 
+def is_running(pid: int) -> bool:
+    """False for what is gone, or dead and not yet reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def descendants(pid: int) -> list[int]:
     """All processes below `pid`."""
     below = children(pid)
     return below + [further for child in below for further in descendants(child)]
+
+
+def printed_losses(logs: Path) -> dict[int, str]:
+    """Iteration -> loss as last printed, in all its digits, of all attempts below `logs`.
+
+    Without the second iteration of each attempt: Megatron prints the mean of the first two.
+    """
+    files = logs.glob("*/attempt_*/*/stdout.log")
+    losses: dict[int, str] = {}
+    for file in sorted(files, key=lambda file: (file.stat().st_mtime, file)):
+        printed = _ITERATION.findall(file.read_text(errors="replace"))
+        losses.update({int(step): loss for i, (step, loss) in enumerate(printed) if i != 1})
+    return losses
 
 
 @dataclass
@@ -62,26 +82,16 @@ class Launched:
 
     process: "subprocess.Popen[bytes]"
     log: Path
+    logs: Path
+    """Folder of the ranks' own logs."""
 
     def output(self) -> str:
         """Everything printed up to now."""
         return self.log.read_text(errors="replace")
 
     def losses(self) -> dict[int, str]:
-        """Iteration -> loss as last printed, in all its digits.
-
-        Without the second iteration after each start: Megatron prints the mean of the first two.
-        """
-        losses: dict[int, str] = {}
-        since_start = 0
-        for line in self.output().splitlines():
-            if _START.search(line):
-                since_start = 0
-            if found := _ITERATION.search(line):
-                since_start += 1
-                if since_start != 2:
-                    losses[int(found[1])] = found[2]
-        return losses
+        """See `printed_losses`."""
+        return printed_losses(self.logs)
 
     def iterations(self) -> list[int]:
         """Every iteration in the order it was trained, repeats included."""
@@ -142,22 +152,18 @@ def launch(
     log = folder / f"{name}.log"
     command = [*prefix, "bash", str(REPOSITORY / "launch" / "torchrun.sh")]
     command += flags(folder) if arguments is None else list(arguments)
-    environment = {**os.environ, "NPROC": "2", "LOG_DIR": str(folder / "logs"), **(env or {})}
+    logs = folder / f"{name}_logs"
+    environment = {**os.environ, "NPROC": "2", "LOG_DIR": str(logs), **(env or {})}
     with log.open("wb") as file:
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
         process = subprocess.Popen(
             command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
-    launched = Launched(process, log)
-    seen: set[int] = set()
     try:
-        yield launched
+        yield Launched(process, log, logs)
     finally:
-        seen.update(descendants(process.pid))
-        for pid in (process.pid, *seen):
-            try:
+        for pid in (process.pid, *descendants(process.pid)):  # ranks end with their agent
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         process.wait()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.launched import Launched, launch
+from tests.launched import Launched, is_running, launch
 
 SAVE_INTERVAL = 5
 
@@ -33,9 +33,9 @@ def _assert_same_curve(undisturbed: dict[int, str], *runs: Launched) -> None:
     assert len(seen) >= 17
 
 
-def _seconds_to_train_again(run: Launched, after: str) -> float:
+def _seconds_until(run: Launched, pattern: str) -> float:
     started = time.monotonic()
-    run.wait_for(after)
+    run.wait_for(pattern)
     return time.monotonic() - started
 
 
@@ -61,10 +61,50 @@ def test_a_killed_rank_is_replaced(undisturbed, tmp_path):
     with launch(tmp_path) as run:
         run.wait_for_iteration(8)
         os.kill(run.ranks()[0], signal.SIGKILL)
-        seconds = _seconds_to_train_again(run, r"(?s)exitcode: -9.*loading distributed checkpoint")
+        seconds = _seconds_until(run, r"(?s)exitcode: -9.*loading distributed checkpoint")
         assert run.wait() == 0, run.output()
     print(f"killed rank: {seconds:.1f} s to resume, {_repeated(run)} steps repeated")
     _assert_same_curve(undisturbed, run)
     assert 0 < _repeated(run) <= SAVE_INTERVAL
     assert "exitcode: -9" in run.output()
     assert seconds < 60
+
+
+@pytest.mark.slow
+def test_ranks_end_with_a_killed_agent(undisturbed, tmp_path):
+    with launch(tmp_path) as first:
+        first.wait_for_iteration(8)
+        ranks = first.ranks()
+        started = time.monotonic()
+        os.kill(first.agent(), signal.SIGKILL)
+        assert first.wait() == 128 + signal.SIGKILL
+        while any(is_running(rank) for rank in ranks):
+            assert time.monotonic() < started + 10
+            time.sleep(0.02)
+        seconds = time.monotonic() - started
+    assert "torchrun was killed (signal 9)" in first.output()
+    with launch(tmp_path, name="second") as second:
+        assert second.wait() == 0, second.output()
+    repeated = len(set(first.iterations()) & set(second.iterations()))
+    print(f"killed agent: ranks gone after {seconds:.1f} s, {repeated} steps repeated")
+    _assert_same_curve(undisturbed, first, second)
+    assert 0 < repeated <= SAVE_INTERVAL
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_attempt(undisturbed, tmp_path):
+    stall, shutdown = 5, 2
+    settings = {"STALL_SECONDS": str(stall), "SHUTDOWN_SECONDS": str(shutdown)}
+    with launch(tmp_path, env=settings) as run:
+        run.wait_for_iteration(8)
+        os.kill(run.ranks()[0], signal.SIGSTOP)
+        found = _seconds_until(run, "Timed out waiting")
+        seconds = found + _seconds_until(run, r"(?s)Timed out.*loading distributed checkpoint")
+        assert run.wait() == 0, run.output()
+    print(
+        f"hanging rank: {found:.1f} s to detect, {seconds:.1f} s to resume,"
+        f" {_repeated(run)} steps repeated"
+    )
+    _assert_same_curve(undisturbed, run)
+    assert stall - 1 <= found < stall + 10
+    assert 0 < _repeated(run) <= SAVE_INTERVAL
