@@ -51,7 +51,7 @@ command=(
     --nnodes "$nodes" --nproc-per-node "${NPROC:-$(count_gpus)}" "${rendezvous[@]}"
     --max-restarts "${MAX_RESTARTS:-3}" --monitor-interval 1
     # SIGTERM is for the ranks, which save; torchrun would end them while they do.
-    --signals-to-handle SIGINT,SIGHUP,SIGQUIT --shutdown-timeout "${SHUTDOWN_SECONDS:-30}"
+    --signals-to-handle "SIGINT,SIGHUP,SIGQUIT" --shutdown-timeout "${SHUTDOWN_SECONDS:-30}"
     --log-dir "${LOG_DIR:-logs}" --tee 3
     -m ultramem_megatron.pretrain
     # Start-up may take longer than a step: at least a minute, Megatron counts whole ones.

@@ -63,16 +63,31 @@ def descendants(pid: int) -> list[int]:
     return below + [further for child in below for further in descendants(child)]
 
 
-def printed_losses(logs: Path) -> dict[int, str]:
-    """Iteration -> loss as last printed, in all its digits, of all attempts below `logs`.
+def losses_of(output: str) -> dict[int, str]:
+    """Iteration -> loss as last printed, in all its digits.
 
-    Without the second iteration of each attempt: Megatron prints the mean of the first two.
+    An attempt begins where iterations do not grow. Without its second iteration: Megatron prints
+    the mean of the first two.
+    """
+    losses: dict[int, str] = {}
+    last = since_start = 0
+    for step, loss in ((int(step), loss) for step, loss in _ITERATION.findall(output)):
+        since_start = since_start + 1 if step > last else 1
+        last = step
+        if since_start != 2:
+            losses[step] = loss
+    return losses
+
+
+def printed_losses(logs: Path) -> dict[int, str]:
+    """`losses_of` all attempts below `logs`, from the ranks' own files.
+
+    They are in order; in what torchrun prints, a restart at the next iteration cannot be seen.
     """
     files = logs.glob("*/attempt_*/*/stdout.log")
     losses: dict[int, str] = {}
     for file in sorted(files, key=lambda file: (file.stat().st_mtime, file)):
-        printed = _ITERATION.findall(file.read_text(errors="replace"))
-        losses.update({int(step): loss for i, (step, loss) in enumerate(printed) if i != 1})
+        losses.update(losses_of(file.read_text(errors="replace")))
     return losses
 
 

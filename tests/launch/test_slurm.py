@@ -1,0 +1,70 @@
+"""launch/slurm/train.sbatch on a real two-node Slurm: warned, saved, requeued, finished."""
+
+import re
+import time
+
+import pytest
+
+from tests.launch.slurm_cluster import slurm_cluster, why_not
+from tests.launched import REPOSITORY, flags, launch, losses_of, printed_losses
+
+STEPS = 600
+
+
+def _arguments(folder):
+    return flags(folder, train_iters=STEPS, save_interval=STEPS, ultramem_parallel_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_a_warned_job_saves_requeues_and_finishes(tmp_path):
+    one_host = tmp_path / "one_host"
+    one_host.mkdir()
+    with launch(one_host, _arguments(one_host)) as run:
+        assert run.wait() == 0, run.output()
+    daemons, folder = tmp_path / "daemons", tmp_path / "job"
+    daemons.mkdir()
+    folder.mkdir()
+    output = folder / "output"
+    settings = {  # both nodes are this host
+        "MASTER_ADDR": "127.0.0.1", "NETWORK": "lo", "NPROC": "1", "LOG_DIR": str(folder / "logs"),
+    }  # fmt: skip
+    with slurm_cluster(daemons) as cluster:
+        job = cluster.submit(
+            ["--nodes=2", "--time=15", f"--output={output}", f"--chdir={REPOSITORY}",
+             "launch/slurm/train.sbatch", "launch/torchrun.sh", *_arguments(folder)],
+            settings,
+        )  # fmt: skip
+        until = time.monotonic() + 120
+        while not (output.exists() and re.search(r"iteration +20/", output.read_text())):
+            assert time.monotonic() < until, cluster.state(job)
+            time.sleep(0.02)
+        warned = time.monotonic()
+        cluster.command(["scancel", "--batch", "--signal=USR1", str(job)])
+        assert cluster.wait_for_end(job, 240, output) == "COMPLETED"
+        seconds = time.monotonic() - warned
+    text = output.read_text()
+    assert "warned by Slurm: saving" in text
+    assert "requeueing" in text
+    starts = (folder / "logs" / str(job) / "starts.txt").read_text()
+    assert re.findall(r"start (\d)", starts) == ["0", "1"]
+    assert "nodes node[1-2]" in starts
+
+    steps = [int(step) for step in re.findall(r"iteration +(\d+)/ +\d+ ", text)]
+    assert steps == list(range(1, STEPS + 1))  # nothing lost, nothing repeated
+    losses = {**losses_of(text), **printed_losses(folder / "logs" / str(job))}
+    resumed_at = _second_start(folder, job)
+    assert 20 < resumed_at < STEPS
+    losses.pop(resumed_at + 1)  # Megatron prints the mean of a start's first two
+    assert losses.items() <= {**losses_of(run.output()), **run.losses()}.items()
+    assert len(losses) >= STEPS - 4
+    print(f"Slurm: {seconds:.1f} s from the warning to the end, resumed at step {resumed_at}")
+
+
+def _second_start(folder, job) -> int:
+    """The first iteration of the requeued job."""
+    firsts = []
+    for file in (folder / "logs" / str(job)).glob("*/attempt_0/*/stdout.log"):
+        if steps := re.findall(r"iteration +(\d+)/ +\d+ ", file.read_text()):
+            firsts.append(int(steps[0]))
+    return max(firsts)
