@@ -34,6 +34,7 @@ PATCH_MODULES = (
     "distopt_missing_step",
     "distopt_shared_step",
     "distopt_load_without_grad",
+    "loss_scale_together",
     # Faults.
     "checkpoint_sums",
 )
