@@ -21,8 +21,8 @@ def _later(found_inf: bool) -> None:
 def _together(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def prepare_grads(self: Any) -> bool:
-        scalers = [getattr(one, "grad_scaler", None) for one in self.chained_optimizers]
-        scalers = [scaler for scaler in scalers if scaler is not None]
+        optimizers = [one for one in self.chained_optimizers if getattr(one, "grad_scaler", None)]
+        scalers = [one.grad_scaler for one in optimizers]
         for scaler in scalers:
             scaler.update = _later
         try:
