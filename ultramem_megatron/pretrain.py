@@ -81,20 +81,24 @@ def main(
 
     from ultramem_megatron import gpt_task
     from ultramem_megatron.arguments import add_ultramem_arguments
+    from ultramem_megatron.data.check import check_data
+    from ultramem_megatron.explain import explained
     from ultramem_megatron.model_setup import model_config_from_args
 
     args = parse_and_validate_args(extra_args_provider=add_ultramem_arguments)
     gpt_task.refuse_other_tasks(args)
+    check_data(args)
     model_config = model_config_from_args(args, gpt_task.get_embedding_ranks)
     if before_training is not None:
         before_training()
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        gpt_task.train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        gpt_task.forward_step,
-        get_embedding_ranks=gpt_task.get_embedding_ranks,
-    )
+    with explained(args, given):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            gpt_task.train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            gpt_task.forward_step,
+            get_embedding_ranks=gpt_task.get_embedding_ranks,
+        )
 
 
 if __name__ == "__main__":

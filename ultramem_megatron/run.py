@@ -18,7 +18,7 @@ from typing import Any
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 from ultramem_megatron.patches import machine_flags, registry
-from ultramem_megatron.pretrain import set_single_process_environment
+from ultramem_megatron.pretrain import end_with_launcher, set_single_process_environment
 
 _USAGE = "python -m ultramem_megatron.run path/to/pretrain_gpt.py <its flags> --ultramem-..."
 
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     given = sys.argv[1:] if argv is None else list(argv)
     script = _script(given)
+    end_with_launcher()
     set_single_process_environment()
     registry.apply_all()
     arguments = machine_flags.complete(given[1:])
@@ -106,6 +107,7 @@ def _with_memories(script: Path, original: Callable[..., Any]) -> Callable[..., 
 def _checked(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
     from megatron.training import get_args
 
+    from ultramem_megatron.data.check import check_data
     from ultramem_megatron.model import UltraMemGPTModelConfig
 
     @functools.wraps(original)
@@ -117,6 +119,7 @@ def _checked(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
                 f"gpt_config_from_args, as pretrain_gpt.py of Megatron-LM 0.19 does. See 'With a "
                 f"script of your own' in README.md."
             )
+        check_data(get_args())
         return original(config, *rest, **kw)
 
     return pretrain
