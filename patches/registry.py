@@ -37,6 +37,7 @@ PATCH_MODULES = (
     "loss_scale_together",
     # Faults.
     "checkpoint_sums",
+    "safe_metadata",
 )
 """Order of application; every name is a file in this folder."""
 
