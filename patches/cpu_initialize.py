@@ -46,4 +46,5 @@ PATCH = Patch(
     delete_when="pretrain() accepts allow_no_cuda.",
     install=_install,
     active=without_cuda,
+    versions=">=0.19",
 )

@@ -27,4 +27,5 @@ PATCH = Patch(
     delete_when="The warm-up restores the state of the generators it uses.",
     install=_install,
     active=without_cuda,
+    versions=">=0.19",
 )

@@ -41,4 +41,5 @@ PATCH = Patch(
     reason="FLOPs are computed from the arguments alone, by a closed formula.",
     delete_when="The model (or its config) reports its own FLOPs.",
     install=_install,
+    versions=">=0.18",
 )

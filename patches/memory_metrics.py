@@ -68,4 +68,5 @@ PATCH = Patch(
     reason="pretrain() has no callback at log intervals.",
     delete_when="pretrain() calls user callbacks when it logs.",
     install=_install,
+    versions=">=0.18",
 )

@@ -12,8 +12,8 @@ from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
 
-SUPPORTED_MEGATRON = ">=0.19.0,<0.20"
-"""Versions of megatron-core the patches were written against (a packaging specifier)."""
+SUPPORTED_MEGATRON = ">=0.17,<0.20"
+"""Versions of megatron-core that memory layers run with (a packaging specifier)."""
 
 PATCH_MARK = "_ultramem_patch"
 """Attribute on every function we install: the name of the patch it came from."""
@@ -46,7 +46,7 @@ class Patch:
     active: Callable[[], bool] = always
     """Whether this machine and this installation need the patch."""
     versions: str = SUPPORTED_MEGATRON
-    """megatron-core versions the patch was checked with (a packaging specifier)."""
+    """megatron-core versions that have what is patched; left out with the others."""
 
 
 def resolve(dotted: str) -> tuple[Any, str]:

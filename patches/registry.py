@@ -12,7 +12,7 @@ from importlib.metadata import version as installed_version
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from ultramem_megatron.patches.patch import Editor, Patch, PatchError
+from ultramem_megatron.patches.patch import SUPPORTED_MEGATRON, Editor, Patch, PatchError
 
 PATCH_MODULES = (
     # A machine without CUDA.
@@ -77,8 +77,8 @@ def apply_all(only: Collection[str] | None = None) -> tuple[str, ...]:
     if unknown:
         raise PatchError(f"unknown patches {sorted(unknown)}; known: {[p.name for p in patches]}.")
     wanted = [p for p in patches if (only is None or p.name in only) and not is_applied(p.name)]
-    needed = [patch for patch in wanted if patch.active()]
-    check_versions(needed)
+    found = check_version()
+    needed = [p for p in wanted if p.active() and SpecifierSet(p.versions).contains(found, True)]
     for patch in needed:
         _apply(patch)
     if needed and os.environ.get("RANK", "0") == "0":
@@ -92,25 +92,23 @@ def revert_all() -> None:
         _applied.pop(name).revert()
 
 
-def check_versions(patches: Collection[Patch]) -> None:
-    """Refuse a megatron-core that some patch was not checked with.
+def check_version() -> Version:
+    """The installed megatron-core's, if it is a supported one.
 
     Raises:
         PatchError: names the version found, the ones supported and the environment variable
             that lets the run go on regardless.
     """
     found = Version(installed_version("megatron-core"))
-    misfits = [p for p in patches if not SpecifierSet(p.versions).contains(found, prereleases=True)]
-    if not misfits:
-        return
-    supported = sorted({patch.versions for patch in misfits})
+    if SpecifierSet(SUPPORTED_MEGATRON).contains(found, prereleases=True):
+        return found
     message = (
-        f"megatron-core {found} is installed, but {', '.join(p.name for p in misfits)} "
-        f"support {' and '.join(supported)}. Install a supported version"
+        f"megatron-core {found} is installed, {SUPPORTED_MEGATRON} is supported. Install such a one"
     )
     if os.environ.get(OVERRIDE) != "1":
         raise PatchError(f"{message}, or set {OVERRIDE}=1 to try this one at your own risk.")
     logger.warning("%s; going on because %s=1.", message, OVERRIDE)
+    return found
 
 
 def _apply(patch: Patch) -> None:

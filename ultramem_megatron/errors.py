@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from typing import NoReturn
 
 
 class UltraMemError(ValueError):
@@ -12,10 +14,28 @@ class UltraMemError(ValueError):
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """End the process with status 2 and the message of an UltraMemError, shown once, on rank 0."""
+    """End the process with status 2 and the message of an UltraMemError, shown once, on rank 0.
+
+    So it does where a supported, but older Megatron lacks what a command imports.
+    """
     try:
         yield
     except UltraMemError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _refuse(str(error))
+    except ImportError as error:
+        if not (error.name or "").startswith("megatron.") or not _has_older_megatron():
+            raise
+        _refuse(
+            f"this command needs megatron-core 0.19, {version('megatron-core')} is installed. With "
+            f"0.17 and 0.18 memory layers run in a training loop of your own: launch/own_loop.py."
+        )
+
+
+def _has_older_megatron() -> bool:
+    return version("megatron-core").startswith(("0.17.", "0.18."))
+
+
+def _refuse(message: str) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

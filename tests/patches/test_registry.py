@@ -145,22 +145,34 @@ def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         registry.apply_all(["stand_on"])
 
 
-@pytest.mark.parametrize("found", ["0.18.5", "0.20.0", "0.20.0rc1", "1.0"])
+@pytest.mark.parametrize("found", ["0.16.9", "0.20.0", "0.20.0rc1", "1.0"])
 def test_an_unknown_megatron_is_refused_by_number(
     found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(registry.OVERRIDE, raising=False)
     monkeypatch.setattr(registry, "installed_version", lambda name: found)
     with pytest.raises(PatchError) as refusal:
-        registry.check_versions([_patch()])
-    for part in (found, "stand_in", ">=0.19.0,<0.20", "ULTRAMEM_ALLOW_UNTESTED_MEGATRON=1"):
+        registry.apply_all()
+    for part in (found, ">=0.17,<0.20", "ULTRAMEM_ALLOW_UNTESTED_MEGATRON=1"):
         assert part in str(refusal.value)
 
 
-@pytest.mark.parametrize("found", ["0.19.0", "0.19.2", "0.19.10", "0.19.3.dev1"])
+@pytest.mark.parametrize("found", ["0.17.0", "0.18.2", "0.19.2", "0.19.10", "0.19.3.dev1"])
 def test_versions_are_compared_as_numbers(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "installed_version", lambda name: found)
-    registry.check_versions([_patch()])
+    assert str(registry.check_version()) == found
+
+
+def test_a_patch_of_newer_versions_is_left_out(
+    upstream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patches = (_patch("old"), _patch("new", versions=">=0.19"))
+    monkeypatch.setattr(registry, "installed_version", lambda name: "0.18.2")
+    monkeypatch.setattr(registry, "all_patches", lambda: patches)
+    try:
+        assert registry.apply_all() == ("old",)
+    finally:
+        registry.revert_all()
 
 
 def test_the_override_lets_an_unknown_megatron_pass_with_a_warning(
@@ -168,7 +180,7 @@ def test_the_override_lets_an_unknown_megatron_pass_with_a_warning(
 ) -> None:
     monkeypatch.setattr(registry, "installed_version", lambda name: "0.21.0")
     monkeypatch.setenv(registry.OVERRIDE, "1")
-    registry.check_versions([_patch()])
+    registry.check_version()
     assert "0.21.0" in caplog.text
 
 

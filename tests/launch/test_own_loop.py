@@ -1,0 +1,49 @@
+"""The example of a training loop on megatron.core alone: every layout trains as one rank does."""
+
+import pytest
+
+from tests.ranks import run_on_ranks
+
+STEPS = 6
+
+
+def _losses(world_size, *flags):
+    """Losses of rank 0 (all ranks return the same)."""
+    every = run_on_ranks(world_size, _run, [str(flag) for flag in flags])
+    assert all(losses == every[0] for losses in every)
+    return every[0]
+
+
+def _run(argv):
+    from launch.own_loop import main
+
+    return main(argv)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Losses of one rank over 2 * STEPS, and its checkpoint of step STEPS."""
+    folder = tmp_path_factory.mktemp("own_loop")
+    first = _losses(1, "--steps", STEPS, "--save", folder)
+    whole = _losses(1, "--steps", 2 * STEPS)
+    assert whole[:STEPS] == first
+    assert whole[-1] < whole[0] - 0.1
+    return whole, folder
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (1, []),
+        (2, []),
+        (2, ["--table-ranks", 2]),
+        (2, ["--table-ranks", 2, "--partition", "number"]),
+        (2, ["--tensor-ranks", 2]),
+        (4, ["--tensor-ranks", 2, "--table-ranks", 4]),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_a_layout_goes_on_from_the_checkpoint_of_one_rank(checkpoint, world_size, flags):
+    whole, folder = checkpoint
+    resumed = _losses(world_size, "--steps", 2 * STEPS, "--load", folder, *flags)
+    assert resumed == pytest.approx(whole[STEPS:], rel=1e-5)
