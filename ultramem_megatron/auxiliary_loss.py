@@ -6,7 +6,7 @@ and before they are clipped: neither micro-batches, nor data-parallel ranks, nor
 change its weight, and the loss scale of fp16 is applied to it as to all others.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,14 @@ def finalize_with_auxiliary_loss(model: list[Any], *args: Any, **kwargs: Any) ->
     Set as `finalize_model_grads_func` of the model config by UltraMemGPTModelBuilder; a recipe
     with a training loop of its own sets it itself.
     """
-    finalize_model_grads(model, *args, **kwargs)
+    finalize_then_auxiliary_loss(finalize_model_grads, model, *args, **kwargs)
+
+
+def finalize_then_auxiliary_loss(
+    finalize: Callable[..., None], model: list[Any], *args: Any, **kwargs: Any
+) -> None:
+    """The same after a `finalize` of the caller's own."""
+    finalize(model, *args, **kwargs)
     loss_scale = _loss_scale(get_model_config(model[0]))
     for chunk in model:
         add_auxiliary_gradients(memory_layers(chunk), loss_scale)

@@ -1,0 +1,1 @@
+"""Memory layers in Megatron-Bridge: a model provider and a recipe."""
