@@ -83,3 +83,10 @@ def test_a_refused_layout_is_reported_with_its_message():
     common = tiny_gpt(num_layers=2, train_iters=None, ultramem_spans="1:3", ultramem_num_keys=8)
     with pytest.raises(UltraMemError, match=r"on 1 ranks failed:\nerror: --ultramem-spans 1:3"):
         main(["--ranks", "1", "1", *common, "--", "--"])
+
+
+def test_help_needs_no_layouts(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    assert "--tolerance" in capsys.readouterr().out

@@ -4,7 +4,8 @@
         -- <flags of the first layout> -- <flags of the second layout>
 
 Both start from one checkpoint (made by one step of the first layout, weights and optimizer state)
-and see the same data. Exit status 1 if a difference exceeds --tolerance.
+and see the same data. Dropout is off, since what it drops depends on the layout. Exit status 1 if a
+difference exceeds --tolerance.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from ultramem_megatron.verify_parallel.record import FOLDER
 from ultramem_megatron.verify_parallel.whole_model import Piece, assemble, relative_error
 
 _SHOWN_LINES = 30
+_WITHOUT_DROPOUT = ("--attention-dropout", "0", "--hidden-dropout", "0")
 
 
 class Difference(NamedTuple):
@@ -47,6 +49,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[list
     parser.add_argument("--tolerance", type=float, default=1e-5,
                         help="largest relative difference accepted (default 1e-5)")  # fmt: skip
     sets = _split(list(argv))
+    if {"-h", "--help"} & set(sets[0]):
+        parser.print_help()
+        sys.exit(0)
     if len(sets) != 3:
         raise UltraMemError(
             f"Give the common flags, then -- and the flags of the first layout, then -- and those "
@@ -63,7 +68,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[list
         raise UltraMemError(
             f"{', '.join(sorted(taken))}: set by this command itself; use --steps for the length."
         )
-    return options, common, sets[1:]
+    return options, [*common, *_WITHOUT_DROPOUT], sets[1:]
 
 
 def _split(words: list[str]) -> list[list[str]]:
