@@ -22,7 +22,7 @@ def _together(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def prepare_grads(self: Any) -> bool:
         optimizers = [one for one in self.chained_optimizers if getattr(one, "grad_scaler", None)]
-        scalers = [one.grad_scaler for one in optimizers]
+        scalers = list({id(one.grad_scaler): one.grad_scaler for one in optimizers}.values())
         for scaler in scalers:
             scaler.update = _later
         try:

@@ -1,6 +1,7 @@
 """Data sets that are cut short, missing or not of their index are refused, with file and sizes."""
 
 import os
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from tests.ranks import RanksFailed
 from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron.data import indexed
-from ultramem_megatron.data.check import check_prefixes
+from ultramem_megatron.data.check import check_data, check_prefixes
 from ultramem_megatron.errors import UltraMemError
 
 
@@ -67,3 +68,8 @@ def test_a_run_refuses_before_it_builds_a_model(prefix, flag):
     with pytest.raises(RanksFailed, match=r"text\.bin has") as refused:
         run_pretrain(1, flags)
     assert "building GPT model" not in str(refused.value)
+
+
+def test_data_of_other_formats_are_not_looked_at():
+    for given in ({"mock_data": True}, {"mock_data": False, "sft": True}):
+        check_data(Namespace(data_path=["no/such/file.jsonl"], **given))

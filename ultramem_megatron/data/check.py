@@ -27,7 +27,7 @@ def check_data(args: Namespace) -> None:
     """
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    if args.mock_data:
+    if args.mock_data or getattr(args, "sft", False):  # sft: other formats
         return
     try:
         blend, per_split = get_blend_and_blend_per_split(args)
