@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+FEW_PROGRAMS = 128
+"""Fewer than this leave most of a GPU idle (an A100 has 108 multiprocessors, an H100 132)."""
+
 
 def pool(table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups: int) -> Tensor:
     """Same contract as `lookup_reduce_reference`, without a graph; sums in float32 or better."""
@@ -19,11 +22,14 @@ def pool(table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups
     out = table.new_empty(tokens, num_groups, table.shape[1])
     if out.numel() == 0:
         return out
-    sizes = block_sizes(table.shape[1] // cores, num_groups)
+    slice_width = table.shape[1] // cores
+    sizes = block_sizes(slice_width, num_groups)
+    if tokens * cores * triton.cdiv(slice_width, sizes["BLOCK_W"]) < FEW_PROGRAMS:
+        sizes = few_tokens_block_sizes(slice_width, num_groups)
     with torch.cuda.device_of(table):
-        pool_kernel[(tokens, cores * triton.cdiv(table.shape[1] // cores, sizes["BLOCK_W"]))](
+        pool_kernel[(tokens, cores * triton.cdiv(slice_width, sizes["BLOCK_W"]))](
             table.contiguous(), rows.contiguous(), groups.contiguous(), scores.contiguous(), out,
-            picks, table.shape[1], table.shape[1] // cores, cores, num_groups,
+            picks, table.shape[1], slice_width, cores, num_groups,
             PRECISE=precise(table), **sizes,
         )  # fmt: skip
     return out
@@ -38,6 +44,17 @@ def block_sizes(slice_width: int, num_groups: int) -> dict[str, int]:
         "BLOCK_P": max(2, min(8, 16 // groups)),
         "BLOCK_W": width,
         "num_warps": min(8, max(1, groups * width // 2048)),
+    }
+
+
+def few_tokens_block_sizes(slice_width: int, num_groups: int) -> dict[str, int]:
+    """For decoding: narrow columns give a token many programs, which read many rows at a time."""
+    groups = triton.next_power_of_2(num_groups)
+    return {
+        "GROUPS": groups,
+        "BLOCK_P": max(2, min(32, 128 // groups)),
+        "BLOCK_W": min(32, max(16, triton.next_power_of_2(slice_width))),
+        "num_warps": 4,
     }
 
 

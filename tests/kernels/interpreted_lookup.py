@@ -15,7 +15,11 @@ from tests.kernels.lookup_cases import (
     inputs,
     results,
 )
-from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference
+from ultramem_megatron.kernels.lookup_reduce import (
+    lookup_reduce,
+    lookup_reduce_reference,
+    triton_forward,
+)
 
 
 @pytest.fixture(params=["atomics", "deterministic"], autouse=True)
@@ -28,8 +32,10 @@ def order_of_sums(request):
 @pytest.mark.parametrize(
     "sizes", [s for s in ODD_SIZES if s.tokens < 6] + [Sizes(1, 9, 1, 300, 3)], ids=str
 )
+@pytest.mark.parametrize("few_programs", [0, triton_forward.FEW_PROGRAMS], ids=["many", "few"])
 @pytest.mark.usefixtures("nan_filled_empty")
-def test_equals_the_reference(sizes):
+def test_equals_the_reference(sizes, few_programs, monkeypatch):
+    monkeypatch.setattr(triton_forward, "FEW_PROGRAMS", few_programs)
     assert_equals_reference(lookup_reduce, sizes)
 
 

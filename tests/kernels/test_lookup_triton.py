@@ -35,14 +35,28 @@ def _types(dtype, *, floats, **others):
     return {**dict.fromkeys(floats, f"*{dtype}"), **_POINTERS, **_SIZE_TYPES, **others}
 
 
-def _compile_pool(capability, dtype, slice_width, groups):
+def _compile_pool(capability, dtype, slice_width, groups, few_tokens=False):
     import triton.language as tl
 
-    from ultramem_megatron.kernels.lookup_reduce.triton_forward import block_sizes, pool_kernel
+    from ultramem_megatron.kernels.lookup_reduce.triton_forward import (
+        block_sizes,
+        few_tokens_block_sizes,
+        pool_kernel,
+    )
 
+    sizes = few_tokens_block_sizes if few_tokens else block_sizes
     types = _types(dtype, floats=("table", "out"), scores="*fp32", cores="i32", num_groups="i32")
-    constants = {"PRECISE": tl.float32, **block_sizes(slice_width, groups)}
+    constants = {"PRECISE": tl.float32, **sizes(slice_width, groups)}
     return compile_for(capability, pool_kernel, types, constants)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("dtype", "groups"), [("bf16", 4), ("fp32", 1), ("bf16", 16)])
+def test_forward_for_few_tokens_compiles_without_spills(capability, dtype, groups):
+    built = _compile_pool(capability, dtype, 256, groups, few_tokens=True)
+    assert built.spilled == 0
+    assert built.registers <= 168
+    assert "ld.global" in built.ptx
 
 
 @pytest.mark.parametrize("capability", [80, 90])
