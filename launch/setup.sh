@@ -65,8 +65,17 @@ MESSAGE
     rm "$unfinished"
 }
 
+is_link_to_anothers() {
+    [[ -L $venv && -f $stamp && $(head -n 1 "$stamp") != "$root" ]]
+}
+
 main() {
     is_current && return
+    if is_link_to_anothers; then
+        echo "error: .venv is a link to the environment of $(head -n 1 "$stamp"), which installing here" \
+            "would take from it. Remove the link and call this again: it makes one for this folder." >&2
+        return 1
+    fi
     # Two calls at once: the second waits and then finds everything done.
     exec 9>"$root/.venv.lock"
     if command -v flock >/dev/null && ! flock --nonblock 9; then

@@ -158,6 +158,21 @@ def test_environment_of_another_folder_or_a_vanished_python_is_made_anew(machine
     assert [call.split()[0] for call in machine.calls] == ["venv", "pip"] * 3
 
 
+def test_a_link_to_the_environment_of_another_folder_is_left_alone(machine: Machine) -> None:
+    machine.python("bin/python3.12")
+    machine.setup()
+    venv, elsewhere = machine.checkout / ".venv", machine.folder / "elsewhere"
+    venv.rename(elsewhere)
+    stamp = elsewhere / ".made-from"
+    stamp.write_text(stamp.read_text().replace(str(machine.checkout), "/another/folder"))
+    venv.symlink_to(elsewhere)
+    refused = machine.setup()
+    assert refused.returncode == 1
+    assert "a link to the environment of /another/folder" in refused.stderr
+    assert (elsewhere / "bin" / "python").exists()
+    assert [call.split()[0] for call in machine.calls] == ["venv", "pip"]
+
+
 def test_interrupted_installation_does_not_look_current(machine: Machine) -> None:
     machine.python("bin/python3.12")
     process = subprocess.Popen(
