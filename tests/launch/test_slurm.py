@@ -5,22 +5,28 @@ import time
 
 import pytest
 
+from launch.recipe import TINY_VOCAB_SIZE, make_recipe
 from tests.launch.slurm_cluster import slurm_cluster, why_not
-from tests.launched import REPOSITORY, flags, launch, losses_of, printed_losses
+from tests.launched import REPOSITORY, launch, losses_of, printed_losses
+from ultramem_megatron.data.prepare import prepare
 
 STEPS = 600
 
 
-def _arguments(folder):
-    return flags(folder, train_iters=STEPS, save_interval=STEPS, ultramem_parallel_size=2)
+def _arguments(folder, data):
+    """The quickstart's recipe at its tiny size, on real text; resumes by itself."""
+    made = make_recipe(tiny=True, steps=STEPS, extra=("--ultramem-parallel-size", "2"))
+    return [*made.arguments(data, folder), "--load", str(folder / "checkpoints")]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_a_warned_job_saves_requeues_and_finishes(tmp_path):
+    data = tmp_path / "data"
+    prepare(None, data, TINY_VOCAB_SIZE)
     one_host = tmp_path / "one_host"
     one_host.mkdir()
-    with launch(one_host, _arguments(one_host)) as run:
+    with launch(one_host, _arguments(one_host, data)) as run:
         assert run.wait() == 0, run.output()
     daemons, folder = tmp_path / "daemons", tmp_path / "job"
     daemons.mkdir()
@@ -32,7 +38,7 @@ def test_a_warned_job_saves_requeues_and_finishes(tmp_path):
     with slurm_cluster(daemons) as cluster:
         job = cluster.submit(
             ["--nodes=2", "--time=15", f"--output={output}", f"--chdir={REPOSITORY}",
-             "launch/slurm/train.sbatch", "launch/torchrun.sh", *_arguments(folder)],
+             "launch/slurm/train.sbatch", "launch/torchrun.sh", *_arguments(folder, data)],
             settings,
         )  # fmt: skip
         until = time.monotonic() + 120
