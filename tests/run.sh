@@ -2,7 +2,7 @@
 # Makes the environment, if need be, and runs the tests.
 #   bash tests/run.sh                        everything
 #   bash tests/run.sh tests/data -k utf      pytest's arguments
-#   bash tests/run.sh --slow                 only what is left out otherwise: launched runs that are hurt
+#   bash tests/run.sh --slow                 what is left out otherwise: launched runs that are hurt, tutorials
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
