@@ -28,6 +28,7 @@ def install() -> bool:
         _add("megatron.bridge.models.gpt_provider", GPTModelProvider=_provider())
     _add("megatron.bridge.recipes.gpt.vanilla_gpt", vanilla_gpt_pretrain_config=_vanilla_recipe)
     _add("megatron.bridge.training.config", OptimizerConfigOverrideProvider=_Overrides)
+    _add("megatron.bridge.training.callbacks", Callback=type("Callback", (), {}))
     return folder is not None
 
 

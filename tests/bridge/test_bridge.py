@@ -1,6 +1,7 @@
 """The provider for Megatron-Bridge gives the model of our own spec, the recipe that of a preset."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 
@@ -156,7 +157,9 @@ def _recipe():
     from ultramem_megatron.bridge.recipe import ultramem_pretrain_config
 
     cfg = ultramem_pretrain_config("ultramem-151m-x12")
-    overrides = cfg.optimizer_config_override_provider.build_config_overrides("context")
+    overrides = cfg.optimizer_config_override_provider.build_config_overrides(
+        SimpleNamespace(optimizer_config=SimpleNamespace(lr=6e-4, min_lr=6e-5))
+    )
     model = cfg.model
     return (
         [model.num_layers, model.hidden_size, model.add_bias_linear, model.ultramem.num_keys,
@@ -172,7 +175,53 @@ def test_the_recipe_is_the_preset():
     assert model == [12, 1024, False, 1100, False, "3:5"]
     assert training == [238418, 2048, 6e-4, 0.95, 0.01, 2048]
     assert "ultramem_values" in keys[-1]
-    assert values == {"lr_mult": 10.0}
+    assert values == {"lr_mult": 10.0, "max_lr": pytest.approx(6e-3), "min_lr": pytest.approx(6e-4)}
+
+
+_SCHEDULE = {
+    "init_lr": 0.0, "max_lr": 1e-3, "min_lr": 1e-4, "lr_warmup_steps": 8, "lr_decay_steps": 60,
+    "lr_decay_style": "cosine", "start_wd": 0.1, "end_wd": 0.1, "wd_incr_steps": 80,
+    "wd_incr_style": "constant",
+}  # fmt: skip
+
+
+def _rates():
+    """Learning rates of base and tables, step by step: by our scheduler, and in Bridge's loop."""
+    _groups()
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    from launch.own_loop import ULTRAMEM
+    from ultramem_megatron.bridge.recipe import _value_overrides, value_rate_fall
+    from ultramem_megatron.value_learning_rate import ValueLearningRateScheduler
+
+    design = type(ULTRAMEM)(**{**vars(ULTRAMEM), "value_lr_decay": 0.5})
+    config = SimpleNamespace(lr=_SCHEDULE["max_lr"], min_lr=_SCHEDULE["min_lr"])
+    context = SimpleNamespace(optimizer_config=config)
+    (*_, override) = _value_overrides(design).build_config_overrides(context).values()
+    ours, bridges = (
+        SimpleNamespace(param_groups=[{"params": []}, {"params": [], **tables}])
+        for tables in ({"lr_mult": design.value_lr_mult}, override)
+    )
+    schedulers = (
+        ValueLearningRateScheduler(ours, value_lr_decay=0.5, **_SCHEDULE),
+        OptimizerParamScheduler(bridges, **_SCHEDULE),
+    )
+    fall = value_rate_fall(design)
+    rates = []
+    for _ in range(10):
+        fall.on_train_step_start(SimpleNamespace(scheduler=schedulers[1], optimizer=bridges))
+        rates.append([[group["lr"] for group in o.param_groups] for o in (ours, bridges)])
+        for scheduler in schedulers:
+            scheduler.step(8)
+    return rates
+
+
+def test_tables_learn_at_the_rate_of_our_own_command():
+    (rates,) = run_on_ranks(1, _rates)
+    for ours, bridges in rates:
+        assert bridges == pytest.approx(ours)
+    assert rates[1][1][1] == pytest.approx(rates[1][1][0] * (1 + 9 * (1 - 0.1 / 0.5)))
+    assert rates[-1][1][0] == pytest.approx(rates[-1][1][1])
 
 
 def test_without_bridge_it_says_what_to_install():

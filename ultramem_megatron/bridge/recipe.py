@@ -2,14 +2,14 @@
 
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
-    from ultramem_megatron.bridge.recipe import ultramem_pretrain_config
+    from ultramem_megatron.bridge.recipe import ultramem_pretrain_config, value_rate_fall
 
     cfg = ultramem_pretrain_config("ultramem-151m-x12")
     cfg.dataset.blend = (["my_data_text_document"], None)
-    pretrain(cfg, forward_step)
+    pretrain(cfg, forward_step, callbacks=[value_rate_fall(cfg.model.ultramem)])
 
-What this package's own pretrain has and Bridge's loop does not: the fall of the tables' learning
-rate to the base rate (it stays value_lr_mult times as high), and the metrics of memory layers.
+Without the callback the tables' learning rate stays value_lr_mult times the base rate. What this
+package's own pretrain has and Bridge's loop does not: the metrics of memory layers.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ from ultramem_megatron.patches import registry
 from ultramem_megatron.presets import find_preset
 from ultramem_megatron.presets.preset import Settings, Value
 from ultramem_megatron.spans import parse_spans
+from ultramem_megatron.value_learning_rate import value_lr_factor, value_overrides
 
 _MODEL = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "normalization",
@@ -89,16 +90,41 @@ def _values(settings: Settings) -> dict[str, Value]:
 
 
 def _value_overrides(ultramem: UltraMemConfig) -> Any:
-    """Bridge's optimizer overrides and the tables' own learning rate."""
-    from megatron.bridge.training.config import OptimizerConfigOverrideProvider
+    """Bridge's optimizer overrides and the tables' own learning rate.
 
-    from ultramem_megatron.value_learning_rate import value_overrides
+    Megatron's scheduler knows no lr_mult, but a highest and a lowest rate of a group.
+    """
+    from megatron.bridge.training.config import OptimizerConfigOverrideProvider
 
     class ValueLearningRate(OptimizerConfigOverrideProvider):  # type: ignore[misc]
         """The tables in a parameter group of their own."""
 
         def build_config_overrides(self, context: Any) -> dict[Any, Any] | None:
-            standard = super().build_config_overrides(context) or {}
-            return {**standard, **value_overrides(ultramem)} or None
+            overrides = super().build_config_overrides(context) or {}
+            optimizer = context.optimizer_config
+            for key, override in value_overrides(ultramem).items():
+                times = override["lr_mult"]
+                rates = {"max_lr": times * optimizer.lr, "min_lr": times * (optimizer.min_lr or 0)}
+                overrides = {**overrides, key: {**override, **rates}}
+            return overrides or None
 
     return ValueLearningRate()
+
+
+def value_rate_fall(ultramem: UltraMemConfig) -> Any:
+    """A callback for Bridge's pretrain: the tables' learning rate falls as value_lr_decay says."""
+    from megatron.bridge.training.callbacks import Callback
+
+    class ValueRateFall(Callback):  # type: ignore[misc]
+        """Before each step, from the rate that the scheduler gives the tables."""
+
+        def on_train_step_start(self, context: Any) -> None:
+            scheduler = context.scheduler
+            progress = scheduler.num_steps / scheduler.wd_incr_steps
+            for group in context.optimizer.param_groups:
+                start = group.get("lr_mult", 1.0)
+                if start != 1.0:
+                    factor = value_lr_factor(start, progress, ultramem.value_lr_decay)
+                    group["lr"] = scheduler.get_lr(group) * factor / start
+
+    return ValueRateFall()
