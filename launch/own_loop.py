@@ -4,7 +4,7 @@
 
 It uses nothing of megatron.training, so it runs on megatron-core 0.17, 0.18 and 0.19 alike: groups,
 a GPT whose layer spec went through `with_memory`, Megatron's DDP, optimizer, pipeline schedule and
-distributed checkpoints. The four lines that memories need are marked.
+distributed checkpoints. The five places that memories need are marked.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from ultramem_megatron.pretrain import set_single_process_environment
 from ultramem_megatron.spans import parse_spans
 
 VOCABULARY, LENGTH, LAYERS, HIDDEN = 64, 16, 4, 32
+TRAINING_STEPS, LEARNING_RATE = 1000, 1e-3
 MICRO_BATCH, GLOBAL_BATCH = 2, 8
 ULTRAMEM = UltraMemConfig(
     spans=parse_spans("1:2/3:4", LAYERS), num_keys=12, key_dim=16, value_dim=16, topk=6
@@ -36,7 +37,12 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     _initialise(options)
     model, optimizer = _build(options)
     first = _load(options, model, optimizer) if options.load else 0
-    losses = [_step(model, optimizer, step) for step in range(first, options.steps)]
+    scheduler = _scheduler(optimizer)
+    scheduler.step(first)
+    losses = []
+    for step in range(first, options.steps):
+        losses.append(_step(model, optimizer, step))
+        scheduler.step(1)
     if options.save:
         _save(options, model, optimizer)
     if dist.get_rank() == 0:
@@ -94,11 +100,23 @@ def _build(options: argparse.Namespace) -> tuple[list[Any], Any]:
     gpt = GPTModel(config, spec, VOCABULARY, LENGTH, position_embedding_type="rope")
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     model = [DistributedDataParallel(config, ddp, gpt.to(_device()))]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", lr=3e-3, params_dtype=torch.float32, clip_grad=1.0),
-        model, config_overrides=value_overrides(ULTRAMEM),
-    )  # fmt: skip
+    adam = OptimizerConfig(
+        optimizer="adam", lr=LEARNING_RATE, params_dtype=torch.float32, clip_grad=1.0
+    )
+    optimizer = get_megatron_optimizer(adam, model, config_overrides=value_overrides(ULTRAMEM))
     return model, optimizer
+
+
+def _scheduler(optimizer: Any) -> Any:
+    """A constant rate; the tables' begins at a multiple of it. Its unit is optimizer steps."""
+    from ultramem_megatron.value_learning_rate import ValueLearningRateScheduler
+
+    return ValueLearningRateScheduler(  # memories 5: Megatron's own ignores the tables' multiple
+        optimizer, init_lr=0.0, max_lr=LEARNING_RATE, min_lr=0.0, lr_warmup_steps=0,
+        lr_decay_steps=TRAINING_STEPS, lr_decay_style="constant", start_wd=0.01, end_wd=0.01,
+        wd_incr_steps=TRAINING_STEPS, wd_incr_style="constant",
+        value_lr_decay=ULTRAMEM.value_lr_decay,
+    )  # fmt: skip
 
 
 def _device() -> torch.device:

@@ -9,7 +9,6 @@
 #   MAX_RESTARTS=3      restarts after a fault, each from the newest complete checkpoint
 #   STALL_SECONDS=600   a collective that takes longer ends the attempt
 #   JOIN_SECONDS=600    how long a node waits for the others, at the start and after a fault
-#   SHUTDOWN_SECONDS=30 how long ranks may take to end after another one died, before SIGKILL
 #   LOG_DIR=logs        LOG_DIR/<run>/attempt_<n>/<rank>/{stdout,stderr}.log
 #   PYTHON=<checkout>/.venv/bin/python
 #
@@ -51,7 +50,7 @@ command=(
     --nnodes "$nodes" --nproc-per-node "${NPROC:-$(count_gpus)}" "${rendezvous[@]}"
     --max-restarts "${MAX_RESTARTS:-3}" --monitor-interval 1
     # SIGTERM is for the ranks, which save; torchrun would end them while they do.
-    --signals-to-handle "SIGINT,SIGHUP,SIGQUIT" --shutdown-timeout "${SHUTDOWN_SECONDS:-30}"
+    --signals-to-handle "SIGINT,SIGHUP,SIGQUIT"
     --log-dir "${LOG_DIR:-logs}" --tee 3
     -m ultramem_megatron.pretrain
     # Start-up may take longer than a step: at least a minute, Megatron counts whole ones.
@@ -89,6 +88,7 @@ pass_on_sigterm() {
 
 (
     trap '' TERM # torchrun and its ranks inherit this
+    export ULTRAMEM_TORCHRUN_PID="$BASHPID"
     exec "${command[@]}"
 ) &
 agent=$!

@@ -23,6 +23,9 @@ from tests.training_runs import tiny_gpt
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _ITERATION = re.compile(r"iteration +(\d+)/ +\d+ .*lm loss: (\S+)")
+FOUND = "Timed out waiting|Application timeout caused|[Cc]onnection (closed|reset) by peer"
+"""What a rank says of a peer that is gone: its first collective that fails decides which."""
+RESUMED = rf"(?s)({FOUND}).*loading distributed checkpoint"
 
 
 def flags(folder: Path, **changes: Any) -> list[str]:
@@ -104,6 +107,10 @@ class Launched:
         """Everything printed up to now."""
         return self.log.read_text(errors="replace")
 
+    def _end(self) -> str:
+        """What was printed last, past the start's long list of arguments."""
+        return "\n".join(self.output().splitlines()[-60:])
+
     def losses(self) -> dict[int, str]:
         """See `printed_losses`."""
         return printed_losses(self.logs)
@@ -135,8 +142,8 @@ class Launched:
         """Return as soon as the log matches."""
         until = time.monotonic() + seconds
         while not re.search(pattern, self.output()):
-            assert self.process.poll() is None, f"ended before {pattern!r}:\n{self.output()}"
-            assert time.monotonic() < until, f"no {pattern!r}:\n{self.output()}"
+            assert self.process.poll() is None, f"ended before {pattern!r}:\n{self._end()}"
+            assert time.monotonic() < until, f"no {pattern!r}:\n{self._end()}"
             time.sleep(0.02)
 
     def wait(self, seconds: float = 180.0) -> int:
@@ -144,7 +151,7 @@ class Launched:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {seconds} s:\n{self.output()}") from None
+            raise AssertionError(f"still running after {seconds} s:\n{self._end()}") from None
 
 
 @contextmanager

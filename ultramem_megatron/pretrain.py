@@ -6,14 +6,13 @@ Without --ultramem flags it is a plain GPT. Without torchrun (`python -m ...`) i
 process.
 """
 
-import ctypes
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable, Collection, Sequence
 
 from ultramem_megatron.errors import exit_on_user_error
+from ultramem_megatron.orphans import end_with_launcher
 from ultramem_megatron.patches import machine_flags, registry
 
 
@@ -33,23 +32,6 @@ def set_single_process_environment() -> None:
         "MASTER_PORT": str(free_port),
     }.items():
         os.environ.setdefault(name, value)
-
-
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-
-
-def end_with_launcher() -> None:
-    """Have the kernel kill this rank when torchrun is gone, even by SIGKILL.
-
-    Else it would train on as an orphan, beside whatever is started in its place and writes to the
-    same folder. Does nothing without torchrun or outside Linux.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
-        return
-    launcher = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it died before the kernel was told
-        sys.exit("torchrun, which started this rank, is gone.")
 
 
 def main(

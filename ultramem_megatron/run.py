@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.orphans import end_with_launcher
 from ultramem_megatron.patches import machine_flags, registry
-from ultramem_megatron.pretrain import end_with_launcher, set_single_process_environment
+from ultramem_megatron.pretrain import set_single_process_environment
 
 _USAGE = "python -m ultramem_megatron.run path/to/pretrain_gpt.py <its flags> --ultramem-..."
 

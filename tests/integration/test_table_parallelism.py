@@ -117,6 +117,47 @@ def test_layout_trains_like_one_rank(starts, world_size, layout):
     _check(starts, world_size, **layout)
 
 
+_CP = {"context_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        pytest.param(world_size, layout, id=name)
+        for name, world_size, layout in [
+            ("CP2 whole tables", 2, {**_CP, "ultramem_parallel_size": 1}),
+            ("CP2 number", 2, {**_CP, **_NUMBER}),
+            ("CP2 dimension", 2, {**_CP, **_DIMENSION}),
+            ("CP4 number", 4, {"context_parallel_size": 4, **_NUMBER}),
+            ("CP2 TP2 SP", 4, {**_CP, **_SP, **_DIMENSION}),
+            ("CP2 DP2 P2, per-token loss", 4,
+             {**_CP, **_NUMBER, "ultramem_parallel_size": 2, "calculate_per_token_loss": True}),
+            ("CP2 PP2 crossing, recompute", 4,
+             {**_CP, **_CROSSING, "recompute_granularity": "full", "recompute_method": "block",
+              "recompute_num_layers": 2}),
+            ("CP2 mask made by the attention", 2,
+             {**_CP, "no_create_attention_mask_in_dataloader": True}),
+        ]
+    ],
+)  # fmt: skip
+def test_context_parallelism_trains_like_one_rank(starts_without_convolution, world_size, layout):
+    _check(starts_without_convolution, world_size, **layout)
+
+
+def test_context_parallelism_of_another_attention(tmp_path):
+    """Grouped queries, learned positions, and sequences that are not cut into equal powers of 2."""
+    sizes = {"seq_length": 24, "max_position_embeddings": 24}
+    design = {"position_embedding_type": "learned_absolute", "ultramem_query_conv_kernel": 0}
+    grouped = {"group_query_attention": True, "num_query_groups": 2}
+    starts = _Starts(tmp_path, **design, **grouped, **sizes)
+    _check(starts, 3, context_parallel_size=3, ultramem_parallel_size=1)
+
+
+@pytest.fixture(scope="module")
+def starts_without_convolution(tmp_path_factory):
+    return _Starts(tmp_path_factory.mktemp("start_cp"), ultramem_query_conv_kernel=0)
+
+
 @pytest.mark.parametrize(
     "design",
     [

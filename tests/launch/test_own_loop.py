@@ -47,3 +47,23 @@ def test_a_layout_goes_on_from_the_checkpoint_of_one_rank(checkpoint, world_size
     whole, folder = checkpoint
     resumed = _losses(world_size, "--steps", 2 * STEPS, "--load", folder, *flags)
     assert resumed == pytest.approx(whole[STEPS:], rel=1e-5)
+
+
+def _rates():
+    from launch import own_loop
+
+    options = own_loop._parse([])
+    own_loop.set_single_process_environment()
+    own_loop.registry.apply_all()
+    own_loop._initialise(options)
+    _, optimizer = own_loop._build(options)
+    scheduler = own_loop._scheduler(optimizer)
+    first = {group["lr"] for group in optimizer.param_groups}
+    scheduler.step(own_loop.TRAINING_STEPS)
+    return first, {group["lr"] for group in optimizer.param_groups}
+
+
+def test_tables_learn_at_their_own_rate():
+    first, last = run_on_ranks(1, _rates)[0]
+    assert first == {1e-3, 1e-2}
+    assert last == {1e-3}

@@ -7,6 +7,7 @@ nothing: any rank of any layout can be built in one process, whatever its size.
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -95,12 +96,12 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
 
 
 def smallest_world(words: Sequence[str]) -> int:
-    """Ranks that the flags need at least: tensor x pipeline x expert parallel."""
+    """Ranks that the flags need at least: tensor x pipeline x the larger of expert and context."""
     args = _parse_only(words)
     return int(
         args.tensor_model_parallel_size
         * args.pipeline_model_parallel_size
-        * args.expert_model_parallel_size
+        * math.lcm(args.expert_model_parallel_size, args.context_parallel_size)
     )
 
 
@@ -126,11 +127,6 @@ def _refuse_flag(_: ArgumentParser, message: str) -> NoReturn:
 
 
 def _without_transformer_engine(args: Namespace) -> None:
-    if args.context_parallel_size > 1:
-        raise UltraMemError(
-            f"--context-parallel-size {args.context_parallel_size}: a plan is made with Megatron's "
-            f"own attention, which has no context parallelism. Use 1."
-        )
     # These need Transformer Engine, and change neither sizes nor what is kept or sent.
     args.moe_grouped_gemm = args.tp_comm_overlap = False
 
@@ -139,6 +135,7 @@ def _on_one_rank(args: Namespace) -> None:
     """Undo the layout: the whole model on one rank."""
     args.tensor_model_parallel_size = args.pipeline_model_parallel_size = 1
     args.expert_model_parallel_size, args.expert_tensor_parallel_size = 1, None
+    args.context_parallel_size = 1
     args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
     args.pipeline_model_parallel_layout = None
     args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
@@ -165,6 +162,7 @@ def built_stage(run: Run, stage: int = 0) -> Iterator[list[Any]]:
             run.args.tensor_model_parallel_size,
             run.stages,
             run.args.virtual_pipeline_model_parallel_size,
+            context_parallel_size=run.args.context_parallel_size,
             expert_model_parallel_size=run.tables.size,
             expert_tensor_parallel_size=1 if run.ultramem else run.args.expert_tensor_parallel_size,
             create_gloo_process_groups=False,

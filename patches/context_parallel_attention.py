@@ -1,0 +1,108 @@
+"""Megatron's own attention with context parallelism: each rank gathers the keys and values of all.
+
+Upstream only Transformer Engine's attention has it, which needs a GPU. A rank's tokens are chunks
+r and 2*R-1-r of the sequence cut into 2*R (`get_batch_on_this_cp_rank`); queries stay at home, keys
+and values are gathered and put into the sequence's order. Exact, and with a score for each of the
+rank's queries and all keys: for machines without Transformer Engine, not for long contexts.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.patches.patch import Editor, Patch
+
+_ATTENTION = "megatron.core.transformer.dot_product_attention.DotProductAttention"
+_ROTARY = (
+    "megatron.core.models.common.embeddings.rotary_pos_embedding",
+    "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding",
+)
+
+
+def own_chunks(sequence: Tensor, group: dist.ProcessGroup, dim: int = 0) -> Tensor:
+    """The rank's two chunks of a tensor that holds the whole sequence along `dim`."""
+    chunks = sequence.chunk(2 * group.size(), dim)
+    return torch.cat((chunks[group.rank()], chunks[2 * group.size() - 1 - group.rank()]), dim)
+
+
+def gather_in_order(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(s/R, ...) of every rank as (s, ...) in the sequence's order; gradients are summed."""
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+    size = group.size()
+    # Rank by rank: 0, 2R-1, 1, 2R-2, ...
+    chunks = gather_from_sequence_parallel_region(own, group=group).chunk(2 * size)
+    return torch.cat((*chunks[::2], *reversed(chunks[1::2])))
+
+
+def _own_positions(pos_emb: Tensor, seq_dim: int, cp_group: dist.ProcessGroup | None) -> Tensor:
+    """As upstream's, which copies an index through pinned memory."""
+    if cp_group is None:
+        raise ValueError("cp_group is None: whose positions are wanted?")
+    return own_chunks(pos_emb, cp_group, seq_dim)
+
+
+def _init(original: Any) -> Any:
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        if config.context_parallel_size == 1:
+            original(self, config, *args, **kwargs)
+            return
+        if config.window_size is not None:
+            raise UltraMemError(
+                f"--context-parallel-size {config.context_parallel_size} with --window-size "
+                f"{config.window_size} needs Transformer Engine. Give up one of the two."
+            )
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1
+        original(self, alone, *args, **kwargs)
+        self.config = config
+
+    return __init__
+
+
+def _forward(original: Any) -> Any:
+    def forward(
+        self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        if self.config.context_parallel_size > 1:
+            group = _group(self)
+            key, value = gather_in_order(key, group), gather_in_order(value, group)
+            if attention_mask is None:
+                positions = torch.arange(len(key), device=key.device)
+                attention_mask = positions > own_chunks(positions, group)[:, None]
+        return original(self, query, key, value, attention_mask, *args, **kwargs)
+
+    return forward
+
+
+def _group(attention: Any) -> dist.ProcessGroup:
+    from megatron.core import parallel_state
+
+    group: dist.ProcessGroup | None = getattr(attention.pg_collection, "cp", None)
+    return group or parallel_state.get_context_parallel_group()
+
+
+def _install(editor: Editor) -> None:
+    editor.wrap(f"{_ATTENTION}.__init__", _init)
+    editor.wrap(f"{_ATTENTION}.forward", _forward)
+    for module in _ROTARY:
+        editor.replace(
+            f"{module}.get_pos_emb_on_this_cp_rank",
+            _own_positions,
+            ("pos_emb", "seq_dim", "cp_group"),
+        )
+
+
+PATCH = Patch(
+    name="context_parallel_attention",
+    symbols=(f"{_ATTENTION}.__init__", f"{_ATTENTION}.forward",
+             *(f"{module}.get_pos_emb_on_this_cp_rank" for module in _ROTARY)),
+    reason="DotProductAttention asserts context_parallel_size == 1 (its __init__).",
+    delete_when="Megatron's local attention has context parallelism.",
+    install=_install,
+)  # fmt: skip

@@ -1,0 +1,56 @@
+"""No rank outlives torchrun, and no process that a rank forked outlives the rank.
+
+Else they would go on as orphans, beside whatever is started in their place and writes to the same
+folders.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def end_with_launcher() -> None:
+    """Have the kernel kill this rank when torchrun is gone, even by SIGKILL; forks go with it.
+
+    Does nothing without torchrun or outside Linux. Environment: ULTRAMEM_TORCHRUN_PID, the process
+    whose child this rank is, which launch/torchrun.sh sets: with it, a torchrun that died before
+    this call is noticed too.
+
+    Raises SystemExit if torchrun is gone already.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    launcher = int(os.environ.get("ULTRAMEM_TORCHRUN_PID", os.getppid()))
+    end_with_parent = _end_with_parent()
+    end_with_parent()
+    if os.getppid() != launcher:  # it died before the kernel was told
+        sys.exit("torchrun, which started this rank, is gone.")
+    _let_forks_follow(end_with_parent)
+
+
+def _end_with_parent() -> Callable[[], None]:
+    """A call for the process to be ended. Loaded here: a fork shall only call."""
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _let_forks_follow(end_with_parent: Callable[[], None]) -> None:
+    """For what the main thread forks: the kernel goes by the thread, and others may end sooner."""
+    forking: list[int] = []
+
+    def before() -> None:
+        is_main = threading.current_thread() is threading.main_thread()
+        forking[:] = [os.getpid()] if is_main else []
+
+    def in_child() -> None:
+        if forking:
+            end_with_parent()
+            if os.getppid() != forking[0]:
+                os._exit(1)
+
+    os.register_at_fork(before=before, after_in_child=in_child)
