@@ -1,9 +1,8 @@
 """Megatron's own attention with context parallelism: each rank gathers the keys and values of all.
 
-Upstream only Transformer Engine's attention has it, which needs a GPU. A rank's tokens are chunks
-r and 2*R-1-r of the sequence cut into 2*R (`get_batch_on_this_cp_rank`); queries stay at home, keys
-and values are gathered and put into the sequence's order. Exact, and with a score for each of the
-rank's queries and all keys: for machines without Transformer Engine, not for long contexts.
+Upstream only Transformer Engine's attention has it, which needs a GPU. Here queries stay at home,
+keys and values are gathered and put into the sequence's order. Exact, and with a score for each of
+the rank's queries and all keys: for machines without Transformer Engine, not for long contexts.
 """
 
 import copy
@@ -15,28 +14,13 @@ from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.patches.patch import Editor, Patch
+from ultramem_megatron.sequence_chunks import gather_in_order, own_chunks
 
 _ATTENTION = "megatron.core.transformer.dot_product_attention.DotProductAttention"
 _ROTARY = (
     "megatron.core.models.common.embeddings.rotary_pos_embedding",
     "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding",
 )
-
-
-def own_chunks(sequence: Tensor, group: dist.ProcessGroup, dim: int = 0) -> Tensor:
-    """The rank's two chunks of a tensor that holds the whole sequence along `dim`."""
-    chunks = sequence.chunk(2 * group.size(), dim)
-    return torch.cat((chunks[group.rank()], chunks[2 * group.size() - 1 - group.rank()]), dim)
-
-
-def gather_in_order(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(s/R, ...) of every rank as (s, ...) in the sequence's order; gradients are summed."""
-    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-
-    size = group.size()
-    # Rank by rank: 0, 2R-1, 1, 2R-2, ...
-    chunks = gather_from_sequence_parallel_region(own, group=group).chunk(2 * size)
-    return torch.cat((*chunks[::2], *reversed(chunks[1::2])))
 
 
 def _own_positions(pos_emb: Tensor, seq_dim: int, cp_group: dist.ProcessGroup | None) -> Tensor:
@@ -47,7 +31,7 @@ def _own_positions(pos_emb: Tensor, seq_dim: int, cp_group: dist.ProcessGroup | 
 
 
 def _init(original: Any) -> Any:
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if config.context_parallel_size == 1:
             original(self, config, *args, **kwargs)
             return
@@ -61,7 +45,7 @@ def _init(original: Any) -> Any:
         original(self, alone, *args, **kwargs)
         self.config = config
 
-    return __init__
+    return init
 
 
 def _forward(original: Any) -> Any:

@@ -251,6 +251,7 @@ _ONE_STEP = (
     [
         (_MEMORY + "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 ", 4),
         (_EXPERTS + "--expert-model-parallel-size 2 ", 2),
+        (_MEMORY + "--context-parallel-size 2 ", 2),
     ],
 )
 def test_ranks_of_a_real_run_hold_what_is_planned(flags, ranks):
@@ -296,6 +297,26 @@ def test_tensor_parallel_bytes_of_a_dense_layer():
     assert micro_batches * layers < received["tensor parallel"] < micro_batches * 1.5 * layers
 
 
+@pytest.mark.parametrize("flags", ["", _MEMORY, _MEMORY + "--ultramem-partition number "])
+def test_context_parallel_ranks_keep_their_share_and_receive_keys_and_values(flags):
+    whole, half = (
+        _layout(flags + f"--context-parallel-size {size}", 2)["layouts"][0] for size in (1, 2)
+    )
+    assert (half["context_parallel"], half["data_parallel"]) == (2, 1)
+    one, two = whole["stages"][0], half["stages"][0]
+    for same in ("parameters", "gradients", "optimizer"):
+        assert one[same] == two[same]
+    # Normalised keys do not depend on tokens.
+    assert two["activations"] == pytest.approx(one["activations"] / 2, rel=0.03)
+    # As many tokens pass a rank in a step: half of each sequence, of twice the sequences.
+    for same in one["received"]:
+        assert two["received"][same] == pytest.approx(one["received"][same], rel=0.01)
+    keys_and_values = 2 * 64 * 2  # of the tiny width in bf16
+    tokens, layers = 32 * 32 // 2, 4
+    assert two["received"]["context parallel"] == 3 * layers * tokens * keys_and_values
+    assert "context parallel" not in one["received"]
+
+
 @pytest.mark.parametrize("flags", ["", _MEMORY, _EXPERTS])
 def test_activations_grow_with_the_micro_batch_and_shrink_with_recomputation(flags):
     def kept(more):
@@ -317,8 +338,8 @@ def _kept_for_real(flags):
     import torch
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-    from ultramem_megatron.plan import shapes_only
     from ultramem_megatron.plan.build import built_stage, command_line, parse
+    from ultramem_megatron.plan.shapes_only import attention_of_shapes
     from ultramem_megatron.plan.stage_cost import stage_cost
 
     run = parse(command_line(None, flags), 1)
@@ -332,7 +353,7 @@ def _kept_for_real(flags):
                 tensor.zero_()
         for module in chunk.modules():
             if isinstance(module, DotProductAttention):
-                module.forward = shapes_only._attention
+                module.forward = attention_of_shapes([])
         kept = {}
 
         def keep(tensor):
@@ -417,7 +438,6 @@ def test_figure_and_csv(paper):
         ("dense-151m --gpus 3 --tensor-model-parallel-size 2", "Megatron refuses these flags: "),
         ("dense-151m --gpus 0", "--gpus has 0; numbers of ranks must be at least 1"),
         ("ultramem-151m-x12 --ultramem-topk 0", "--ultramem-topk is 0"),
-        ("dense-151m --context-parallel-size 2", "--context-parallel-size 2: a plan is made with"),
         ("dense-151m --tables", "give no preset and no other flags (given: dense-151m)"),
     ],
 )  # fmt: skip

@@ -16,8 +16,6 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
     """Raise UltraMemError for Megatron flags that memory layers cannot honour."""
     if ultramem is None:
         return
-    convolution = f"{flag('query_conv_kernel')} {ultramem.query_conv_kernel}"
-    has_convolution = ultramem.query_conv_kernel > 1
     refused = (
         (args.cuda_graph_impl != "none", f"--cuda-graph-impl {args.cuda_graph_impl}",
          "graphs capture a layer without its memory branch. Use --cuda-graph-impl none"),
@@ -29,9 +27,6 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
          "value tables need Megatron's DDP. Drop the flag; --use-distributed-optimizer works"),
         (args.hybrid_layer_pattern is not None, "--hybrid-layer-pattern",
          "memory layers attach to GPT models only. Drop the flag"),
-        (args.context_parallel_size > 1 and has_convolution,
-         f"--context-parallel-size {args.context_parallel_size} with {convolution}",
-         f"the convolution would need its neighbours' tokens. Use {flag('query_conv_kernel')} 0"),
         (args.fp8 is not None, f"--fp8-format {args.fp8}",
          "memory layers compute in fp32, fp16 or bf16. Drop the flag"),
         (ultramem.lazy_adam and args.use_distributed_optimizer, "--use-distributed-optimizer",

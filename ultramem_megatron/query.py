@@ -17,12 +17,18 @@ class CausalConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(hidden_size, kernel))
 
     def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
-        """x: (S, B, D); history: the (kernel-1, B, D) inputs before x, zeros if None."""
+        """x: (S, B, D), P pieces of equal length, each without gaps in time, one after the other.
+
+        history: the (P, kernel-1, B, D) inputs before each piece; None: x is one, zeros before it.
+        """
         hidden_size, kernel = self.weight.shape
         if history is None:
-            history = x.new_zeros(kernel - 1, *x.shape[1:])
-        padded = torch.cat([history, x]).permute(1, 2, 0)  # (B, D, kernel-1+S)
-        return F.conv1d(padded, self.weight.unsqueeze(1), groups=hidden_size).permute(2, 0, 1)
+            history = x.new_zeros(1, kernel - 1, *x.shape[1:])
+        pieces = x.reshape(len(history), -1, *x.shape[1:])
+        # (P, kernel-1+S/P, B, D) to (P*B, D, kernel-1+S/P)
+        padded = torch.cat([history, pieces], 1).permute(0, 2, 3, 1).flatten(0, 1)
+        out = F.conv1d(padded, self.weight.unsqueeze(1), groups=hidden_size)
+        return out.unflatten(0, (len(history), -1)).permute(0, 3, 1, 2).flatten(0, 1)
 
 
 class QueryProjection(nn.Module):

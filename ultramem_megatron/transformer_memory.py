@@ -1,6 +1,6 @@
 """An UltraMemLayer built as Megatron builds submodules: its dtype, device, groups and checkpoints.
 
-S sequence, B batch, D hidden; under sequence parallelism S is this rank's share.
+S sequence, B batch, D hidden; under sequence and context parallelism S is this rank's share.
 """
 
 from typing import Any
@@ -9,7 +9,6 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -25,6 +24,7 @@ from ultramem_megatron.layer import UltraMemLayer
 from ultramem_megatron.partition.exchange import gather_shares, take_share
 from ultramem_megatron.partition.groups import TableGroups, table_groups
 from ultramem_megatron.partition.settings import TableSettings
+from ultramem_megatron.query_history import decoding_history, neighbours_history
 from ultramem_megatron.steps import Steps, run
 from ultramem_megatron.value_table import ValueTable
 
@@ -59,6 +59,7 @@ class TransformerMemory(UltraMemLayer):
             )
         self.groups = groups
         self.tensor_group = pg_collection.tp
+        self.context_group = pg_collection.cp
         self.sequence_parallel = config.sequence_parallel
         self._tag_parameters()
 
@@ -103,17 +104,24 @@ class TransformerMemory(UltraMemLayer):
 
     def _history(self, x: Tensor, inference_context: Any, packed_seq_params: Any) -> Tensor | None:
         """What the query convolution sees before x."""
-        if self.query.conv is None:
+        taps = self.config.query_conv_kernel
+        if taps < 2:
             return None
         if packed_seq_params is not None:
             raise UltraMemError(
-                f"--ultramem-query-conv-kernel {self.config.query_conv_kernel} would mix packed "
+                f"--ultramem-query-conv-kernel {taps} would mix packed "
                 f"documents; it must be 0 with packed sequences."
             )
         if inference_context is not None:
-            return self._decoding_history(x, inference_context)
-        if self.sequence_parallel and self.tensor_group.size() > 1:
-            return self._neighbours_history(x)
+            if not inference_context.is_static_batching():
+                raise UltraMemError(
+                    f"--ultramem-query-conv-kernel {taps} needs static batching for inference; it "
+                    f"must be 0 with dynamic batching."
+                )
+            return decoding_history(x, taps, self.layer_number, inference_context)
+        shares = self.tensor_group if self.sequence_parallel else None
+        if self.context_group.size() > 1 or (shares is not None and shares.size() > 1):
+            return neighbours_history(x, taps, shares, self.context_group)
         return None
 
     def read_values(self, addresses: Tensor, scores: Tensor) -> Steps:
@@ -148,29 +156,6 @@ class TransformerMemory(UltraMemLayer):
     def pauses(self) -> int:
         """How often `steps` pauses."""
         return super().pauses + self._shares_tokens
-
-    def _neighbours_history(self, x: Tensor) -> Tensor:
-        """Under sequence parallelism: the inputs before x, which other ranks hold."""
-        whole = gather_from_sequence_parallel_region(x, group=self.tensor_group)
-        start = self.tensor_group.rank() * len(x)
-        length = self.config.query_conv_kernel - 1
-        before = whole[max(0, start - length) : start]
-        return pad(before, (0, 0, 0, 0, length - len(before), 0))
-
-    def _decoding_history(self, x: Tensor, inference_context: Any) -> Tensor | None:
-        """Inputs before x that the convolution sees; kept in the context, like keys and values."""
-        if not inference_context.is_static_batching():
-            raise UltraMemError(
-                f"--ultramem-query-conv-kernel {self.config.query_conv_kernel} needs static "
-                f"batching for inference; it must be 0 with dynamic batching."
-            )
-        caches = inference_context.__dict__.setdefault("ultramem_query_history", {})
-        slot = (self.layer_number, inference_context.batch_size_offset)
-        history = caches.get(slot) if inference_context.sequence_len_offset else None
-        length = self.config.query_conv_kernel - 1
-        before = x.new_zeros(length, *x.shape[1:]) if history is None else history
-        caches[slot] = torch.cat([before, x])[len(x) :].detach()
-        return history
 
     def sharded_state_dict(
         self,

@@ -36,11 +36,7 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
             {"ultramem_lazy_adam": True, "use_distributed_optimizer": True},
             "--use-distributed-optimizer cannot be combined",
         ),
-        (
-            2,
-            {"context_parallel_size": 2, "ultramem_query_conv_kernel": 3},
-            "--context-parallel-size 2",
-        ),
+        (2, {"context_parallel_size": 2, "window_size": "8,0"}, "--window-size .* needs Transform"),
     ],
 )
 def test_refused_before_training(world_size, changes, message):

@@ -140,22 +140,17 @@ _CP = {"context_parallel_size": 2}
         ]
     ],
 )  # fmt: skip
-def test_context_parallelism_trains_like_one_rank(starts_without_convolution, world_size, layout):
-    _check(starts_without_convolution, world_size, **layout)
+def test_context_parallelism_trains_like_one_rank(starts, world_size, layout):
+    _check(starts, world_size, **layout)
 
 
 def test_context_parallelism_of_another_attention(tmp_path):
     """Grouped queries, learned positions, and sequences that are not cut into equal powers of 2."""
     sizes = {"seq_length": 24, "max_position_embeddings": 24}
-    design = {"position_embedding_type": "learned_absolute", "ultramem_query_conv_kernel": 0}
+    design = {"position_embedding_type": "learned_absolute", "ultramem_query_conv_kernel": 5}
     grouped = {"group_query_attention": True, "num_query_groups": 2}
     starts = _Starts(tmp_path, **design, **grouped, **sizes)
     _check(starts, 3, context_parallel_size=3, ultramem_parallel_size=1)
-
-
-@pytest.fixture(scope="module")
-def starts_without_convolution(tmp_path_factory):
-    return _Starts(tmp_path_factory.mktemp("start_cp"), ultramem_query_conv_kernel=0)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The memory submodule on Megatron's groups, tensor, context and data parallel, without a model.
 
-Megatron's attention has no context parallelism on a CPU; the memory reads token by token, so its
-tables and groups can be tested with the tokens dealt out by hand.
+It reads token by token, so its tables and groups can be tested with tokens dealt out by hand.
 """
 
 import pytest

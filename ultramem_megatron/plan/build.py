@@ -96,7 +96,7 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
 
 
 def smallest_world(words: Sequence[str]) -> int:
-    """Ranks that the flags need at least: tensor x pipeline x the larger of expert and context."""
+    """Ranks that the flags need at least: what their groups divide without remainder."""
     args = _parse_only(words)
     return int(
         args.tensor_model_parallel_size

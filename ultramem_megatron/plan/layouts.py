@@ -22,6 +22,7 @@ def describe_layout(run: Run) -> dict[str, Any]:
         "gpus": args.world_size,
         "tensor_parallel": args.tensor_model_parallel_size,
         "pipeline_parallel": run.stages,
+        "context_parallel": args.context_parallel_size,
         "data_parallel": args.data_parallel_size,
         "expert_parallel": run.tables.size if run.ultramem is None else 1,
         "table_parallel": run.tables.size if run.ultramem else 0,

@@ -83,6 +83,8 @@ def _pipeline(plan: dict[str, Any]) -> str:
 
 def _layout(layout: dict[str, Any]) -> str:
     groups = [f"{layout[f'{kind}_parallel']} {kind}" for kind in ("tensor", "pipeline", "data")]
+    if layout["context_parallel"] > 1:
+        groups.append(f"{layout['context_parallel']} context")
     if layout["expert_parallel"] > 1:
         groups.append(f"{layout['expert_parallel']} expert")
     if layout["table_parallel"]:

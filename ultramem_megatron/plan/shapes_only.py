@@ -3,7 +3,7 @@
 T tokens, H heads, S sides, R ranks, m top-m, P picks, C cores, E groups, V value dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -19,15 +19,18 @@ from ultramem_megatron.steps import Steps
 
 
 @contextmanager
-def shapes_only(chunks: list[Any]) -> Iterator[None]:
+def shapes_only(chunks: list[Any]) -> Iterator[list[int]]:
     """Within it, the model chunks run on the meta device, forward and backward.
+
+    Yields a list to which every attention's forward pass adds the bytes of its keys and values.
 
     Attention keeps queries, keys, values and output, as a flash attention does, not the scores.
     """
+    attended: list[int] = []
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, DotProductAttention):
-                module.forward = _attention
+                module.forward = attention_of_shapes(attended)
             elif isinstance(getattr(module, "_reader", None), NumberWiseReader):
                 module._reader = _RowsAtHome(module.layout.num_values, module._reader.num_groups)
         rotary = getattr(chunk, "rotary_pos_emb", None)
@@ -36,7 +39,7 @@ def shapes_only(chunks: list[Any]) -> Iterator[None]:
     with ExitStack() as stack:
         for name, stand_in in _KERNELS.items():
             stack.enter_context(mock.patch(f"ultramem_megatron.{name}", stand_in))
-        yield
+        yield attended
 
 
 class _Kept(torch.autograd.Function):
@@ -65,9 +68,15 @@ class _Kept(torch.autograd.Function):
         )
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Any:
-    """(sequence, batch, heads, width) to (sequence, batch, heads * width)."""
-    return _Kept.apply((*q.shape[:2], q.shape[2] * v.shape[3]), q.dtype, True, q, k, v)
+def attention_of_shapes(attended: list[int]) -> Callable[..., Any]:
+    """A forward of DotProductAttention; adds the bytes of its keys and values to the list."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Any:
+        """(sequence, batch, heads, width) to (sequence, batch, heads * width)."""
+        attended.append(k.nbytes + v.nbytes)
+        return _Kept.apply((*q.shape[:2], q.shape[2] * v.shape[3]), q.dtype, True, q, k, v)
+
+    return attention
 
 
 def _lookup_reduce(

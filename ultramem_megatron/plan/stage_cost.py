@@ -126,7 +126,12 @@ def _hidden_shape(run: Run) -> tuple[int, int, int]:
     args, spans = run.args, run.ultramem.spans if run.ultramem else ()
     shares = args.tensor_model_parallel_size if args.sequence_parallel else 1
     width = 2 if spans_cross_stages(spans, run.transformer) else 1
-    return args.seq_length // shares, args.micro_batch_size, width * args.hidden_size
+    return _own_length(run) // shares, args.micro_batch_size, width * args.hidden_size
+
+
+def _own_length(run: Run) -> int:
+    """Tokens of a sequence on one rank of a context-parallel group."""
+    return int(run.args.seq_length // run.args.context_parallel_size)
 
 
 def _transfers(run: Run, stage: int, chunks: int) -> int:
@@ -141,19 +146,24 @@ def _transfers(run: Run, stage: int, chunks: int) -> int:
 def _micro_batch(run: Run, chunks: list[Any]) -> tuple[int, dict[str, int]]:
     """Bytes kept for the backward, and bytes received, in one micro-batch through all chunks."""
     kept, received = 0, _Received(run)
-    with shapes_only(chunks), received:
+    with shapes_only(chunks) as attended, received:
         for chunk in chunks:
             output, bytes_kept = _forward(run, chunk)
             output.backward(torch.empty_like(output))
             kept += bytes_kept
     _add_number_wise(run, chunks, received.bytes)
+    others = run.args.context_parallel_size - 1
+    # Forward: keys and values of the others; backward: both again, and what they add to the
+    # gradients of the rank's own, or as much in the ring of Transformer Engine.
+    exchanged = received.bytes.get("context parallel", 0) + 3 * others * sum(attended)
+    received.bytes["context parallel"] = exchanged
     return kept, received.bytes
 
 
 def _forward(run: Run, chunk: Any) -> tuple[Tensor, int]:
     """Output, and bytes of the tensors that autograd keeps besides the parameters."""
     args = run.args
-    tokens = torch.empty(args.micro_batch_size, args.seq_length, dtype=torch.long, device="meta")
+    tokens = torch.empty(args.micro_batch_size, _own_length(run), dtype=torch.long, device="meta")
     if not chunk.pre_process:
         hidden = torch.empty(_hidden_shape(run), dtype=run.transformer.params_dtype, device="meta")
         chunk.set_input_tensor(hidden.requires_grad_())
@@ -179,6 +189,7 @@ class _Received(TorchDispatchMode):
         self.causes = {
             parallel_state.get_expert_model_parallel_group().group_name: shared,
             parallel_state.get_tensor_model_parallel_group().group_name: "tensor parallel",
+            parallel_state.get_context_parallel_group().group_name: "context parallel",
         }
 
     def __torch_dispatch__(
@@ -213,7 +224,7 @@ def _add_number_wise(run: Run, chunks: list[Any], received: dict[str, int]) -> N
     if run.ultramem is None or run.tables.size == 1 or run.tables.partition != "number":
         return
     memories = sum(isinstance(m, TransformerMemory) for chunk in chunks for m in chunk.modules())
-    tokens = run.args.seq_length * run.args.micro_batch_size // run.args.tensor_model_parallel_size
+    tokens = _own_length(run) * run.args.micro_batch_size // run.args.tensor_model_parallel_size
     itemsize = run.transformer.params_dtype.itemsize
     volume = number_wise(exchange_of(run.ultramem, run.tables.size, itemsize))
     count = received.get("value tables", 0) + round(memories * tokens * volume.total)
