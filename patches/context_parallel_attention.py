@@ -17,17 +17,6 @@ from ultramem_megatron.patches.patch import Editor, Patch
 from ultramem_megatron.sequence_chunks import gather_in_order, own_chunks
 
 _ATTENTION = "megatron.core.transformer.dot_product_attention.DotProductAttention"
-_ROTARY = (
-    "megatron.core.models.common.embeddings.rotary_pos_embedding",
-    "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding",
-)
-
-
-def _own_positions(pos_emb: Tensor, seq_dim: int, cp_group: dist.ProcessGroup | None) -> Tensor:
-    """As upstream's, which copies an index through pinned memory."""
-    if cp_group is None:
-        raise ValueError("cp_group is None: whose positions are wanted?")
-    return own_chunks(pos_emb, cp_group, seq_dim)
 
 
 def _init(original: Any) -> Any:
@@ -74,18 +63,11 @@ def _group(attention: Any) -> dist.ProcessGroup:
 def _install(editor: Editor) -> None:
     editor.wrap(f"{_ATTENTION}.__init__", _init)
     editor.wrap(f"{_ATTENTION}.forward", _forward)
-    for module in _ROTARY:
-        editor.replace(
-            f"{module}.get_pos_emb_on_this_cp_rank",
-            _own_positions,
-            ("pos_emb", "seq_dim", "cp_group"),
-        )
 
 
 PATCH = Patch(
     name="context_parallel_attention",
-    symbols=(f"{_ATTENTION}.__init__", f"{_ATTENTION}.forward",
-             *(f"{module}.get_pos_emb_on_this_cp_rank" for module in _ROTARY)),
+    symbols=(f"{_ATTENTION}.__init__", f"{_ATTENTION}.forward"),
     reason="DotProductAttention asserts context_parallel_size == 1 (its __init__).",
     delete_when="Megatron's local attention has context parallelism.",
     install=_install,

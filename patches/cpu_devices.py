@@ -44,6 +44,7 @@ def _with_host_device(original: Callable[..., Any]) -> Callable[..., Any]:
     def construct(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
             kwargs["device"] = host_device(kwargs["device"])
+        kwargs.pop("pin_memory", None)  # a request to CUDA
         return original(*args, **kwargs)
 
     return construct
@@ -118,6 +119,7 @@ def _install(editor: Editor) -> None:
         editor.wrap(f"torch.Tensor.{method}", _with_host_device)
     editor.wrap("torch.Tensor.to", _to_host_device)
     editor.replace("torch.Tensor.cuda", _stay)
+    editor.replace("torch.Tensor.pin_memory", _stay)
     editor.replace("torch.Generator", HostGenerator)
     editor.wrap("torch.Tensor.type", _type_for_megatron)
 

@@ -21,6 +21,7 @@ PATCH_MODULES = (
     "cpu_initialize",
     "cpu_rng_state",
     "cpu_no_compile",
+    "cpu_dynamic_batching",
     "context_parallel_attention",
     # Every machine, where the defect exists.
     "jit_warmup",

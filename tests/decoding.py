@@ -89,3 +89,48 @@ def cached_logits(model: Any, tokens: torch.Tensor, prefill: int) -> torch.Tenso
             logits.append(wrapper.run_one_forward_step(window)[:, -1])
             wrapper.inference_context.enable_decode_mode()
     return torch.stack(logits, dim=1)
+
+
+@torch.no_grad()
+def dynamic_logits(model: Any, tokens: torch.Tensor, prefill: int) -> torch.Tensor:
+    """As `cached_logits`, by dynamic batching: row r joins at step 2*r and leaves when it is done.
+
+    Steps mix prompts with single tokens; blocks are small, so that requests have several.
+    """
+    from megatron.core.inference.inference_request import DynamicInferenceRequest
+    from megatron.core.inference.sampling_params import SamplingParams
+    from megatron.core.inference.utils import InferenceMode
+
+    from ultramem_megatron.inference import dynamic_context
+
+    batch, length = tokens.shape
+    context = dynamic_context(model, batch, length, block_tokens=4)
+    sampling = SamplingParams(num_tokens_to_generate=length - prefill + 1, termination_id=-1)
+    found: list[list[torch.Tensor]] = [[] for _ in range(batch)]
+    step = 0
+    with InferenceMode.active():
+        while any(len(row) <= length - prefill for row in found):
+            if step % 2 == 0 and step // 2 < batch:
+                prompt = tokens[step // 2, :prefill].clone()
+                context.add_request(
+                    DynamicInferenceRequest(
+                        request_id=step // 2, prompt_tokens=prompt, sampling_params=sampling
+                    )
+                )
+            step += 1
+            context.initialize_attention_state()
+            packed, positions = context.current_input_and_position_ids()
+            logits = model(
+                packed, positions, None, inference_context=context, runtime_gather_output=True
+            )
+            rows = context.request_ids[context.paused_request_count : context.total_request_count]
+            next_tokens, goes_on = [], []
+            for at, row in enumerate(rows.tolist()):
+                found[row].append(logits[0, at])
+                end = prefill + len(found[row]) - 1
+                goes_on.append(end < length)
+                next_tokens.append(int(tokens[row, min(end, length - 1)]))
+            context.update_requests(
+                torch.tensor(goes_on, dtype=torch.int32), torch.tensor(next_tokens)
+            )
+    return torch.stack([torch.stack(row) for row in found])

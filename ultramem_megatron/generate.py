@@ -20,6 +20,7 @@ from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 from ultramem_megatron.inference import (
     InferenceLayout,
     LoadedModel,
+    dynamic_context,
     load_for_inference,
     serve_until_all_finish,
 )
@@ -41,6 +42,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--top-p", type=float, default=0.95, help="Sample from the likeliest with this total."
     )
     parser.add_argument("--seed", type=int, default=1234, help="Of the sampling. Default 1234.")
+    parser.add_argument(
+        "--batching", choices=("static", "dynamic"), default="static",
+        help="Megatron's engine: all prompts in step (default), or each on its own, from a cache "
+        "in blocks.",
+    )  # fmt: skip
     parser.add_argument("--tokenizer-model", help="Where the tokenizer is, if it has moved.")
     add_layout_arguments(parser)
     return parser.parse_args(argv)
@@ -105,9 +111,7 @@ def generate(loaded: LoadedModel, prompts: Sequence[str], options: argparse.Name
 def _decode(
     loaded: LoadedModel, prompts: Sequence[str], length: int, options: argparse.Namespace
 ) -> list[str]:
-    """Continuations from Megatron's static engine, all of them in one batch."""
-    from megatron.core.inference.contexts import StaticInferenceContext
-    from megatron.core.inference.engines import StaticInferenceEngine
+    """Continuations from Megatron's static engine, all in one batch, or from its dynamic one."""
     from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
         GPTInferenceWrapper,
     )
@@ -115,13 +119,27 @@ def _decode(
         TextGenerationController,
     )
 
-    context = StaticInferenceContext(len(prompts), length)
-    controller = TextGenerationController(
-        GPTInferenceWrapper(loaded.model, context), loaded.tokenizer
-    )
+    def controller(context: Any) -> Any:
+        wrapper = GPTInferenceWrapper(loaded.model, context)
+        return TextGenerationController(wrapper, loaded.tokenizer)
+
+    if options.batching == "dynamic":
+        from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
+
+        dynamic = dynamic_context(loaded.model, len(prompts), length)
+        controls = controller(dynamic)
+        controls.sampling_rng.manual_seed(options.seed)
+        engine = DynamicInferenceEngine(controls, dynamic)
+        records = engine.generate(list(prompts), _sampling(options))
+        return [str(record.merge().generated_text) for record in records]
+
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.inference.engines import StaticInferenceEngine
+
     engine = StaticInferenceEngine(
-        controller, max_batch_size=len(prompts), random_seed=options.seed, legacy=True
-    )
+        controller(StaticInferenceContext(len(prompts), length)),
+        max_batch_size=len(prompts), random_seed=options.seed, legacy=True,
+    )  # fmt: skip
     results = engine.generate(prompts=list(prompts), sampling_params=_sampling(options))
     return [str(result.generated_text) for result in results]
 

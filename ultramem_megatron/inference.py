@@ -6,6 +6,7 @@ several of them. Megatron's process groups are made anew, so a process that trai
 """
 
 import importlib.util
+import math
 import os
 from argparse import Namespace
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.partition.settings import TableSettings
 from ultramem_megatron.patches import registry
+
+_STEP_TOKENS = 4096
+"""Of prompts, in one step of dynamic batching; further requests wait."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,48 @@ def build_model(args: Namespace, layout: InferenceLayout, *, local_layers: bool 
         for layer in memory_layers(model):
             layer.values.read_in_lockstep()
     return model
+
+
+def dynamic_context(model: Any, requests: int, length: int, block_tokens: int = 256) -> Any:
+    """Megatron's DynamicInferenceContext with room for so many requests of `length` tokens.
+
+    Unlike one made from the model's config alone it knows that an expert-parallel group without
+    experts only shares tables. block_tokens: of a block of the cache; FlashAttention asks for 256.
+
+    Raises UltraMemError for experts over several ranks, whose exchange under dynamic batching needs
+    kernels of a GPU that have not been tried.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.inference.config import InferenceConfig
+    from megatron.core.inference.contexts import DynamicInferenceContext
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.utils import get_model_config
+
+    config = get_model_config(model)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if groups.ep.size() > 1:
+        if config.num_moe_experts:
+            raise UltraMemError(
+                f"Dynamic batching of a model whose experts are shared by {groups.ep.size()} ranks "
+                f"is not supported. Use static batching, or --ultramem-parallel-size 1."
+            )
+        groups.ep = parallel_state.get_context_parallel_group()  # of one rank, in decoding
+    ranks = groups.tp.size()
+    slots = math.ceil(requests / math.lcm(4, ranks)) * math.lcm(4, ranks)
+    heads = math.ceil((config.num_query_groups or config.num_attention_heads) / ranks)
+    token_bytes = 2 * config.num_layers * heads * config.kv_channels * config.params_dtype.itemsize
+    blocks = slots * math.ceil(length / block_tokens) + 2  # one is a dummy, one rounds up
+    return DynamicInferenceContext(
+        config,
+        InferenceConfig(
+            max_sequence_length=length,
+            max_requests=slots,
+            max_tokens=max(slots, length, _STEP_TOKENS),
+            block_size_tokens=block_tokens,
+            buffer_size_gb=blocks * block_tokens * token_bytes / 2**30,  # type: ignore[arg-type]
+            pg_collection=groups,
+        ),
+    )
 
 
 def serve_until_all_finish(model: Any) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.sequence_chunks import gather_in_order, own_chunks
 
 
@@ -53,6 +54,39 @@ def _own_pieces(
         numbers = own_chunks(numbers, context_group)
     first = 0 if tensor_group is None else tensor_group.rank() * pieces
     return [int(number) for number in numbers[first : first + pieces]]
+
+
+def paged_history(x: Tensor, taps: int, layer_number: int, context: Any) -> Tensor:
+    """Dynamic batching: inputs before each of the packed tokens, (T, K-1, 1, D).
+
+    x: (T, 1, D). Inputs are kept in blocks, at the places that the context gives to the tokens'
+    keys, so that blocks shared by requests (prefix caching) serve here too. Takes D numbers for
+    every key that the cache has room for.
+
+    Raises UltraMemError if x has not all tokens of the step, as under sequence parallelism.
+    """
+    count, view = context.padded_active_token_count, context.gpu_view
+    if len(x) != count:
+        raise UltraMemError(
+            f"The query convolution got {len(x)} of {count} tokens of a decoding step. Decode "
+            f"without sequence parallelism."
+        )
+    caches = context.__dict__.setdefault("ultramem_query_inputs", {})
+    if layer_number not in caches:
+        blocks = context.kv_block_allocator.total_count
+        caches[layer_number] = x.new_zeros(blocks, context.block_size_tokens, x.shape[-1])
+    cache: Tensor = caches[layer_number]
+    places = view.token_to_local_position_within_kv_block[:count].long()
+    cache[view.token_to_block_idx[:count], places] = x[:, 0]
+    # A row for each active request; rows of padding tokens may be any.
+    table = context.active_attn_metadata["mha_metadata"].state_data["block_table"]
+    rows = view.token_to_request_idx[:count].long() - context.paused_request_count
+    rows = rows.clamp(0, len(table) - 1).unsqueeze(1)
+    before = torch.arange(1 - taps, 0, device=x.device)
+    positions = view.token_to_pos_ids[:count].unsqueeze(1) + before
+    columns = (positions // cache.shape[1]).clamp(0, table.shape[1] - 1)
+    inputs = cache[table[rows, columns].long(), positions % cache.shape[1]]
+    return inputs.where(positions.unsqueeze(-1) >= 0, 0).unsqueeze(2)
 
 
 def decoding_history(x: Tensor, taps: int, layer_number: int, context: Any) -> Tensor | None:

@@ -24,7 +24,7 @@ from ultramem_megatron.layer import UltraMemLayer
 from ultramem_megatron.partition.exchange import gather_shares, take_share
 from ultramem_megatron.partition.groups import TableGroups, table_groups
 from ultramem_megatron.partition.settings import TableSettings
-from ultramem_megatron.query_history import decoding_history, neighbours_history
+from ultramem_megatron.query_history import decoding_history, neighbours_history, paged_history
 from ultramem_megatron.steps import Steps, run
 from ultramem_megatron.value_table import ValueTable
 
@@ -113,12 +113,9 @@ class TransformerMemory(UltraMemLayer):
                 f"documents; it must be 0 with packed sequences."
             )
         if inference_context is not None:
-            if not inference_context.is_static_batching():
-                raise UltraMemError(
-                    f"--ultramem-query-conv-kernel {taps} needs static batching for inference; it "
-                    f"must be 0 with dynamic batching."
-                )
-            return decoding_history(x, taps, self.layer_number, inference_context)
+            is_static = inference_context.is_static_batching()
+            history = decoding_history if is_static else paged_history
+            return history(x, taps, self.layer_number, inference_context)
         shares = self.tensor_group if self.sequence_parallel else None
         if self.context_group.size() > 1 or (shares is not None and shares.size() > 1):
             return neighbours_history(x, taps, shares, self.context_group)

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from tests.closeness import assert_close
-from tests.decoding import KINDS, NumberTokenizer, cached_logits, full_logits, random_model
+from tests.decoding import (
+    KINDS,
+    NumberTokenizer,
+    cached_logits,
+    dynamic_logits,
+    full_logits,
+    random_model,
+)
 from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import make_saving_fast
 
@@ -22,6 +29,18 @@ def _tokens():
     return torch.randint(500, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
+def _logits(model):
+    """Of a full forward, of static and of dynamic batching; the message where that is refused."""
+    from ultramem_megatron.errors import UltraMemError
+
+    tokens = _tokens()
+    try:
+        dynamic = dynamic_logits(model, tokens, _PREFILL)
+    except UltraMemError as refusal:
+        dynamic = str(refusal)
+    return full_logits(model, tokens), cached_logits(model, tokens, _PREFILL), dynamic
+
+
 def _save(folder):
     """Save an untrained model of each kind; what it computes."""
     from ultramem_megatron.auxiliary_loss import memory_layers
@@ -32,7 +51,7 @@ def _save(folder):
     for kind in KINDS:
         model, args = random_model(kind)
         save_weights(model, args, folder / kind)
-        results[kind] = full_logits(model, _tokens()), cached_logits(model, _tokens(), _PREFILL)
+        results[kind] = _logits(model)
         for layer in memory_layers(model):
             layer.values.weight.data.zero_()
         results[kind] += (full_logits(model, _tokens()),)
@@ -47,8 +66,9 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_decoding_equals_the_full_forward(saved, kind):
-    whole, cached, without_values = saved[1][kind]
+    whole, cached, dynamic, without_values = saved[1][kind]
     assert_close(cached, whole[:, _PREFILL - 1 :], 2e-6)
+    assert_close(dynamic, whole[:, _PREFILL - 1 :], 3e-6)
     if "ultramem_spans" in KINDS[kind]:  # else the comparison would say nothing of memories
         assert (without_values - whole).norm() > 0.05 * whole.norm()
 
@@ -60,8 +80,7 @@ def _load_and_compute(folder, kinds, layouts):
     for kind in kinds:
         for name, layout in layouts.items():
             model = load_for_inference(str(folder / kind), layout=InferenceLayout(*layout)).model
-            tokens = _tokens()
-            results[kind, name] = full_logits(model, tokens), cached_logits(model, tokens, _PREFILL)
+            results[kind, name] = _logits(model)
     return results
 
 
@@ -69,30 +88,35 @@ def test_ranks_that_share_a_model_decode_what_one_rank_does(saved):
     folder, expected = saved
     for rank in run_on_ranks(2, _load_and_compute, folder, tuple(KINDS), _LAYOUTS):
         assert len(rank) == len(KINDS) * len(_LAYOUTS)
-        for (kind, layout), (whole, cached) in rank.items():
+        for (kind, layout), (whole, cached, dynamic) in rank.items():
             assert_close(whole, expected[kind][0], 2e-6, f"{kind} {layout}")
             wanted = expected[kind][0][:, _PREFILL - 1 :]
             assert_close(cached, wanted, 2e-6, f"{kind} {layout}, cached")
+            if kind == "moe-ultramem" and _LAYOUTS[layout][1] > 1:
+                assert "experts are shared by 2 ranks is not supported" in dynamic
+            else:
+                assert_close(dynamic, wanted, 3e-6, f"{kind} {layout}, dynamic batching")
 
 
-def _options(tokens, layout):
+def _options(tokens, layout, batching):
     names = ("tensor_parallel_size", "ultramem_parallel_size", "ultramem_partition")
     return argparse.Namespace(
-        tokens=tokens, temperature=0.0, top_k=0, top_p=1.0, seed=1,
+        tokens=tokens, temperature=0.0, top_k=0, top_p=1.0, seed=1, batching=batching,
         **dict(zip(names, layout, strict=True)),
     )  # fmt: skip
 
 
-def _generate(folder, prompt_lists, layouts):
+def _generate(folder, prompt_lists, layouts, batching="static"):
     from ultramem_megatron.generate import generate, layout_from
     from ultramem_megatron.inference import load_for_inference
 
     results = []
     for layout in layouts:
-        options = _options(9, layout)
+        options = _options(9, layout, batching)
         loaded = load_for_inference(str(folder / "ultramem-conv"), layout=layout_from(options))
         loaded = loaded._replace(tokenizer=NumberTokenizer())
-        results.append([generate(loaded, prompts, options) for prompts in prompt_lists])
+        texts = [generate(loaded, prompts, options) for prompts in prompt_lists]
+        results.append([[text.strip() for text in batch] for batch in texts])
     return results
 
 
@@ -107,7 +131,10 @@ def test_ranks_with_prompts_of_their_own_may_share_tables(saved):
         [(1, 2, "number"), (1, 2, "dimension"), (2, 2, "number"), (1, 1, "auto")],
     )  # fmt: skip
     four = run_on_ranks(4, _generate, folder, prompt_lists, [(2, 4, "number")])
-    for rank in [*two, *four]:
+    dynamic = run_on_ranks(
+        4, _generate, folder, prompt_lists, [(2, 4, "number"), (1, 4, "dimension")], "dynamic"
+    )
+    for rank in [*two, *four, *dynamic]:
         for texts in rank:
             assert texts == expected
 
