@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from tests.ranks import RanksFailed
+from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron import integrity
 from ultramem_megatron.integrity import DamagedCheckpointError
@@ -114,3 +114,38 @@ def test_listing(saved, capsys):
     assert newest.split() == ["6", "whole", "(4", "files)"]
     assert "iter_0000004 is damaged: __1_0.distcp" in damaged
     assert "unfinished" in unfinished
+
+
+def _save_release(folder):
+    from ultramem_megatron.checkpoint import save_weights
+    from ultramem_megatron.untrained import untrained_model
+
+    flags = {**_FLAGS, "save_interval": None, "verify_integrity": None}
+    save_weights(*untrained_model(tiny_gpt(**flags)), folder)
+
+
+def _decode(folder):
+    from ultramem_megatron.inference import load_model
+
+    load_model(str(folder))
+
+
+def test_weights_alone_have_sums_too(tmp_path):
+    """A run may start from them with --verify-integrity, and damage is found by whatever reads."""
+    run_on_ranks(1, _save_release, tmp_path)
+    _check(tmp_path)
+    assert len(_train(load=tmp_path, train_iters=2).losses) == 2
+    run_on_ranks(1, _decode, tmp_path)
+    _truncate(tmp_path / "release" / "__0_0.distcp")
+    integrity.verify.cache_clear()
+    message = r"release is damaged: __0_0\.distcp: contents changed.*Write it anew"
+    with pytest.raises(DamagedCheckpointError, match=message):
+        _check(tmp_path)
+    with pytest.raises(RanksFailed, match=message):
+        run_on_ranks(1, _decode, tmp_path)
+
+
+def test_decoding_refuses_what_is_damaged(saved):
+    _flip_a_bit(saved / "iter_0000006" / "__0_0.distcp")
+    with pytest.raises(RanksFailed, match=r"__0_0\.distcp: contents changed.*--ckpt-step 4"):
+        run_on_ranks(1, _decode, saved)

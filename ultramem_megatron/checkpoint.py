@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
-
-_RELEASE = "release"
-"""Megatron's name for weights without a training state; a run that loads them starts at 0."""
+from ultramem_megatron.integrity import RELEASE
 
 
 def save_weights(model: Any, args: Namespace, folder: str | Path) -> None:
@@ -22,7 +20,7 @@ def save_weights(model: Any, args: Namespace, folder: str | Path) -> None:
     tracker = Path(tracker_name(str(folder)))
     if tracker.exists():
         raise UltraMemError(f"{folder} holds a checkpoint already. Choose another folder.")
-    iteration_folder = Path(folder) / _RELEASE
+    iteration_folder = Path(folder) / RELEASE
     iteration_folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -32,7 +30,7 @@ def save_weights(model: Any, args: Namespace, folder: str | Path) -> None:
         "iteration": 0,
         "model": model.sharded_state_dict(metadata={"dp_cp_group": data_group}),
     }
-    dist_checkpointing.save(state, str(iteration_folder))
+    dist_checkpointing.save(state, str(iteration_folder), verify_integrity=True)
     if dist.get_rank() == 0:
-        tracker.write_text(_RELEASE)
+        tracker.write_text(RELEASE)
     dist.barrier()

@@ -17,6 +17,7 @@ import torch
 
 from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.integrity import check_before_reading
 from ultramem_megatron.partition.settings import TableSettings
 from ultramem_megatron.patches import registry
 
@@ -79,6 +80,7 @@ def load_model(
     set_single_process_environment()
     registry.apply_all()
     folder = checkpoint_folder(load, ckpt_step)
+    check_before_reading(Path(folder))
     args = stored_args(folder)
     model = build_model(args, layout or InferenceLayout(), local_layers=local_layers)
     _load_weights(model, folder)

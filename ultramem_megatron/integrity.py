@@ -22,6 +22,8 @@ from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 
 MANIFEST = "integrity.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""Megatron's name for weights without a training state; a run that loads them starts at 0."""
 _PREFIX = "iter_"
 
 
@@ -104,21 +106,38 @@ def check_before_loading(args: Namespace) -> None:
         return
     _repair(tracker)
     text = tracker.read_text().strip()
-    if not (args.ckpt_step or text.isdecimal()):
-        return  # "release": weights alone, saved without sums
-    iteration = int(args.ckpt_step or text)
+    step = args.ckpt_step or text
+    folder = checkpoints / RELEASE if step == RELEASE else iteration_folder(checkpoints, int(step))
+    _verify_or_advise(folder)
+
+
+def check_before_reading(folder: Path) -> None:
+    """Refuse a damaged iteration, where it has sums, before it is read to decode or to convert.
+
+    Rank 0 alone checks: when it ends, torchrun ends the others.
+
+    Raises:
+        DamagedCheckpointError: names the damaged files and the newest older checkpoint.
+    """
+    if os.environ.get("RANK", "0") == "0" and (folder / MANIFEST).exists():
+        _verify_or_advise(folder)
+
+
+def _verify_or_advise(folder: Path) -> None:
     try:
-        verify(iteration_folder(checkpoints, iteration))
+        verify(folder)
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(
-            f"--load {args.load}: {error} {_way_out(checkpoints, iteration)}"
+            f"--load {folder.parent}: {error} {_way_out(folder)}"
         ) from None
 
 
-def _way_out(checkpoints: Path, iteration: int) -> str:
-    if not (iteration_folder(checkpoints, iteration) / MANIFEST).exists():
+def _way_out(folder: Path) -> str:
+    if not (folder / MANIFEST).exists():
         return "Where it was saved without --verify-integrity, start once without that flag."
-    older = newest_whole(checkpoints, before=iteration)
+    if folder.name == RELEASE:
+        return "Write it anew, or give another --load."
+    older = newest_whole(folder.parent, before=int(folder.name.removeprefix(_PREFIX)))
     if older is None:
         return "No older checkpoint there is whole. Give another --load, or start without."
     return f"Iteration {older} is whole: go on from it with --ckpt-step {older}."
@@ -127,7 +146,7 @@ def _way_out(checkpoints: Path, iteration: int) -> str:
 def _repair(tracker: Path) -> None:
     """Point a tracker that does not name an iteration to the newest whole one."""
     text = tracker.read_text().strip()
-    if text.isdecimal() or text == "release":
+    if text.isdecimal() or text == RELEASE:
         return
     newest = newest_whole(tracker.parent)
     if newest is None:

@@ -8,6 +8,7 @@ the dense model's loss. Its first gradient reaches the projection, the next one 
 import contextlib
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from ultramem_megatron.auxiliary_loss import memory_layers
 from ultramem_megatron.compatibility import checkpoint_folder, stored_args
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.integrity import check_before_reading
 from ultramem_megatron.layer import UltraMemLayer
 
 UPCYCLE_FLAG = "--ultramem-upcycle"
@@ -44,6 +46,7 @@ def dense_checkpoint(args: Namespace) -> str | None:
         )
     try:
         folder = checkpoint_folder(args.ultramem_upcycle)
+        check_before_reading(Path(folder))
     except UltraMemError as error:
         raise UltraMemError(str(error).replace("--load", UPCYCLE_FLAG, 1)) from error
     _refuse_misfit(args, folder)

@@ -112,10 +112,10 @@ class Cluster:
 
 
 def _stop(cluster: Cluster, pids: Sequence[int]) -> None:
-    """Jobs first: a slurmd waits for its steps."""
-    for job in cluster.command(["squeue", "--noheader", "--format=%i"]).split():
-        cluster.command(["scancel", job])
+    """Jobs first, where the controller answers: a slurmd waits for its steps."""
     with suppress(AssertionError):
+        for job in cluster.command(["squeue", "--noheader", "--format=%i"]).split():
+            cluster.command(["scancel", job])
         _wait(lambda: not cluster.command(["squeue", "--noheader"]), 30, lambda: "jobs remain")
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in pids:

@@ -1,12 +1,13 @@
-"""launch/slurm/train.sbatch on a real two-node Slurm: warned, saved, requeued, finished."""
+"""launch/slurm/train.sbatch on a real two-node Slurm: warned, requeued, finished, or given up."""
 
 import re
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from launch.recipe import TINY_VOCAB_SIZE, make_recipe
-from tests.launch.slurm_cluster import slurm_cluster, why_not
+from tests.launch.slurm_cluster import Cluster, slurm_cluster, why_not
 from tests.launched import REPOSITORY, launch, losses_of, printed_losses
 from ultramem_megatron.data.prepare import prepare
 
@@ -19,36 +20,66 @@ def _arguments(folder, data):
     return [*made.arguments(data, folder), "--load", str(folder / "checkpoints")]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-def test_a_warned_job_saves_requeues_and_finishes(tmp_path):
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    with slurm_cluster(tmp_path_factory.mktemp("daemons")) as running:
+        yield running
+
+
+def test_a_job_that_keeps_failing_is_given_up(cluster, tmp_path):
+    fails = tmp_path / "fails.sh"
+    fails.write_text(
+        'echo "node $SLURM_NODEID of $NNODES meets at $MASTER_ADDR"\nsleep 1\nexit 3\n'
+    )
+    output = tmp_path / "output"
+    job = cluster.submit(
+        ["--nodes=2", "--time=5", f"--output={output}", f"--chdir={REPOSITORY}",
+         "launch/slurm/train.sbatch", str(fails)],
+        {"LOG_DIR": str(tmp_path / "logs"), "MAX_REQUEUES": "1"},
+    )  # fmt: skip
+    assert cluster.wait_for_end(job, 120, output) == "FAILED"
+    assert "ExitCode=3:0" in cluster.command(["scontrol", "show", "job", str(job)])
+    text = output.read_text()
+    assert text.count("status 3: requeueing") == 1
+    assert text.count("status 3 after 1 requeues: giving up") == 1
+    assert sorted(re.findall(r"node \d of 2 meets at node1", text)) == [
+        "node 0 of 2 meets at node1", "node 0 of 2 meets at node1",
+        "node 1 of 2 meets at node1", "node 1 of 2 meets at node1",
+    ]  # fmt: skip
+
+
+def test_a_warned_job_saves_requeues_and_finishes(cluster, tmp_path):
     data = tmp_path / "data"
     prepare(None, data, TINY_VOCAB_SIZE)
     one_host = tmp_path / "one_host"
     one_host.mkdir()
     with launch(one_host, _arguments(one_host, data)) as run:
         assert run.wait() == 0, run.output()
-    daemons, folder = tmp_path / "daemons", tmp_path / "job"
-    daemons.mkdir()
+    folder = tmp_path / "job"
     folder.mkdir()
     output = folder / "output"
     settings = {  # both nodes are this host
         "MASTER_ADDR": "127.0.0.1", "NETWORK": "lo", "NPROC": "1", "LOG_DIR": str(folder / "logs"),
     }  # fmt: skip
-    with slurm_cluster(daemons) as cluster:
-        job = cluster.submit(
-            ["--nodes=2", "--time=15", f"--output={output}", f"--chdir={REPOSITORY}",
-             "launch/slurm/train.sbatch", "launch/torchrun.sh", *_arguments(folder, data)],
-            settings,
-        )  # fmt: skip
-        until = time.monotonic() + 120
-        while not (output.exists() and re.search(r"iteration +20/", output.read_text())):
-            assert time.monotonic() < until, cluster.state(job)
-            time.sleep(0.02)
-        warned = time.monotonic()
-        cluster.command(["scancel", "--batch", "--signal=USR1", str(job)])
-        assert cluster.wait_for_end(job, 240, output) == "COMPLETED"
-        seconds = time.monotonic() - warned
+    job = cluster.submit(
+        ["--nodes=2", "--time=15", f"--output={output}", f"--chdir={REPOSITORY}",
+         "launch/slurm/train.sbatch", "launch/torchrun.sh", *_arguments(folder, data)],
+        settings,
+    )  # fmt: skip
+    until = time.monotonic() + 120
+    while not (output.exists() and re.search(r"iteration +20/", output.read_text())):
+        assert time.monotonic() < until, cluster.state(job)
+        time.sleep(0.02)
+    warned = time.monotonic()
+    cluster.command(["scancel", "--batch", "--signal=USR1", str(job)])
+    assert cluster.wait_for_end(job, 240, output) == "COMPLETED"
+    seconds = time.monotonic() - warned
     text = output.read_text()
     assert "warned by Slurm: saving" in text
     assert "requeueing" in text
