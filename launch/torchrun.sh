@@ -9,6 +9,7 @@
 #   MAX_RESTARTS=3      restarts after a fault, each from the newest complete checkpoint
 #   STALL_SECONDS=600   a collective that takes longer ends the attempt
 #   JOIN_SECONDS=600    how long a node waits for the others, at the start and after a fault
+#   CHECK_SUMS=1        0: do not check the checkpoint, for one saved without --verify-integrity
 #   LOG_DIR=logs        LOG_DIR/<run>/attempt_<n>/<rank>/{stdout,stderr}.log
 #   PYTHON=<checkout>/.venv/bin/python
 #
@@ -45,6 +46,10 @@ if ((nodes == 1)); then # port 0: several runs on one machine do not meet
     export GLOO_SOCKET_IFNAME
 fi
 stall=${STALL_SECONDS:-600}
+sums=(--verify-integrity)
+if [[ ${CHECK_SUMS:-1} == 0 ]]; then
+    sums=()
+fi
 command=(
     "$python" -m torch.distributed.run
     --nnodes "$nodes" --nproc-per-node "${NPROC:-$(count_gpus)}" "${rendezvous[@]}"
@@ -56,7 +61,7 @@ command=(
     # Start-up may take longer than a step: at least a minute, Megatron counts whole ones.
     --distributed-timeout-minutes "$(((stall + 59) / 60))"
     --distributed-timeout-seconds-after-init "$stall"
-    --exit-signal-handler --verify-integrity
+    --exit-signal-handler "${sums[@]}"
     "$@"
 )
 

@@ -29,7 +29,8 @@ PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 DEFINITION_LENGTHS = range(15, 121)  # characters; of nouns in definitions.tsv
 
 GCIDE, GCIDE_INDEX = "usr/share/dictd/gcide.dict.dz", "usr/share/dictd/gcide.index"
-# SHA-256 of what is read, in the editions dict-gcide 0.48.5 and wordnet-base 3.0.
+# SHA-256 of what is read, in the editions dict-gcide 0.48.5 and wordnet-base 3.0. (E501: a path and
+# its sum on a line.)
 CHECKSUMS = {
     GCIDE: "3e6b2cdcbc1b3664c2f1466e3c8e44012e815c4c67fa83fa61f39777cd6e8517",
     GCIDE_INDEX: "e78de035e075f16dd686dd87a4dbf5b4525130d0550968a02d929f5ddf63a6a1",
