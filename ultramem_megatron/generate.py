@@ -47,6 +47,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="Megatron's engine: all prompts in step (default), or each on its own, from a cache "
         "in blocks.",
     )  # fmt: skip
+    parser.add_argument(
+        "--cuda-graphs", action="store_true",
+        help="Capture decoding steps as CUDA graphs (GPU and --batching dynamic only).",
+    )  # fmt: skip
     parser.add_argument("--tokenizer-model", help="Where the tokenizer is, if it has moved.")
     add_layout_arguments(parser)
     return parser.parse_args(argv)
@@ -86,6 +90,11 @@ def check(options: argparse.Namespace) -> None:
     for name, value, holds, allowed in rules:
         if not holds:
             raise UltraMemError(f"{name} is {value}; it must be {allowed}.")
+    if options.cuda_graphs and options.batching != "dynamic":
+        raise UltraMemError(
+            "--cuda-graphs needs --batching dynamic: with static batching each step has its own "
+            "length."
+        )
     if options.top_k and options.top_p < 1:
         options.top_p = 1.0  # the engine takes one or the other; the explicit flag wins
 
@@ -185,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ckpt_step=options.ckpt_step,
             tokenizer_model=options.tokenizer_model,
             layout=layout_from(options),
+            cuda_graphs=options.cuda_graphs,
         )
         start = time.perf_counter()
         texts = generate(loaded, prompts, options)

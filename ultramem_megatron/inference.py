@@ -18,6 +18,7 @@ import torch
 from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.integrity import check_before_reading
+from ultramem_megatron.kernels.dispatch import implementation
 from ultramem_megatron.partition.settings import TableSettings
 from ultramem_megatron.patches import registry
 
@@ -48,16 +49,17 @@ def load_for_inference(
     ckpt_step: int | None = None,
     tokenizer_model: str | None = None,
     layout: InferenceLayout | None = None,
+    cuda_graphs: bool = False,
 ) -> LoadedModel:
     """Load the latest (or the given) iteration of a `torch_dist` checkpoint; all ranks call it.
 
     Model and tokenizer are described by the flags stored in it.
 
     load: the folder given to --save. tokenizer_model: where the tokenizer is now, if it moved.
-    Raises UltraMemError if there is no such checkpoint or tokenizer, or if the model cannot be
-    laid out so.
+    cuda_graphs: see `build_model`. Raises UltraMemError if there is no such checkpoint or
+    tokenizer, or if the model cannot be laid out so.
     """
-    model, args = load_model(load, ckpt_step=ckpt_step, layout=layout)
+    model, args = load_model(load, ckpt_step=ckpt_step, layout=layout, cuda_graphs=cuda_graphs)
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
     return LoadedModel(model, _tokenizer(args), args)
@@ -69,6 +71,7 @@ def load_model(
     ckpt_step: int | None = None,
     layout: InferenceLayout | None = None,
     local_layers: bool = False,
+    cuda_graphs: bool = False,
 ) -> tuple[Any, Namespace]:
     """As `load_for_inference`, without the tokenizer: the model and its flags.
 
@@ -79,10 +82,14 @@ def load_model(
 
     set_single_process_environment()
     registry.apply_all()
+    if cuda_graphs and not _has_cuda():
+        raise UltraMemError("--cuda-graphs: there is no NVIDIA GPU here. Decode without them.")
     folder = checkpoint_folder(load, ckpt_step)
     check_before_reading(Path(folder))
     args = stored_args(folder)
-    model = build_model(args, layout or InferenceLayout(), local_layers=local_layers)
+    model = build_model(
+        args, layout or InferenceLayout(), local_layers=local_layers, cuda_graphs=cuda_graphs
+    )
     _load_weights(model, folder)
     prepare_for_inference(model)
     return model, args
@@ -97,17 +104,27 @@ def prepare_for_inference(model: Any) -> None:
         layer.prepare_for_inference()
 
 
-def build_model(args: Namespace, layout: InferenceLayout, *, local_layers: bool = False) -> Any:
+def build_model(
+    args: Namespace,
+    layout: InferenceLayout,
+    *,
+    local_layers: bool = False,
+    cuda_graphs: bool = False,
+) -> Any:
     """The GPT that Megatron's flags `args` describe, on the ranks of this run, newly initialised.
 
-    `args` is changed to describe these ranks instead of those of the training run. Raises
-    UltraMemError.
+    `args` is changed to describe these ranks instead of those of the training run. cuda_graphs: let
+    Megatron capture its transformer block, memories included, as one CUDA graph for each number of
+    requests that decode together; for dynamic batching. Raises UltraMemError.
     """
     from ultramem_megatron.arguments import config_from_args
 
     ultramem = config_from_args(args)
     tables = _describe_ranks(args, ultramem, layout)
     _describe_machine(args, local_layers)
+    if cuda_graphs:
+        _check_cuda_graphs(args, tables)
+        args.cuda_graph_impl, args.inference_cuda_graph_scope = "local", "block"
     _initialize(args, tables)
     model = _build(args, ultramem, tables)
     if tables.size > args.tensor_model_parallel_size:
@@ -156,6 +173,9 @@ def dynamic_context(model: Any, requests: int, length: int, block_tokens: int = 
             block_size_tokens=block_tokens,
             buffer_size_gb=blocks * block_tokens * token_bytes / 2**30,  # type: ignore[arg-type]
             pg_collection=groups,
+            # None: no graphs. A graph is captured for each power of two.
+            num_cuda_graphs=slots.bit_length() if config.cuda_graph_impl == "local" else None,
+            use_cuda_graphs_for_non_decode_steps=False,
         ),
     )
 
@@ -218,6 +238,28 @@ def _describe_machine(args: Namespace, local_layers: bool) -> None:
     has_engine = importlib.util.find_spec("transformer_engine") is not None and _has_cuda()
     if local_layers or not has_engine:
         args.transformer_impl = "local"
+    # Whatever part of training was captured, decoding is not.
+    args.cuda_graph_impl, args.inference_cuda_graph_scope = "none", "none"
+    args.cuda_graph_modules = []
+
+
+def _check_cuda_graphs(args: Namespace, tables: TableSettings) -> None:
+    """Raise UltraMemError where the host takes part in a decoding step: no graph holds that."""
+    reasons = (
+        (implementation(torch.device("cuda")) == "torch",
+         "PyTorch's kernels of memories ask the host about equal scores. Unset ULTRAMEM_KERNELS"),
+        (bool(args.num_experts),
+         "the host tells experts how many tokens they get. Decode this model without them"),
+        (tables.size > args.tensor_model_parallel_size,
+         "ranks that decode different prompts agree on each read of the tables they share. Use "
+         f"--ultramem-parallel-size {args.tensor_model_parallel_size}"),
+        (tables.size > 1 and tables.partition == "number",
+         "number-wise, the host learns how much ranks exchange. Use --ultramem-partition "
+         "dimension, or --ultramem-parallel-size 1"),
+    )  # fmt: skip
+    for given, reason in reasons:
+        if given:
+            raise UltraMemError(f"--cuda-graphs: {reason}.")
 
 
 def _check_tensor_parallel(args: Namespace, size: int, ranks: int) -> None:
@@ -277,7 +319,9 @@ def _initialize(args: Namespace, tables: TableSettings) -> None:
         expert_model_parallel_size=max(tables.size, args.expert_model_parallel_size),
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(args.seed, force_reset_rng=True)
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        args.seed, inference_rng_tracker=args.cuda_graph_impl != "none", force_reset_rng=True
+    )
 
 
 def _has_cuda() -> bool:

@@ -78,9 +78,13 @@ def paged_history(x: Tensor, taps: int, layer_number: int, context: Any) -> Tens
     cache: Tensor = caches[layer_number]
     places = view.token_to_local_position_within_kv_block[:count].long()
     cache[view.token_to_block_idx[:count], places] = x[:, 0]
-    # A row for each active request; rows of padding tokens may be any.
-    table = context.active_attn_metadata["mha_metadata"].state_data["block_table"]
-    rows = view.token_to_request_idx[:count].long() - context.paused_request_count
+    # A row for each active request; rows of padding tokens may be any. All of it is read on the
+    # device, in memory that stays where it is, so that a CUDA graph of one step serves the next.
+    attention = context.active_attn_metadata["mha_metadata"].state_data
+    table, ends = attention["block_table"], attention["cu_query_seq_lengths"][1:]
+    rows = torch.searchsorted(
+        ends, torch.arange(count, dtype=ends.dtype, device=x.device), right=True
+    )
     rows = rows.clamp(0, len(table) - 1).unsqueeze(1)
     before = torch.arange(1 - taps, 0, device=x.device)
     positions = view.token_to_pos_ids[:count].unsqueeze(1) + before

@@ -1,6 +1,7 @@
 """Latency of a decode step, dense against MoE against UltraMem (the paper's figures 1b, 1c, 6c, 7).
 
-    python -m ultramem_megatron.benchmarks.decode --out DIR [--scale 151m|1.6b|small] [--quick]
+    python -m ultramem_megatron.benchmarks.decode --out DIR [--scale 151m|1.6b|small] [--quick] \\
+        [--cuda-graphs]
     python -m ultramem_megatron.benchmarks.decode plot DIR/decode.csv
 
 Models have random weights and are measured one after another: batches of 1 to 1024 sequences, each
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from ultramem_megatron.benchmarks.decode_models import SCALES, DecodeModel, Scale
-from ultramem_megatron.errors import exit_on_user_error
+from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 
 Row = dict[str, str | int | float]
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "decode.csv"
     _keep_freed_memory()
-    _write(file, _rows(_scale(options), options.scale))
+    _write(file, _rows(_scale(options), options))
     draw(file)
     print(f"{file} and figures beside it")
     return None
@@ -59,7 +60,15 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="Batches 1, 16 and 256 only, no smaller models."
     )
-    return parser.parse_args(words)
+    parser.add_argument(
+        "--cuda-graphs", action="store_true",
+        help="On a GPU: replay each step of dense and UltraMem as a CUDA graph. MoE runs without: "
+        "its experts wait for the host.",
+    )  # fmt: skip
+    options = parser.parse_args(words)
+    if options.cuda_graphs and not torch.cuda.is_available():
+        raise UltraMemError("--cuda-graphs: there is no NVIDIA GPU here. Measure without them.")
+    return options
 
 
 def _scale(options: argparse.Namespace) -> Scale:
@@ -83,15 +92,17 @@ def _keep_freed_memory() -> None:
         libc.mallopt(parameter, value)
 
 
-def _rows(scale: Scale, name: str) -> Iterator[Row]:
+def _rows(scale: Scale, options: argparse.Namespace) -> Iterator[Row]:
     for model in scale.trio:
-        yield from _measure(model, scale, scale.batches, name)
+        yield from _measure(model, scale, scale.batches, options)
     for model in scale.fewer:
-        yield from _measure(model, scale, (scale.fixed_batch,), name)
+        yield from _measure(model, scale, (scale.fixed_batch,), options)
 
 
 @torch.inference_mode()
-def _measure(model: DecodeModel, scale: Scale, batches: Sequence[int], name: str) -> Iterator[Row]:
+def _measure(
+    model: DecodeModel, scale: Scale, batches: Sequence[int], options: argparse.Namespace
+) -> Iterator[Row]:
     from ultramem_megatron.benchmarks.decode_step import DecodeStep
     from ultramem_megatron.benchmarks.environment import environment_columns
     from ultramem_megatron.benchmarks.weight_access import count_weight_bytes, read_sizes
@@ -102,10 +113,13 @@ def _measure(model: DecodeModel, scale: Scale, batches: Sequence[int], name: str
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all its arguments
         built, args = untrained_model([*model.flags, *scale.extra_flags])
     prepare_for_inference(built)
+    graphed = options.cuda_graphs and model.kind != "moe"
     sizes = read_sizes(built, args.moe_router_topk, _picks(args))
     for batch in batches:
         try:
             step = DecodeStep(built, batch, scale.cache_length, args.vocab_size)
+            if graphed:
+                step.capture()
             timing = step.measure()
         except torch.OutOfMemoryError:
             print(f"{model.name}: a batch of {batch} does not fit, left out", file=sys.stderr)
@@ -114,9 +128,9 @@ def _measure(model: DecodeModel, scale: Scale, batches: Sequence[int], name: str
             step()
         read = sum(counted.values())
         row: Row = {
-            "scale": name, "kind": model.kind, "model": model.name, "batch": batch,
+            "scale": options.scale, "kind": model.kind, "model": model.name, "batch": batch,
             "cache_length": scale.cache_length, "dtype": str(args.params_dtype).split(".")[-1],
-            "parameters": _parameters(built),
+            "cuda_graph": int(graphed), "parameters": _parameters(built),
             "median_ms": round(timing.median, 3), "p20_ms": round(timing.p20, 3),
             "p80_ms": round(timing.p80, 3), "repeats": timing.repeats,
             **{f"{kind}_bytes_counted": n for kind, n in counted.items()},

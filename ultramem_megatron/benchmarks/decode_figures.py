@@ -86,10 +86,15 @@ def _lines(axis: Any, rows: list[Row], value: Callable[[Row], float]) -> None:
     for kind, name in _NAMES.items():
         own = [row for row in rows if row["kind"] == kind]
         batches = [int(row["batch"]) for row in own]
-        axis.plot(batches, [value(row) for row in own], "o-", color=_COLOURS[kind], label=name)
+        label = name + _graphed(own)
+        axis.plot(batches, [value(row) for row in own], "o-", color=_COLOURS[kind], label=label)
     axis.set(xlabel="batch", xscale="log", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend()
+
+
+def _graphed(rows: list[Row]) -> str:
+    return ", as a CUDA graph" if rows and rows[0].get("cuda_graph") == "1" else ""
 
 
 def _bars(axis: Any, rows: list[Row]) -> None:
@@ -120,11 +125,10 @@ def _over_sparse_parameters(axis: Any, rows: list[Row]) -> None:
     at_batch = [row for row in rows if row["batch"] == batch]
     dense = next(int(row["parameters"]) for row in rows if row["kind"] == "dense")
     for kind, name in _NAMES.items():
-        points = sorted(
-            (int(row["parameters"]) / dense, float(row["median_ms"]))
-            for row in at_batch if row["kind"] == kind
-        )  # fmt: skip
-        axis.plot(*zip(*points, strict=True), "o-", color=_COLOURS[kind], label=name)
+        own = [row for row in at_batch if row["kind"] == kind]
+        points = sorted((int(row["parameters"]) / dense, float(row["median_ms"])) for row in own)
+        label = name + _graphed(own)
+        axis.plot(*zip(*points, strict=True), "o-", color=_COLOURS[kind], label=label)
     axis.set(
         xlabel="parameters, in multiples of the dense model's", ylabel="one decode step, ms",
         title=f"batch {batch}", ylim=(0, None),
