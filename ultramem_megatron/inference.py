@@ -237,7 +237,7 @@ def _describe_machine(args: Namespace, local_layers: bool) -> None:
         args.moe_token_dispatcher_type = "allgather"
     has_engine = importlib.util.find_spec("transformer_engine") is not None and _has_cuda()
     if local_layers or not has_engine:
-        args.transformer_impl = "local"
+        args.transformer_impl, args.moe_grouped_gemm = "local", False
     # Whatever part of training was captured, decoding is not.
     args.cuda_graph_impl, args.inference_cuda_graph_scope = "none", "none"
     args.cuda_graph_modules = []

@@ -31,13 +31,24 @@ _MODELS = {
         "ultramem_softmax": True, "ultramem_init": "official", "ultramem_qk_norm": "rmsnorm",
         "seed": 7,
     },
+    "experts": {
+        "num_experts": 6, "moe_ffn_hidden_size": 40, "disable_bias_linear": True,
+        "moe_router_pre_softmax": True, "moe_router_topk": 3, "moe_router_dtype": "fp32",
+    },
+    "experts and memory": {
+        **_MEMORY, "ultramem_spans": "2:3", "num_experts": 4, "disable_bias_linear": True,
+        "swiglu": True, "moe_router_load_balancing_type": "none",
+    },
     "dense bf16": {"bf16": True},
     # Rounding changes which of two nearly equal values is picked, in either model.
     "bf16": {**_MEMORY, "ultramem_spans": "2:3", "bf16": True, "disable_bias_linear": True},
 }  # fmt: skip
 _TOLERANCES = {"dense bf16": 0.02, "bf16": 0.12}
 _REFUSED = {
-    "moe": ({"num_experts": 4, "disable_bias_linear": True}, "--num-experts"),
+    "moe": (
+        {"num_experts": 4, "moe_router_score_function": "sigmoid", "moe_layer_freq": 2},
+        "biases in experts, --moe-layer-freq, --moe-router-score-function sigmoid",
+    ),
     "squared": ({"squared_relu": True}, "an activation other than GELU and SwiGLU"),
 }
 

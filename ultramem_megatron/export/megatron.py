@@ -29,8 +29,10 @@ _LAYER_NAMES = (
     ("pre_mlp_layernorm.", "mlp_norm."),
     ("mlp.linear_fc1.", "mlp.up."),
     ("mlp.linear_fc2.", "mlp.down."),
+    ("mlp.router.", "mlp.router."),
     ("memory.", "memory."),
 )
+_EXPERT_NAME = r"mlp\.experts\.local_experts\.(\d+)\.linear_fc([12])\.(.*)"
 _DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
 }  # fmt: skip
@@ -53,15 +55,25 @@ def plain_config(args: Namespace, config: Any, ultramem: UltraMemConfig | None) 
         positions=args.position_embedding_type, rotary_base=float(args.rotary_base),
         rotary_percent=args.rotary_percent,
         tied_embeddings=not args.untie_embeddings_and_output_weights,
-        dtype=_DTYPES[config.params_dtype], ultramem=ultramem,
+        **_experts(config), dtype=_DTYPES[config.params_dtype], ultramem=ultramem,
     )  # fmt: skip
+
+
+def _experts(config: Any) -> dict[str, Any]:
+    if config.num_moe_experts is None:
+        return {}
+    return {
+        "num_experts": config.num_moe_experts, "expert_topk": config.moe_router_topk,
+        "expert_ffn_hidden_size": config.moe_ffn_hidden_size,
+        "router_pre_softmax": config.moe_router_pre_softmax,
+        "router_float32": config.moe_router_dtype == "fp32",
+    }  # fmt: skip
 
 
 def _refuse(args: Namespace, config: Any) -> None:
     """Raise UltraMemError for what a PlainGPT has not."""
     activation = (config.gated_linear_unit, config.activation_func)
     refused = {
-        "--num-experts": config.num_moe_experts is not None,
         "--multi-latent-attention": config.multi_latent_attention,
         "--mtp-num-layers": bool(config.mtp_num_layers),
         "--experimental-attention-variant": config.experimental_attention_variant is not None,
@@ -82,18 +94,50 @@ def _refuse(args: Namespace, config: Any) -> None:
         "an activation other than GELU and SwiGLU":
             activation not in ((False, F.gelu), (True, F.silu)),
     }  # fmt: skip
+    if config.num_moe_experts is not None:
+        refused |= _refused_experts(config)
     present = [name for name, found in refused.items() if found]
     if present:
         raise UltraMemError(
             f"A model with {', '.join(present)} cannot be exported: the plain model has attention, "
-            f"a GELU or SwiGLU MLP, LayerNorm or RMSNorm, and memory layers. Keep its checkpoint."
+            f"a GELU or SwiGLU MLP or top-k experts of that kind, LayerNorm or RMSNorm, and memory "
+            f"layers. Keep its checkpoint."
         )
+
+
+def _refused_experts(config: Any) -> dict[str, bool]:
+    balancing = config.moe_router_load_balancing_type
+    kinds = [balancing] if isinstance(balancing, str) else balancing
+    frequency = config.moe_layer_freq
+    return {
+        "biases in experts": config.add_bias_linear,
+        "--moe-layer-freq": any(f != 1 for f in (
+            frequency if isinstance(frequency, list) else [frequency]
+        )),
+        "--moe-shared-expert-intermediate-size":
+            config.moe_shared_expert_intermediate_size is not None,
+        "--moe-router-load-balancing-type " + " ".join(kinds):
+            not set(kinds) <= {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"},
+        "--moe-router-score-function " + config.moe_router_score_function:
+            config.moe_router_score_function != "softmax",
+        "--moe-router-num-groups": bool(config.moe_router_num_groups),
+        "--moe-router-topk-scaling-factor": bool(config.moe_router_topk_scaling_factor),
+        "--moe-router-enable-expert-bias": config.moe_router_enable_expert_bias,
+        "--moe-router-dtype fp64": config.moe_router_dtype == "fp64",
+        "--moe-expert-capacity-factor": config.moe_expert_capacity_factor is not None,
+        "--moe-apply-probs-on-input": config.moe_apply_probs_on_input,
+        "--moe-latent-size": config.moe_latent_size is not None,
+        "--moe-mlp-glu-interleave-size": config.moe_mlp_glu_interleave_size is not None,
+    }  # fmt: skip
 
 
 def plain_name(name: str) -> str:
     """The PlainGPT's name of a tensor of the Megatron model. Raises UltraMemError."""
     layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
     prefix, rest = (f"layers.{layer[1]}.", layer[2]) if layer else ("", name)
+    if expert := re.fullmatch(_EXPERT_NAME, rest):
+        number, linear, tensor = expert.groups()
+        return f"{prefix}mlp.experts.{number}.{'up' if linear == '1' else 'down'}.{tensor}"
     for theirs, ours in _LAYER_NAMES if layer else _NAMES:
         if rest.startswith(theirs):
             return prefix + ours + rest.removeprefix(theirs)
@@ -168,6 +212,15 @@ def flags_of(config: PlainConfig) -> list[str]:
     }  # fmt: skip
     if config.num_query_groups != config.num_attention_heads:
         flags |= {"group-query-attention": True, "num-query-groups": config.num_query_groups}
+    if config.num_experts:
+        flags |= {
+            "num-experts": config.num_experts, "moe-router-topk": config.expert_topk,
+            "moe-ffn-hidden-size": config.expert_ffn_hidden_size,
+            "moe-router-pre-softmax": config.router_pre_softmax,
+            "moe-router-load-balancing-type": "none",
+        }  # fmt: skip
+        if config.router_float32:
+            flags["moe-router-dtype"] = "fp32"
     words = []
     for name, value in flags.items():
         if value is not False:

@@ -1,4 +1,4 @@
-"""A GPT with memory layers in plain PyTorch: what an exported model computes, without Megatron.
+"""A GPT with memories or experts in plain PyTorch: what an exported model computes, no Megatron.
 
 No dropout, no parallelism, no KV cache: one forward pass over whole sequences. Parameters keep
 Megatron's shapes; where a shape needs explaining, the code that reads it does.
@@ -49,6 +49,13 @@ class PlainConfig:
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
     tied_embeddings: bool = False
+    num_experts: int | None = None
+    """In place of every layer's MLP; None: no experts."""
+    expert_topk: int = 2
+    expert_ffn_hidden_size: int | None = None
+    router_pre_softmax: bool = False
+    """Weights of a token's experts are taken from the softmax over all, and do not sum to 1."""
+    router_float32: bool = False
     dtype: Dtype = "float32"
     ultramem: UltraMemConfig | None = None
 
@@ -90,7 +97,7 @@ class PlainLayer(nn.Module):
         self.attention_norm = _norm(config, config.hidden_size)
         self.attention = PlainAttention(config)
         self.mlp_norm = _norm(config, config.hidden_size)
-        self.mlp = PlainMLP(config)
+        self.mlp = PlainExperts(config) if config.num_experts else PlainMLP(config)
         spans: tuple[Span, ...] = config.ultramem.spans if config.ultramem else ()
         self.ends_span = number in {span.end for span in spans}
         self.memory: UltraMemLayer | None = None
@@ -151,20 +158,54 @@ class PlainAttention(nn.Module):
 class PlainMLP(nn.Module):
     """GELU, or SwiGLU: silu of the first half of `up` times the second half."""
 
-    def __init__(self, config: PlainConfig) -> None:
+    def __init__(self, config: PlainConfig, width: int | None = None) -> None:
         super().__init__()
         self.gated = config.activation == "swiglu"
-        rows = (2 if self.gated else 1) * config.ffn_hidden_size
-        self.up = Linear(config.hidden_size, rows, bias=config.bias)
-        self.down = Linear(config.ffn_hidden_size, config.hidden_size, bias=config.bias)
+        width = width or config.ffn_hidden_size
+        self.up = Linear(config.hidden_size, 2 * width if self.gated else width, bias=config.bias)
+        self.down = Linear(width, config.hidden_size, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, S, D), normed."""
+    def forward(self, x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+        """x: (..., D), normed; weight, broadcast: of the result."""
         inner = self.up(x)
         if self.gated:
             gate, inner = inner.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * inner)
-        return self.down(F.gelu(inner))
+            return self.down(F.silu(gate) * inner * weight)
+        return self.down(F.gelu(inner) * weight)
+
+
+class PlainExperts(nn.Module):
+    """Mixture of experts: each token's k best, weighted by a softmax; no token is dropped."""
+
+    def __init__(self, config: PlainConfig) -> None:
+        super().__init__()
+        assert config.num_experts is not None
+        self.config = config
+        self.router = Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            PlainMLP(config, config.expert_ffn_hidden_size) for _ in range(config.num_experts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, S, D), normed."""
+        tokens = x.flatten(0, 1)
+        weights, chosen = self._route(tokens)
+        mixed = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            token, place = (chosen == number).nonzero(as_tuple=True)
+            mixed.index_add_(0, token, expert(tokens[token], weights[token, place].unsqueeze(1)))
+        return mixed.view_as(x)
+
+    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and numbers (B*S, k) of each token's experts."""
+        dtype = torch.float32 if self.config.router_float32 else tokens.dtype
+        scores = F.linear(tokens.to(dtype), self.router.weight.to(dtype))
+        if self.config.router_pre_softmax:
+            weights, chosen = at_least_float32(scores).softmax(-1).topk(self.config.expert_topk)
+        else:
+            best, chosen = scores.topk(self.config.expert_topk)
+            weights = at_least_float32(best).softmax(-1)
+        return weights.to(tokens.dtype), chosen
 
 
 def _norm(config: PlainConfig, width: int) -> nn.Module:
