@@ -8,6 +8,7 @@ the same seed, which saw the same text in the same order.
 
 import argparse
 import csv
+import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -189,14 +190,39 @@ def _draw_figure1a(results: Results, figure: Any) -> None:
 
 
 def _draw_figure10(results: Results, figure: Any) -> None:
-    panels = (
-        ("train_loss", "training loss"),
-        ("top1_score", "top-1 score, last memory"),
-        ("output_std", "output std, last memory"),
-    )
-    for axes, (metric, label) in zip(figure.subplots(1, 3), panels, strict=True):
+    perplexity, *others = figure.subplots(1, 3)
+    _draw_perplexity_ratio(perplexity, results, EXPERIMENTS[results.name].baseline)
+    panels = (("top1_score", "top-1 score, last memory"), ("output_std", "output std, last memory"))
+    for axes, (metric, label) in zip(others, panels, strict=True):
         _draw_curves(axes, results, metric)
         axes.set(ylabel=label)
+
+
+def _draw_perplexity_ratio(axes: Any, results: Results, baseline: str) -> None:
+    """Training perplexity over the baseline's on the same batches; losses alone lie on each other.
+
+    Means over _WINDOW steps, then over seeds with a band of one deviation.
+    """
+    losses: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for line in results.curves:
+        if line["metric"] == "train_loss":
+            points = losses.setdefault((line["model"], line["seed"]), [])
+            points.append((int(line["tokens"]), float(line["value"])))
+    for model in results.models:
+        by_token: dict[int, list[float]] = {}
+        for seed in {seed for name, seed in losses if name == model}:
+            pairs = list(zip(losses[model, seed], losses[baseline, seed], strict=True))
+            for start in range(0, len(pairs) - _WINDOW + 1, _WINDOW):
+                window = pairs[start : start + _WINDOW]
+                gap = statistics.fmean(own[1] - other[1] for own, other in window)
+                by_token.setdefault(window[-1][0][0], []).append(math.exp(gap))
+        tokens = sorted(by_token)
+        means, bars = zip(*(spread(by_token[t]) for t in tokens), strict=True)
+        (drawn,) = axes.plot(tokens, means, marker=".", label=model)
+        low, high = ([m + s * b for m, b in zip(means, bars, strict=True)] for s in (-1, 1))
+        axes.fill_between(tokens, low, high, color=drawn.get_color(), alpha=0.2)
+    axes.set(xlabel="training tokens", ylabel=f"training perplexity, {baseline}'s = 1")
+    axes.legend()
 
 
 def _draw_figure6b(results: Results, figure: Any) -> None:
@@ -229,6 +255,9 @@ _BENCHMARKS: dict[str, Callable[[Path], None]] = {
     "training": training.plot,
 }
 """Draw beside the CSV, whose rows say on which machine they were measured."""
+
+_WINDOW = 10
+"""Steps whose training losses are averaged."""
 
 _FEW_POINTS = 30
 """Up to here a curve shows where it was measured."""
