@@ -19,6 +19,8 @@ from typing import Any
 from launch.ablations.experiments import EXPERIMENTS
 from ultramem_megatron.benchmarks import decode_figures, training
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.partition import traffic
+from ultramem_megatron.plan import figures as weight_figures
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -210,12 +212,14 @@ def _draw_perplexity_ratio(axes: Any, results: Results, baseline: str) -> None:
             points.append((int(line["tokens"]), float(line["value"])))
     for model in results.models:
         by_token: dict[int, list[float]] = {}
-        for seed in {seed for name, seed in losses if name == model}:
+        for seed in {seed for name, seed in losses if name == model and (baseline, seed) in losses}:
             pairs = list(zip(losses[model, seed], losses[baseline, seed], strict=True))
-            for start in range(0, len(pairs) - _WINDOW + 1, _WINDOW):
+            for start in range(0, len(pairs), _WINDOW):
                 window = pairs[start : start + _WINDOW]
                 gap = statistics.fmean(own[1] - other[1] for own, other in window)
                 by_token.setdefault(window[-1][0][0], []).append(math.exp(gap))
+        if not by_token:
+            continue
         tokens = sorted(by_token)
         means, bars = zip(*(spread(by_token[t]) for t in tokens), strict=True)
         (drawn,) = axes.plot(tokens, means, marker=".", label=model)
@@ -250,11 +254,18 @@ _DRAWINGS: dict[str, tuple[Callable[[Results, Any], None], tuple[float, float]]]
 }
 
 
-_BENCHMARKS: dict[str, Callable[[Path], None]] = {
+_OTHERS: dict[str, Callable[[Path], None]] = {
     "decode": decode_figures.draw,
     "training": training.plot,
+    "figure1c": lambda file: weight_figures.draw(_beside(file), weight_figures.read_csv(file)),
+    "figure9": lambda file: traffic.plot_figure_9(_beside(file), traffic.read_csv(file)),
 }
-"""Draw beside the CSV, whose rows say on which machine they were measured."""
+"""Draw beside the CSV: of measurements, which say on which machine, and of what is computed."""
+
+
+def _beside(file: Path) -> Path:
+    return file.with_suffix(".png")
+
 
 _WINDOW = 10
 """Steps whose training losses are averaged."""
@@ -283,14 +294,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: those with a CSV")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of CSVs and pictures")
     args = parser.parse_args(argv)
-    known = [*EXPERIMENTS, *_BENCHMARKS]
+    known = [*EXPERIMENTS, *_OTHERS]
     names = args.names or [name for name in known if (args.results / f"{name}.csv").exists()]
     try:
         if unknown := [name for name in names if name not in known]:
             raise UltraMemError(f"{unknown[0]!r} is unknown. Known: {', '.join(known)}.")
         for name in names:
-            if name in _BENCHMARKS:
-                _BENCHMARKS[name](args.results / f"{name}.csv")
+            if name in _OTHERS:
+                _OTHERS[name](args.results / f"{name}.csv")
                 continue
             results = read(name, args.results)
             draw(results, args.results / f"{name}.png")

@@ -68,7 +68,8 @@ def _paper_models(folder):
 
     sizes = {n: describe_sizes(preset_sizes(n), 2) for n in (*TABLE_1, *TABLE_2)}
     changes = {change: tuple(cell.ours for cell in cells) for change, cells in table_3().items()}
-    flags = ("--tables", "--figure", str(folder / "f.png"), "--csv", str(folder / "f.csv"))
+    flags = ("--tables", "--figure", str(folder / "f.png"), "--csv", str(folder / "f.csv"),
+             "--tables-csv", str(folder / "t.csv"))  # fmt: skip
     return {"sizes": sizes, "table 3": changes, "markdown": _printed(*flags), "folder": folder}
 
 
@@ -415,8 +416,12 @@ def test_markdown_marks_rough_fits(paper):
 
 
 def test_the_committed_tables_are_what_the_command_prints(paper):
-    file = Path(__file__).parents[1] / "launch" / "results" / "paper_tables.md"
-    assert file.read_text() == paper["markdown"]
+    results = Path(__file__).parents[1] / "launch" / "results"
+    assert (results / "paper_tables.md").read_text() == paper["markdown"]
+    written = (paper["folder"] / "t.csv").read_text()
+    assert (results / "paper_tables.csv").read_text() == written
+    assert written.count(",0\n") == paper["markdown"].count("(rough)") > 0
+    assert (results / "figure1c.csv").read_text() == (paper["folder"] / "f.csv").read_text()
 
 
 def test_figure_and_csv(paper):

@@ -1,5 +1,7 @@
 """The cost model: the paper's figures, its own consistency, the choice, and its command."""
 
+from pathlib import Path
+
 import pytest
 
 from ultramem_megatron.errors import UltraMemError
@@ -68,10 +70,13 @@ def test_distinct():
 
 def test_command_prints_the_table_and_draws_the_figure(tmp_path, capsys):
     picture = tmp_path / "figure9.png"
-    main(["--sizes", "8", "512", "--plot", str(picture)])
+    numbers = tmp_path / "figure9.csv"
+    main(["--sizes", "8", "512", "--plot", str(picture), "--csv", str(numbers)])
     printed = capsys.readouterr().out.splitlines()
     assert [line.rsplit("| ")[-1] for line in printed[3:5]] == ["dimension", "number"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+    committed = Path(__file__).parents[2] / "launch/results/figure9.csv"
+    assert numbers.read_text() == committed.read_text()
 
 
 @pytest.mark.parametrize(

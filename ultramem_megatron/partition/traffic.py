@@ -11,8 +11,9 @@ P ranks, M picks per token (m*H), Dv value dim, E expansion, h cores, b bytes pe
 """
 
 import argparse
+import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -146,18 +147,49 @@ def table(x: Exchange, sizes: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def plot_figure_9(path: Path, picks: Sequence[int] = (2, 4, 16, 84)) -> None:
-    """Figure 9: value dim against P at which both partitions move the same, one curve per top-m."""
+def figure_9() -> list[dict[str, str | float]]:
+    """Value dim at which both partitions move the same, for each top-m over P."""
+    return [
+        {"top_m": count, "ranks": p, "value_dim": round(paper_crossover(p, count), 3)}
+        for count in (2, 4, 16, 84)
+        for p in range(2, 513)
+    ]
+
+
+def write_csv(path: Path) -> None:
+    """The numbers of figure 9."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["top_m", "ranks", "value_dim"])
+        writer.writeheader()
+        writer.writerows(figure_9())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """What `write_csv` wrote. Raises UltraMemError for another file."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or rows[0].keys() != {"top_m", "ranks", "value_dim"}:
+        raise UltraMemError(
+            f"{path} is not of figure 9; python -m ultramem_megatron.partition.traffic --csv."
+        )
+    return rows
+
+
+def plot_figure_9(path: Path, rows: Sequence[Mapping[str, str | float]]) -> None:
+    """One curve per top-m; above it the one, below it the other partition moves fewer bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    sizes = range(2, 513)
+    curves: dict[int, list[tuple[int, float]]] = {}
+    for row in rows:
+        point = int(row["ranks"]), float(row["value_dim"])
+        curves.setdefault(int(row["top_m"]), []).append(point)
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for count in picks:
-        axes.plot(sizes, [paper_crossover(p, count) for p in sizes], label=f"top-m {count}")
-    highest = [paper_crossover(p, min(picks)) for p in sizes]
+    for count, points in curves.items():
+        axes.plot(*zip(*points, strict=True), label=f"top-m {count}")
+    sizes, highest = zip(*curves[min(curves)], strict=True)
     axes.fill_between(sizes, highest, 1700, color="tab:green", alpha=0.12)
     axes.text(20, 1580, "dimension-wise moves fewer bytes", color="tab:green")
     axes.text(190, 120, "number-wise moves fewer bytes", color="tab:gray")
@@ -181,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--number-bytes", type=int, default=2, help="bytes per score and element (default 2: bf16)")
     add("--ranks-per-node", type=int, default=8, help="(default 8)")
     add("--plot", type=Path, help="also draw the paper's figure 9 into this file")
+    add("--csv", type=Path, help="also write the numbers of figure 9 into this file")
     return parser
 
 
@@ -200,8 +233,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     print(table(exchange, options.sizes))
     if options.plot:
-        plot_figure_9(options.plot)
+        plot_figure_9(options.plot, figure_9())
         print(f"figure 9: {options.plot}")
+    if options.csv:
+        write_csv(options.csv)
+        print(f"numbers of figure 9: {options.csv}")
 
 
 if __name__ == "__main__":

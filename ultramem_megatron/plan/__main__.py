@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--figure", type=Path, help="draw the weight bytes read by the 1.6B models (figure 1c)")
     add("--csv", type=Path, help="write the numbers of the figure into this file")
+    add("--tables-csv", type=Path, help="write the numbers of the tables into this file")
     return parser  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Megatron tells what this machine lacks, which is of no account here.
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    if options.tables or options.figure or options.csv:
+    if options.tables or options.figure or options.csv or options.tables_csv:
         _paper(options, preset, flags)
         return
     if preset is None and not flags:
@@ -104,20 +105,23 @@ def make_plan(
 
 def _paper(options: argparse.Namespace, preset: str | None, flags: Sequence[str]) -> None:
     if preset or flags or options.gpus:
+        given = " ".join([preset or "", *flags]).strip() or "--gpus"
         raise UltraMemError(
-            "--tables, --figure and --csv are about the paper's own models: give no preset and no "
-            f"other flags (given: {' '.join([preset or '', *flags]).strip() or '--gpus'})."
+            "--tables, --tables-csv, --figure and --csv are about the paper's own models: give no "
+            f"preset and no other flags (given: {given})."
         )
     with contextlib.redirect_stdout(io.StringIO()):
         from ultramem_megatron.plan import figures, tables
 
         shown = tables.markdown() if options.tables else ""
+        if options.tables_csv:
+            tables.write_csv(options.tables_csv)
     if shown:
         print(shown)
     if options.csv:
         figures.write_csv(options.csv)
     if options.figure:
-        figures.draw(options.figure)
+        figures.draw(options.figure, figures.weight_access())
 
 
 if __name__ == "__main__":

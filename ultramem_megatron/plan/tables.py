@@ -1,10 +1,12 @@
-"""The arithmetic columns of the paper's tables 1-3 and figure 1c, beside ours, as markdown.
+"""The arithmetic columns of the paper's tables 1-3 and figure 1c, beside ours, as markdown and CSV.
 
 Sizes of presets are partly inferred from these very columns; a row whose rounding differs shows
 where the fit is rough.
 """
 
+import csv
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from ultramem_megatron.plan.build import command_line, parse
@@ -136,16 +138,35 @@ def figure_1c() -> dict[int, Cell]:
     return {batch: Cell(FIGURE_1C[batch], ratio) for batch, ratio in ratios.items()}
 
 
-def markdown() -> str:
-    """All of them; each quantity as the paper prints it, then ours with one digit more."""
-    parts = (
+Table = tuple[str, str, tuple[str, ...], dict[str, tuple[Cell, ...]]]
+"""Title, what a row is, quantities, and rows."""
+
+
+def _all() -> tuple[Table, ...]:
+    return (
         ("Table 1", "model", ("parameters, 1e9", "FLOPs, 1e9"), table_1()),
         ("Table 2", "row", ("dense, 1e6", "sparse, 1e9", "FLOPs, 1e6"), table_2()),
         ("Table 3", "change", ("FLOPs, + %",), table_3()),
         ("Figure 1c", "batch", ("bytes, MoE / UltraMem",),
          {str(batch): (cell,) for batch, cell in figure_1c().items()}),
     )  # fmt: skip
-    return "\n\n".join(_markdown(*part) for part in parts)
+
+
+def markdown() -> str:
+    """All of them; each quantity as the paper prints it, then ours with one digit more."""
+    return "\n\n".join(_markdown(*table) for table in _all())
+
+
+def write_csv(path: Path) -> None:
+    """All of them, a quantity a line; `agrees`: to the digits that the paper prints."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["table", "row", "quantity", "paper", "ours", "agrees"])
+        for title, _, quantities, rows in _all():
+            for name, cells in rows.items():
+                for quantity, cell in zip(quantities, cells, strict=True):
+                    line = [title, name, quantity, cell.paper, f"{cell.ours:.6g}", int(cell.agrees)]
+                    writer.writerow(line)
 
 
 def _markdown(
