@@ -64,8 +64,11 @@ class StandInManager(torch.nn.Module):
     replayed = 0
 
     def __init__(self, config: Any) -> None:
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
         super().__init__()
         assert config.cuda_graph_impl == "local"
+        assert get_cuda_rng_tracker().is_inference_rng_tracker  # Megatron's manager asserts it too
         self._graphs: dict[Any, tuple[StandInGraph, Any, torch.Tensor]] = {}
 
     def __call__(self, module: Any, args: tuple[()], kwargs: Any) -> tuple[torch.Tensor]:
