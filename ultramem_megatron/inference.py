@@ -125,6 +125,7 @@ def build_model(
     if cuda_graphs:
         _check_cuda_graphs(args, tables)
         args.cuda_graph_impl, args.inference_cuda_graph_scope = "local", "block"
+        args.cuda_graph_warmup_steps = 3  # the first makes caches, which a capture must not
     _initialize(args, tables)
     model = _build(args, ultramem, tables)
     if tables.size > args.tensor_model_parallel_size:

@@ -6,6 +6,7 @@ There is no GPU in these tests: `tests/stand_in_graph.py` keeps the rules of a c
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,7 +14,14 @@ import pytest
 import torch
 
 from tests.closeness import assert_close
-from tests.decoding import KINDS, dynamic_logits, flags_of, full_logits, random_model
+from tests.decoding import (
+    KINDS,
+    NumberTokenizer,
+    dynamic_logits,
+    flags_of,
+    full_logits,
+    random_model,
+)
 from tests.ranks import run_on_ranks
 from tests.stand_in_graph import StandInGraph, StandInManager
 
@@ -164,3 +172,35 @@ def _load_with_graphs():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_graphs_need_a_gpu():
     assert "--cuda-graphs: there is no NVIDIA GPU here" in run_on_ranks(1, _load_with_graphs)[0]
+
+
+def _generated():
+    """Texts from Megatron's dynamic engine, without graphs and with; how often one was replayed."""
+    from megatron.core.inference.engines import dynamic_engine
+    from megatron.core.transformer import cuda_graphs
+
+    from ultramem_megatron.generate import generate, parse
+    from ultramem_megatron.inference import InferenceLayout, LoadedModel, build_model
+    from ultramem_megatron.untrained import args_from_flags
+
+    options = parse(["--load", "", "--batching", "dynamic", "--tokens", "9", "--temperature", "0"])
+    options.top_p = 1.0
+    no_memory = patch.object(torch.cuda, "memory_stats", lambda: defaultdict(int))
+    no_pool = patch.object(dynamic_engine, "_cuda_graph_mempool_bytes", lambda: (0, 0))
+    texts = []
+    for graphs in (False, True):
+        args = args_from_flags(flags_of("ultramem-conv"))
+        with patch.object(cuda_graphs, "CudaGraphManager", StandInManager), no_memory, no_pool:
+            model = build_model(args, InferenceLayout(), cuda_graphs=graphs).eval()
+            loaded = LoadedModel(model, NumberTokenizer(), args)
+            texts.append(generate(loaded, ["3 5 7", "8", "40 41 42 43 44 45 46"], options))
+    return texts, StandInManager.recorded, StandInManager.replayed
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_engine_generates_the_same_with_graphs(ranks):
+    for (eager, graphed), recorded, replayed in run_on_ranks(ranks, _generated, env=_KERNELS):
+        assert eager == graphed
+        assert len(set(eager)) == 3
+        assert recorded >= 1
+        assert replayed >= recorded + 8
