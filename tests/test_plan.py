@@ -66,7 +66,7 @@ def _paper_models(folder):
     from ultramem_megatron.plan.sizes import describe_sizes, preset_sizes
     from ultramem_megatron.plan.tables import table_3
 
-    sizes = {n: describe_sizes(preset_sizes(n), 2) for n in (*TABLE_1, *TABLE_2)}
+    sizes = {n: describe_sizes(preset_sizes(n), 2, 2048) for n in (*TABLE_1, *TABLE_2)}
     changes = {change: tuple(cell.ours for cell in cells) for change, cells in table_3().items()}
     flags = ("--tables", "--figure", str(folder / "f.png"), "--csv", str(folder / "f.csv"),
              "--tables-csv", str(folder / "t.csv"))  # fmt: skip
@@ -155,6 +155,24 @@ def test_weight_access_of_figure_1c(plans):
     assert {batch: ratios[batch] for batch in printed} == printed
     # Dense: two matrices of 4 D^2 in each of 32 layers, bf16; the same at every batch size.
     assert set(reads["dense-1.6b"].values()) == {2 * 32 * 8 * 2048**2}
+
+
+def test_all_that_a_step_reads(plans):
+    """Weights beside MLPs and values, and the KV cache of as many heads as there are queries'."""
+    for name, layers, hidden in (("dense-1.6b", 32, 2048), ("ultramem-1.6b-x12", 32, 2048)):
+        plan = plans[name]
+        assert plan["cache_length"] == 2048
+        others = plan["dense_params"] - layers * 8 * hidden**2 + plan["uncounted_params"]
+        head = plan["embedding_params"] // 2
+        for batch, everything in plan["step_bytes_read"].items():
+            cache = int(batch) * 2048 * layers * 2 * hidden
+            counted = plan["weight_bytes_read"][batch]
+            assert everything == counted + 2 * (others + head + cache)
+    moe, ultramem = (
+        plans[name]["step_bytes_read"] for name in ("moe-1.6b-2in34", "ultramem-1.6b-x12")
+    )
+    ratios = [f"{moe[batch] / ultramem[batch]:.1f}" for batch in ultramem]
+    assert ratios == ["1.0", "2.3", "4.0", "2.0", "1.3", "1.1"]  # in the README
 
 
 def test_dense_models_have_12_l_d_squared(plans):

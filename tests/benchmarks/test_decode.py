@@ -13,7 +13,8 @@ from ultramem_megatron.errors import UltraMemError
 def _benchmark(folder):
     from ultramem_megatron.benchmarks.decode import main
 
-    main(["--out", str(folder), "--scale", "small"])
+    main(["--out", str(folder), "--scale", "small", "--group-query-attention",
+          "--num-query-groups", "2"])  # fmt: skip
 
 
 def _shuffled_addresses(model):
@@ -102,6 +103,16 @@ def test_the_command_writes_rows_and_figures(tmp_path):
         assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
         assert all(row[name] for name in ("date", "commit", "hardware", "torch", "megatron_core"))
         assert int(row["bytes_counted"]) <= int(row["bytes_modelled"])
+        # Attention with 2 of 4 key heads, norms, output layer; a cache of 8 tokens and the new one.
+        attention = 4 * (64 * (64 + 2 * 32) + 64 * 64) * 2
+        cache = 4 * 2 * 9 * int(row["batch"]) * 2 * 16 * 2
+        beside = int(row["bytes_all"]) - int(row["bytes_counted"]) - attention - cache
+        head_and_norms = 512 * 64 * 2 + (4 * 2 + 1) * 2 * 64 * 2
+        if row["kind"] == "dense":
+            assert beside == head_and_norms
+        else:  # routers, or projections, keys and cores
+            assert head_and_norms < beside < 2 * head_and_norms
+        assert row["flags"] == "--group-query-attention --num-query-groups 2"
     parameters = {row["model"]: int(row["parameters"]) for row in rows}
     assert parameters["small moe-2in4"] < parameters["small moe-2in12"]
     assert {path.name for path in tmp_path.glob("*.png")} == {

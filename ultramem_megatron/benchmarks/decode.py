@@ -1,7 +1,7 @@
 """Latency of a decode step, dense against MoE against UltraMem (the paper's figures 1b, 1c, 6c, 7).
 
     python -m ultramem_megatron.benchmarks.decode --out DIR [--scale 151m|1.6b|small] [--quick] \\
-        [--cuda-graphs]
+        [--cuda-graphs] [Megatron's flags, for all models: --group-query-attention ...]
     python -m ultramem_megatron.benchmarks.decode plot DIR/decode.csv
 
 Models have random weights and are measured one after another: batches of 1 to 1024 sequences, each
@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     default = "1.6b" if torch.cuda.is_available() else "151m"
-    parser = argparse.ArgumentParser(prog="ultramem_megatron.benchmarks.decode")
+    parser = argparse.ArgumentParser(
+        prog="ultramem_megatron.benchmarks.decode",
+        epilog="Megatron's flags may follow; they hold for all models.", allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="Folder for CSV and figures.")
     parser.add_argument(
         "--scale", choices=SCALES, default=default,
@@ -65,7 +68,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         help="On a GPU: replay each step of dense and UltraMem as a CUDA graph. MoE runs without: "
         "its experts wait for the host.",
     )  # fmt: skip
-    options = parser.parse_args(words)
+    options, flags = parser.parse_known_args(words)
+    options.flags = flags
     if options.cuda_graphs and not torch.cuda.is_available():
         raise UltraMemError("--cuda-graphs: there is no NVIDIA GPU here. Measure without them.")
     return options
@@ -105,13 +109,17 @@ def _measure(
 ) -> Iterator[Row]:
     from ultramem_megatron.benchmarks.decode_step import DecodeStep
     from ultramem_megatron.benchmarks.environment import environment_columns
-    from ultramem_megatron.benchmarks.weight_access import count_weight_bytes, read_sizes
+    from ultramem_megatron.benchmarks.weight_access import (
+        count_weight_bytes,
+        other_weight_bytes,
+        read_sizes,
+    )
     from ultramem_megatron.inference import prepare_for_inference
     from ultramem_megatron.plan.sizes import weight_bytes_read
     from ultramem_megatron.untrained import untrained_model
 
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all its arguments
-        built, args = untrained_model([*model.flags, *scale.extra_flags])
+        built, args = untrained_model([*model.flags, *scale.extra_flags, *options.flags])
     prepare_for_inference(built)
     graphed = options.cuda_graphs and model.kind != "moe"
     sizes = read_sizes(built, args.moe_router_topk, _picks(args))
@@ -136,6 +144,8 @@ def _measure(
             **{f"{kind}_bytes_counted": n for kind, n in counted.items()},
             "bytes_counted": read,
             "bytes_modelled": weight_bytes_read(sizes, batch, args.params_dtype.itemsize),
+            "bytes_all": read + other_weight_bytes(built) + step.cache_bytes,
+            "flags": " ".join(options.flags),
             **environment_columns(),
         }  # fmt: skip
         print(

@@ -45,6 +45,8 @@ class DecodeStep:
             self.context.key_value_memory_dict[layer] = (keys, values)
         self.context.enable_decode_mode()
         self.cache_length = cache_length
+        self.cache_bytes = config.num_layers * (keys.nbytes + values.nbytes)
+        """Read in a step: every layer reads the one cache."""
         self._graph: torch.cuda.CUDAGraph | None = None
         self.inputs = {
             "tokens": torch.randint(vocabulary, (batch, 1), device=device),

@@ -58,6 +58,27 @@ def _kind(name: str, module: nn.Module) -> str | None:
     return "MLP" if name.endswith(".mlp") and type(module).__name__ == "MLP" else None
 
 
+def other_weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights that every step reads whole and `count_weight_bytes` leaves out.
+
+    Attention, norms, routers, what a memory has beside its table, and the output layer; of word
+    embeddings a step reads next to nothing, unless they are the output layer too.
+    """
+    counted = {
+        id(parameter)
+        for name, module in model.named_modules()
+        if _kind(name, module) is not None
+        for parameter in module.parameters()
+    }
+    names = dict(model.named_parameters())
+    untied = any(name.endswith("output_layer.weight") for name in names)
+    return sum(
+        parameter.nbytes
+        for name, parameter in names.items()
+        if id(parameter) not in counted and not (untied and "embedding." in name)
+    )
+
+
 def _bytes_of(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 

@@ -97,7 +97,9 @@ def make_plan(
     return {
         "preset": preset,
         "about": find_preset(preset).about if preset else "",
-        **describe_sizes(model_sizes(whole), whole.transformer.params_dtype.itemsize),
+        **describe_sizes(
+            model_sizes(whole), whole.transformer.params_dtype.itemsize, whole.args.seq_length
+        ),
         "pipeline_layouts": uncrossed_layouts(whole),
         "layouts": [describe_layout(parse(words, n)) for n in gpus or [smallest_world(words)]],
     }

@@ -65,9 +65,17 @@ def _reads(plan: dict[str, Any]) -> str:
     reads = plan["weight_bytes_read"]
     batches = "".join(f"{batch:>10}" for batch in reads)
     gigabytes = "".join(f"{count / 1e9:>10.3f}" for count in reads.values())
-    return (
+    shown = (
         f"MLP, expert and value weights read by a decode step, {plan['number_bytes']} bytes each\n"
         f"  {'batch':<6}{batches}\n  {'GB':<6}{gigabytes}"
+    )
+    everything = plan["step_bytes_read"].values()
+    if None in everything:
+        return shown
+    gigabytes = "".join(f"{count / 1e9:>10.3f}" for count in everything)
+    return (
+        f"{shown}\n  {'all':<6}{gigabytes}  with other weights and a KV cache of "
+        f"{plan['cache_length']} tokens"
     )
 
 

@@ -48,6 +48,10 @@ class ModelSizes:
     """Word embeddings and output layer."""
     uncounted: int
     """Norms, biases, routers."""
+    head: int
+    """The matrix that makes logits, also where it is the word embedding."""
+    cached_per_token: int | None
+    """Numbers in the KV cache, all layers; None for latent attention, not counted."""
     reads: ReadSizes
 
     @property
@@ -87,8 +91,22 @@ def model_sizes(run: Run) -> ModelSizes:
         activated_sparse=activated,
         embedding=counts["embedding"],
         uncounted=counts["uncounted"],
+        head=_head({name: n for kind, name, n in found if kind == "embedding"}),
+        cached_per_token=_cached_per_token(run.transformer),
         reads=reads,
     )
+
+
+def _head(embeddings: dict[str, int]) -> int:
+    tied = embeddings["embedding.word_embeddings.weight"]
+    return embeddings.get("output_layer.weight", tied)
+
+
+def _cached_per_token(transformer: Any) -> int | None:
+    if transformer.multi_latent_attention:
+        return None
+    heads = transformer.num_query_groups
+    return int(2 * transformer.num_layers * heads * transformer.kv_channels)
 
 
 _KINDS = ("values", "embedding", "expert", "uncounted", "dense")
@@ -136,13 +154,28 @@ def weight_bytes_read(reads: ReadSizes, batch: int, number_bytes: int = 2) -> in
     return number_bytes * (reads.mlp + experts + values)
 
 
+def step_bytes_read(sizes: ModelSizes, batch: int, cache: int, number_bytes: int = 2) -> int | None:
+    """All that one decode step must read: `weight_bytes_read`, all other weights, the KV cache.
+
+    cache: tokens of each of `batch` sequences. None where the cache is not counted.
+    """
+    if sizes.cached_per_token is None:
+        return None
+    others = sizes.dense - sizes.reads.mlp + sizes.uncounted + sizes.head
+    numbers = others + batch * cache * sizes.cached_per_token
+    return weight_bytes_read(sizes.reads, batch, number_bytes) + number_bytes * numbers
+
+
 def access_ratio(of: ReadSizes, to: ReadSizes, batches: Iterable[int]) -> dict[int, float]:
     """How many times the bytes of `to` the model `of` reads, by batch size."""
     return {b: weight_bytes_read(of, b) / weight_bytes_read(to, b) for b in batches}
 
 
-def describe_sizes(sizes: ModelSizes, number_bytes: int) -> dict[str, Any]:
-    """The plan's entries on sizes; elements, FLOPs, and bytes by batch size."""
+def describe_sizes(sizes: ModelSizes, number_bytes: int, cache: int) -> dict[str, Any]:
+    """The plan's entries on sizes; elements, FLOPs, and bytes by batch size.
+
+    cache: tokens in the KV cache of each sequence.
+    """
     return {
         "total_params": sizes.total,
         "dense_params": sizes.dense,
@@ -154,5 +187,9 @@ def describe_sizes(sizes: ModelSizes, number_bytes: int) -> dict[str, Any]:
         "number_bytes": number_bytes,
         "weight_bytes_read": {
             str(batch): weight_bytes_read(sizes.reads, batch, number_bytes) for batch in BATCHES
+        },
+        "cache_length": cache,
+        "step_bytes_read": {
+            str(batch): step_bytes_read(sizes, batch, cache, number_bytes) for batch in BATCHES
         },
     }
