@@ -62,7 +62,7 @@ def _to_host_device(original: Callable[..., Any]) -> Callable[..., Any]:
     return to
 
 
-class _AnyGenerator(type(torch.Generator)):  # type: ignore[misc]
+class _AnyGenerator(type(torch.Generator)):  # type: ignore[misc]  # a metaclass found at run time
     def __instancecheck__(cls, instance: object) -> bool:
         return isinstance(instance, _GENERATOR)
 
@@ -74,7 +74,7 @@ class HostGenerator(torch.Generator, metaclass=_AnyGenerator):
     """torch.Generator on the CPU for any way to write a CUDA device."""
 
     def __new__(cls, device: Any = "cpu") -> Self:
-        return super().__new__(cls, host_device(device))  # type: ignore[call-arg]
+        return super().__new__(cls, host_device(device))  # type: ignore[call-arg]  # torch declares no __new__
 
 
 def _stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -121,7 +121,7 @@ class Editor:
         original = getattr(owner, attribute, None)
         new = make(original)
         if inspect.isfunction(new):
-            new.__wrapped__ = original  # type: ignore[attr-defined]
+            new.__wrapped__ = original  # type: ignore[attr-defined]  # functools.wraps' own
         self.replace(dotted, new, parameters)
 
     def on_revert(self, undo: Callable[[], None]) -> None:

@@ -311,7 +311,7 @@ def train_valid_test_datasets_provider(
 
 
 # Every rank calls the provider; the data sets themselves decide who reads (see `_reads_data`).
-train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks
 
 
 def refuse_other_tasks(args: Namespace) -> None:

@@ -172,7 +172,7 @@ def dynamic_context(model: Any, requests: int, length: int, block_tokens: int = 
             max_requests=slots,
             max_tokens=max(slots, length, _STEP_TOKENS),
             block_size_tokens=block_tokens,
-            buffer_size_gb=blocks * block_tokens * token_bytes / 2**30,  # type: ignore[arg-type]
+            buffer_size_gb=blocks * block_tokens * token_bytes / 2**30,
             pg_collection=groups,
             # None: no graphs. A graph is captured for each power of two.
             num_cuda_graphs=slots.bit_length() if config.cuda_graph_impl == "local" else None,

@@ -173,7 +173,7 @@ def _spec_with_memory(config: UltraMemGPTModelConfig) -> Any:
 def _resolve(given: Any, config: GPTModelConfig, vp_stage: int | None) -> Any:
     """The layer spec without memory, chosen as GPTModelBuilder does."""
     if given is None:
-        spec = default_layer_spec(config, vp_stage)  # type: ignore[arg-type]
+        spec = default_layer_spec(config, vp_stage)
     elif isinstance(given, ModuleSpec) or not callable(given):
         spec = given
     elif "vp_stage" in inspect.signature(given).parameters:

@@ -20,7 +20,7 @@ def sequence_parallel_norm(
     norm = kind(hidden_size, eps=eps)
     for parameter in norm.parameters():
         parameter.data = parameter.data.to(config.params_dtype)
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's tag
     return norm
 
 

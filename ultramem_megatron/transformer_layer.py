@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -67,6 +68,9 @@ class MemoryLayerMixin:
     config: TransformerConfig
     training: bool
     layer_number: int
+    self_attention: nn.Module
+    pre_mlp_layernorm: nn.Module
+    pg_collection: ProcessGroupCollection
 
     def __init__(
         self,
@@ -76,23 +80,22 @@ class MemoryLayerMixin:
         role: LayerRole,
         **kwargs: Any,
     ) -> None:
-        super().__init__(config, submodules, *args, **kwargs)  # type: ignore[call-arg]
+        super().__init__(config, submodules, *args, **kwargs)  # type: ignore[call-arg]  # of the other base
         self.role = role
         self.memory: TransformerMemory | None = None
         self._memory_input: Tensor | None = None
         self._branch: Branch | None = None
         if role.beside_branch(self.layer_number):
-            attention: nn.Module = self.self_attention  # type: ignore[attr-defined]
-            attention.register_forward_hook(self._after_attention)
+            self.self_attention.register_forward_hook(self._after_attention)
         if submodules.memory is None:
             return
         self.memory = build_module(
             submodules.memory,
             config=self.config,
             layer_number=self.layer_number,
-            pg_collection=self.pg_collection,  # type: ignore[attr-defined]
+            pg_collection=self.pg_collection,
         )
-        norm: nn.Module = self.pre_mlp_layernorm  # type: ignore[attr-defined]
+        norm = self.pre_mlp_layernorm
         if isinstance(norm, IdentityOp):
             raise UltraMemError(
                 f"Layer {self.layer_number} fuses its pre-MLP norm into the MLP, so the memory has "
@@ -127,7 +130,7 @@ class MemoryLayerMixin:
         if self.role.unpacks:
             hidden_states, context = self._unpack(hidden_states)
         self._branch = context if isinstance(context, Branch) else None
-        output, _ = super().forward(hidden_states, *args, context=None, **kwargs)  # type: ignore[misc]
+        output, _ = super().forward(hidden_states, *args, context=None, **kwargs)  # type: ignore[misc]  # the same
         if self.memory is not None:
             context = self._read_memory(kwargs)
         elif self._branch is not None:

@@ -23,7 +23,7 @@ from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.layer import UltraMemLayer
 from ultramem_megatron.partition.exchange import gather_shares, take_share
 from ultramem_megatron.partition.groups import TableGroups, table_groups
-from ultramem_megatron.partition.settings import TableSettings
+from ultramem_megatron.partition.settings import Partition, TableSettings
 from ultramem_megatron.query_history import decoding_history, neighbours_history, paged_history
 from ultramem_megatron.steps import Steps, run
 from ultramem_megatron.value_table import ValueTable
@@ -41,7 +41,7 @@ class TransformerMemory(UltraMemLayer):
         ultramem: UltraMemConfig,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        partition: str = "dimension",
+        partition: Partition = "dimension",
     ) -> None:
         """config: sizes, norm epsilon, parameter dtype and device are taken from it.
 
@@ -67,20 +67,20 @@ class TransformerMemory(UltraMemLayer):
         """Tell Megatron how each parameter's gradient is to be reduced."""
         for parameter in self.parameters():
             # Seen by each tensor-parallel rank with other tokens: summed over them.
-            parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+            parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]  # Megatron's tag
         if self.groups is not None:
             table = self.values.weight
-            table.sequence_parallel = False  # type: ignore[attr-defined]
+            table.sequence_parallel = False  # type: ignore[attr-defined]  # Megatron's tag
             # An "expert" parameter: reduced over the ranks that hold the same part.
-            table.allreduce = False  # type: ignore[attr-defined]
+            table.allreduce = False  # type: ignore[attr-defined]  # Megatron's tag
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, inference_context: Any = None, packed_seq_params: Any = None
     ) -> Tensor:
         """x: (S, B, D), the output of the pre-MLP norm; returns the same shape and dtype."""
         return run(self.steps(x, inference_context, packed_seq_params))
 
-    def steps(  # type: ignore[override]
+    def steps(
         self, x: Tensor, inference_context: Any = None, packed_seq_params: Any = None
     ) -> Steps:
         """As forward, pausing whenever other ranks have to answer."""
@@ -191,11 +191,11 @@ class TransformerMemory(UltraMemLayer):
 
 
 def _value_table(
-    ultramem: UltraMemConfig, groups: TableGroups | None, partition: str
+    ultramem: UltraMemConfig, groups: TableGroups | None, partition: Partition
 ) -> ValueTable:
     if groups is None:
         return ValueTable(ultramem)
-    settings = TableSettings(groups.table.size(), partition)  # type: ignore[arg-type]
+    settings = TableSettings(groups.table.size(), partition)
     return ValueTable(ultramem, settings.layout(ultramem, groups.table.rank()), groups.table)
 
 

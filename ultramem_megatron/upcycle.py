@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 
 from ultramem_megatron.auxiliary_loss import memory_layers
@@ -103,7 +103,8 @@ def silence(layers: Iterable[UltraMemLayer]) -> None:
     """Make the output of each memory zero, in the last step that has parameters."""
     for layer in layers:
         last = layer.value_proj if layer.config.value_projection else layer.values
-        last.weight.zero_()  # type: ignore[union-attr, operator]
+        assert isinstance(last.weight, Tensor)
+        last.weight.zero_()
 
 
 def _load_dense_weights(chunk: nn.Module, folder: str) -> None:
@@ -114,7 +115,7 @@ def _load_dense_weights(chunk: nn.Module, folder: str) -> None:
     groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     per_layer = any(key.startswith("decoder.layers.0.") for key in stored)
     with _without_memories(chunk), _layer_keys(chunk, per_layer):
-        state = chunk.sharded_state_dict(metadata=groups)  # type: ignore[operator]
+        state = chunk.sharded_state_dict(metadata=groups)  # type: ignore[operator]  # Megatron's, untyped
         wanted = {
             t.key for t in nested_values(state) if isinstance(t, dist_checkpointing.ShardedTensor)
         }
@@ -136,7 +137,8 @@ def _without_memories(chunk: nn.Module) -> Iterator[None]:
     for module in list(chunk.modules()):
         memory = module._modules.get("memory")
         if isinstance(memory, UltraMemLayer):
-            hidden.append((module._modules, module._modules.pop("memory")))  # type: ignore[arg-type]
+            hidden.append((module._modules, memory))
+            del module._modules["memory"]
     try:
         yield
     finally:

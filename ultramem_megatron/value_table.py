@@ -71,4 +71,4 @@ def _reader(
 
 def mark_as_values(parameter: nn.Parameter) -> None:
     """Tag a parameter as a value table."""
-    parameter.ultramem_values = True  # type: ignore[attr-defined]
+    parameter.ultramem_values = True  # type: ignore[attr-defined]  # our tag

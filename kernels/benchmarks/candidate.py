@@ -61,12 +61,12 @@ class Candidate:
         self.clear()
         return {name: tensor.clone() for name, tensor in found.items()}
 
-    def forced(self, run: Callable[[], Tensor | None]) -> Tensor:
+    def forced[T](self, run: Callable[[], T]) -> T:
         """Call `run` with this candidate's kernels."""
         before = os.environ.get(VARIABLE)
         os.environ[VARIABLE] = self.kernels
         try:
-            return run()  # type: ignore[return-value]
+            return run()
         finally:
             if before is None:
                 del os.environ[VARIABLE]

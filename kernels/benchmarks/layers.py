@@ -76,7 +76,7 @@ def others(shape: Shape, device: torch.device) -> list[Candidate]:
 def _other(name: str, module: nn.Module, x: Tensor) -> Candidate:
     def forward() -> Tensor:
         out: Any = module(x.unsqueeze(1))  # (S, B, D)
-        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+        return out[0] if isinstance(out, tuple) else out
 
     return Candidate(name=name, forward=forward, leaves=[x, *module.parameters()])
 
@@ -86,7 +86,7 @@ def _layer(shape: Shape, device: torch.device) -> UltraMemLayer:
     with torch.device(device), _default_dtype(shape.dtype):
         layer = UltraMemLayer(shape.config(), hidden_size=shape.hidden, num_layers=_LAYERS)
     table = layer.values.weight
-    table.main_grad = torch.zeros(table.shape, device=device)  # type: ignore[attr-defined]
+    table.main_grad = torch.zeros(table.shape, device=device)  # type: ignore[attr-defined]  # Megatron's tag
     return layer
 
 

@@ -63,16 +63,16 @@ def make_table(shape: Shape, device: torch.device) -> Tensor:
     block = torch.randn(min(4096, shape.values), shape.value_dim, device=device) / 10
     repeats = -(-shape.values // len(block))
     table = block.to(shape.dtype).repeat(repeats, 1)[: shape.values].requires_grad_()
-    table.main_grad = torch.zeros(table.shape, device=device)  # type: ignore[attr-defined]
+    table.main_grad = torch.zeros(table.shape, device=device)  # type: ignore[attr-defined]  # Megatron's tag
     return table
 
 
 def table_gradient(leaf: Tensor, shape: torch.Size) -> Tensor:
     """The gradient wherever it went."""
     if leaf.grad is None:
-        return leaf.main_grad.view(shape)  # type: ignore[attr-defined,no-any-return]
+        return leaf.main_grad.view(shape)  # type: ignore[attr-defined]  # Megatron's tag
     if leaf.grad.is_sparse and hasattr(leaf, "main_grad"):
-        return leaf.main_grad.view(shape)  # type: ignore[no-any-return]
+        return leaf.main_grad.view(shape)
     dense = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad
     return dense.view(shape)
 

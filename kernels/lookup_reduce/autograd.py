@@ -37,13 +37,13 @@ def lookup_reduce(
 
 class _LookupReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, rows, groups, scores, num_groups):  # type: ignore[no-untyped-def]
+    def forward(ctx, table, rows, groups, scores, num_groups):
         ctx.save_for_backward(table, rows, groups, scores)
         return _pool(table)(table, rows, groups, scores, num_groups)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         table, rows, groups, scores = ctx.saved_tensors
         wants_table, _, _, wants_scores, _ = ctx.needs_input_grad
         target = _target(table) if wants_table else None

@@ -31,7 +31,7 @@ def wants_sparse(table: Tensor) -> bool:
 
 def added_to_main_grad(table: Tensor) -> Tensor:
     """Mark the table's gradient as added; returns the dummy that backward is to return."""
-    table.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    table.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # Megatron's tag
     index = torch.empty(1, 0, dtype=torch.int64, device=table.device)
     values = table.new_empty(0, *table.shape[1:])
     return sparse_rows(table, index, values)

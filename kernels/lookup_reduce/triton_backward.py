@@ -90,7 +90,7 @@ def picks_kernel(
     grad, table, rows, groups, scores, target, score_grad, picks, width, slice_width, cores,
     num_groups, ADD_ROWS: tl.constexpr, PRECISE: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """Grid (T, blocks of picks, C): score gradients, and row gradients by atomics."""
     token = tl.program_id(0).to(tl.int64)
     pick = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -120,7 +120,7 @@ def picks_kernel(
 def sorted_rows_kernel(
     grad, row_n, order_n, groups, scores, target, count, picks, width, slice_width, cores,
     num_groups, PRECISE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """Grid (T*P, C * blocks of a slice): the program at the first pick of a row sums it.
 
     The others end at once, so the number of distinct rows is never asked for.

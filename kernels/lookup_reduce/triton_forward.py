@@ -67,7 +67,7 @@ def precise(table: Tensor) -> tl.constexpr:
 def pool_kernel(
     table, rows, groups, scores, out, picks, width, slice_width, cores, num_groups,
     PRECISE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """Grid (T, C * blocks of a slice); see `pool`."""
     token = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(slice_width, BLOCK_W)

@@ -42,7 +42,7 @@ class EagerSideTopk(torch.autograd.Function):
         return indices, scores
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: Any, _: Tensor, grad_scores: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:

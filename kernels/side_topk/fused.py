@@ -35,7 +35,7 @@ class FusedSideTopk(torch.autograd.Function):
         return indices, picked
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, _: Tensor, grad_picked: Tensor) -> tuple[Tensor, Tensor, None, None]:
         query, keys, indices = ctx.saved_tensors
         query_p, keys_p = _by_pair(query, keys)

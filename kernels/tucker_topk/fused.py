@@ -39,7 +39,7 @@ class FusedTuckerTopk(torch.autograd.Function):
         return addresses, best
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, _: Tensor, grad_best: Tensor) -> tuple[Tensor, None, Tensor, None]:
         scores, cores, positions = ctx.saved_tensors
         tokens, heads, _, ranks, topk = scores.shape

@@ -31,7 +31,7 @@ def output(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def megatron_tokenizer(folder: Path):  # type: ignore[no-untyped-def]
+def megatron_tokenizer(folder: Path):
     """The tokenizer as Megatron makes it from its flags."""
     from megatron.core.tokenizers import MegatronTokenizer
 

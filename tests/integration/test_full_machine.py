@@ -74,7 +74,7 @@ def _fill_after_scalars(folder: str, count: int) -> None:
             _fill(folder)
         return add(*args, **kwargs)
 
-    SummaryWriter.add_scalar = add_scalar  # type: ignore[method-assign]
+    SummaryWriter.add_scalar = add_scalar  # type: ignore[method-assign]  # the fault
 
 
 def test_events_that_do_not_fit(small_disk):

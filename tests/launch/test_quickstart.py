@@ -51,7 +51,7 @@ def finished(
 Finished = tuple[Path, subprocess.CompletedProcess[str]]
 
 
-def summary_of(finished: Finished) -> dict:  # type: ignore[type-arg]
+def summary_of(finished: Finished) -> dict:
     return json.loads((finished[0] / "summary.json").read_text(encoding="utf-8"))
 
 

@@ -133,8 +133,12 @@ def _draw_from_megatrons_streams() -> dict[str, Any]:
 
     registry.apply_all()
     warnings: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            warnings.append(record.getMessage())
+
+    handler = Handler()
     logging.getLogger(random.__name__).addHandler(handler)
     random.model_parallel_cuda_manual_seed(5, tp_rank=0, ep_rank=0, etp_rank=0)
     tracker = random.get_cuda_rng_tracker()

@@ -9,6 +9,7 @@ one step each, and with --plot DIR/overlap.png. On GPUs, one for each rank, link
 
 import argparse
 import csv
+import functools
 import os
 import statistics
 import subprocess
@@ -101,7 +102,7 @@ def _traces(
         for name, block in blocks.items():
             _line_up()
             with trace.marked_layers(block):
-                found[name].append(trace.traced(lambda name=name: run(name)))  # type: ignore[misc]
+                found[name].append(trace.traced(functools.partial(run, name)))
     return found
 
 

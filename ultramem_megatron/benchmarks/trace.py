@@ -68,13 +68,13 @@ class _Mark(torch.autograd.Function):
     """Leaves an event where forward comes through, and one where backward does."""
 
     @staticmethod
-    def forward(ctx, x, forward_event, backward_event):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, forward_event, backward_event):
         ctx.event = backward_event
         with record_function(forward_event):
             return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         with record_function(ctx.event):
             return grad, None, None
 

@@ -34,7 +34,7 @@ except ImportError as error:
 
 
 @dataclass
-class UltraMemGPTModelProvider(GPTModelProvider):  # type: ignore[misc]
+class UltraMemGPTModelProvider(GPTModelProvider):
     """Bridge's GPTModelProvider and the design of its memory layers (None: a plain GPT).
 
     Tables lie over Megatron's expert-parallel group. Bridge makes groups from the flags of the

@@ -81,7 +81,7 @@ def provider_of(model: Settings, memory: Settings, training: Mapping[str, Value]
         attention_dropout=float(training["attention_dropout"]),
         hidden_dropout=float(training["hidden_dropout"]),
         bf16=bool(training["bf16"]),
-        ultramem=UltraMemConfig(spans=spans, **design),  # type: ignore[arg-type]
+        ultramem=UltraMemConfig(spans=spans, **design),  # type: ignore[arg-type]  # values of a preset
     )
 
 
@@ -96,7 +96,7 @@ def _value_overrides(ultramem: UltraMemConfig) -> Any:
     """
     from megatron.bridge.training.config import OptimizerConfigOverrideProvider
 
-    class ValueLearningRate(OptimizerConfigOverrideProvider):  # type: ignore[misc]
+    class ValueLearningRate(OptimizerConfigOverrideProvider):
         """The tables in a parameter group of their own."""
 
         def build_config_overrides(self, context: Any) -> dict[Any, Any] | None:
@@ -115,7 +115,7 @@ def value_rate_fall(ultramem: UltraMemConfig) -> Any:
     """A callback for Bridge's pretrain: the tables' learning rate falls as value_lr_decay says."""
     from megatron.bridge.training.callbacks import Callback
 
-    class ValueRateFall(Callback):  # type: ignore[misc]
+    class ValueRateFall(Callback):
         """Before each step, from the rate that the scheduler gives the tables."""
 
         def on_train_step_start(self, context: Any) -> None:

@@ -29,15 +29,15 @@ PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 DEFINITION_LENGTHS = range(15, 121)  # characters; of nouns in definitions.tsv
 
 GCIDE, GCIDE_INDEX = "usr/share/dictd/gcide.dict.dz", "usr/share/dictd/gcide.index"
-# SHA-256 of what is read, in the editions dict-gcide 0.48.5 and wordnet-base 3.0. (E501: a path and
-# its sum on a line.)
+WORDNET = "usr/share/wordnet"
+# SHA-256 of what is read, in the editions dict-gcide 0.48.5 and wordnet-base 3.0.
 CHECKSUMS = {
     GCIDE: "3e6b2cdcbc1b3664c2f1466e3c8e44012e815c4c67fa83fa61f39777cd6e8517",
     GCIDE_INDEX: "e78de035e075f16dd686dd87a4dbf5b4525130d0550968a02d929f5ddf63a6a1",
-    "usr/share/wordnet/data.noun": "fea17d2f9656611334eac790e5d69e47645fa180c4aa481fb4cd9b3520754ca2",  # noqa: E501
-    "usr/share/wordnet/data.verb": "adcf43e35b581e8036d8b5a52d63d9cd3d3b4870b2720d3c03c799df44777bc2",  # noqa: E501
-    "usr/share/wordnet/data.adj": "c89120dfc1f046ddff4a631bf9b7e9fa1a36b5e86565a23bf82dbe14f30b88a7",  # noqa: E501
-    "usr/share/wordnet/data.adv": "444a63bf3955080ab7524f5079cfc07ff9bc682cb98bdb1db73b0fb9829f1139",  # noqa: E501
+    f"{WORDNET}/data.noun": "fea17d2f9656611334eac790e5d69e47645fa180c4aa481fb4cd9b3520754ca2",
+    f"{WORDNET}/data.verb": "adcf43e35b581e8036d8b5a52d63d9cd3d3b4870b2720d3c03c799df44777bc2",
+    f"{WORDNET}/data.adj": "c89120dfc1f046ddff4a631bf9b7e9fa1a36b5e86565a23bf82dbe14f30b88a7",
+    f"{WORDNET}/data.adv": "444a63bf3955080ab7524f5079cfc07ff9bc682cb98bdb1db73b0fb9829f1139",
 }
 
 _DICTD_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
@@ -147,7 +147,7 @@ def _dictd_number(digits: str) -> int:
 def wordnet_glosses(root: Path) -> Iterator[tuple[list[str], str, str]]:
     """Words, part of speech, and the gloss with its examples, of every synset."""
     for part in PARTS_OF_SPEECH:
-        file = root / "usr/share/wordnet" / f"data.{part}"
+        file = root / WORDNET / f"data.{part}"
         for line in file.read_text(encoding="latin-1").splitlines():
             if line.startswith("  "):  # the licence
                 continue

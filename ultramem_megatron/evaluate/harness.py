@@ -18,7 +18,7 @@ from ultramem_megatron.inference import LoadedModel
 _DEFAULT_NEW_TOKENS = 256
 
 
-class HarnessModel(TemplateLM):  # type: ignore[misc]
+class HarnessModel(TemplateLM):
     """A model on one tensor-parallel group; every rank runs the harness with the same requests."""
 
     def __init__(self, loaded: LoadedModel, batch: int) -> None:

@@ -124,24 +124,24 @@ class _Issue(torch.autograd.Function):
     """Issues; returns a token without elements, which ties the wait to it in autograd's graph."""
 
     @staticmethod
-    def forward(ctx, x, there, back):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, there, back):
         ctx.back = back
         there.issue(x)
         return x.new_empty(0)
 
     @staticmethod
-    def backward(ctx, _token):  # type: ignore[no-untyped-def]
+    def backward(ctx, _token):
         return ctx.back.wait(), None, None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token, there, back):  # type: ignore[no-untyped-def]
+    def forward(ctx, token, there, back):
         ctx.back = back
         return there.wait()
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         ctx.back.issue(grad)
         return grad.new_empty(0), None, None
 

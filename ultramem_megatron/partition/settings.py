@@ -10,6 +10,8 @@ from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.partition.layout import TableLayout, check_layout
 from ultramem_megatron.partition.traffic import Exchange, choose
 
+Partition = Literal["number", "dimension"]
+
 PARTITIONS = ("auto", "number", "dimension")
 
 
@@ -18,7 +20,7 @@ class TableSettings:
     """size: P, ranks that share each table. partition: how they share it."""
 
     size: int = 1
-    partition: Literal["number", "dimension"] = "dimension"
+    partition: Partition = "dimension"
 
     def layout(self, config: UltraMemConfig, rank: int = 0) -> TableLayout:
         """The part of one rank."""

@@ -53,7 +53,7 @@ class _Kept(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         """Gradients of the right shapes."""
         needed = ctx.needs_input_grad[3:]
         kept = ctx.saved_tensors[: len(needed)]

@@ -60,7 +60,7 @@ class TuckerCores(nn.Module):
         self.u.copy_(sign * u)
         self.t.copy_(sign * t)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse=True):
         # Casting a model to half precision must not round the filter: it picks the shortlist.
         before = {"u": self.u, "t": self.t}
         super()._apply(fn, recurse)
