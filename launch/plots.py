@@ -19,7 +19,7 @@ from typing import Any
 from launch.ablations.experiments import EXPERIMENTS
 from ultramem_megatron.benchmarks import decode_figures, training
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.partition import traffic
+from ultramem_megatron.partition import figure9
 from ultramem_megatron.plan import figures as weight_figures
 
 RESULTS = Path(__file__).parent / "results"
@@ -74,9 +74,13 @@ def read(name: str, folder: Path) -> Results:
     for file in (folder / f"{name}.csv", folder / f"{name}_curves.csv"):
         if not file.exists():
             raise UltraMemError(f"no {file}. Make it with: bash launch/ablate_{name}.sh")
-        with file.open(newline="", encoding="utf-8") as opened:
-            lines.append(list(csv.DictReader(opened)))
+        lines.append(_lines(file))
     return Results(name, *lines)
+
+
+def _lines(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -173,16 +177,21 @@ def _draw_curves(axes: Any, results: Results, metric: str) -> None:
         for line in results.curves:
             if (line["model"], line["metric"]) == (model, metric):
                 points.setdefault(int(line["tokens"]), []).append(float(line["value"]))
-        if not points:
-            continue
-        tokens = sorted(points)
-        means, bars = zip(*(spread(points[t]) for t in tokens), strict=True)
-        marker = "." if len(tokens) <= _FEW_POINTS else None
-        (drawn,) = axes.plot(tokens, means, marker=marker, label=model)
-        low, high = ([m + s * b for m, b in zip(means, bars, strict=True)] for s in (-1, 1))
-        axes.fill_between(tokens, low, high, color=drawn.get_color(), alpha=0.2)
+        _draw_band(axes, points, model)
     axes.set(xlabel="training tokens", ylabel=metric)
     axes.legend()
+
+
+def _draw_band(axes: Any, points: Mapping[int, list[float]], label: str) -> None:
+    """Mean over the values at each number of tokens, and a band of one deviation."""
+    if not points:
+        return
+    tokens = sorted(points)
+    means, bars = zip(*(spread(points[t]) for t in tokens), strict=True)
+    marker = "." if len(tokens) <= _FEW_POINTS else None
+    (drawn,) = axes.plot(tokens, means, marker=marker, label=label)
+    low, high = ([m + s * b for m, b in zip(means, bars, strict=True)] for s in (-1, 1))
+    axes.fill_between(tokens, low, high, color=drawn.get_color(), alpha=0.2)
 
 
 def _draw_figure1a(results: Results, figure: Any) -> None:
@@ -218,13 +227,7 @@ def _draw_perplexity_ratio(axes: Any, results: Results, baseline: str) -> None:
                 window = pairs[start : start + _WINDOW]
                 gap = statistics.fmean(own[1] - other[1] for own, other in window)
                 by_token.setdefault(window[-1][0][0], []).append(math.exp(gap))
-        if not by_token:
-            continue
-        tokens = sorted(by_token)
-        means, bars = zip(*(spread(by_token[t]) for t in tokens), strict=True)
-        (drawn,) = axes.plot(tokens, means, marker=".", label=model)
-        low, high = ([m + s * b for m, b in zip(means, bars, strict=True)] for s in (-1, 1))
-        axes.fill_between(tokens, low, high, color=drawn.get_color(), alpha=0.2)
+        _draw_band(axes, by_token, model)
     axes.set(xlabel="training tokens", ylabel=f"training perplexity, {baseline}'s = 1")
     axes.legend()
 
@@ -257,14 +260,10 @@ _DRAWINGS: dict[str, tuple[Callable[[Results, Any], None], tuple[float, float]]]
 _OTHERS: dict[str, Callable[[Path], None]] = {
     "decode": decode_figures.draw,
     "training": training.plot,
-    "figure1c": lambda file: weight_figures.draw(_beside(file), weight_figures.read_csv(file)),
-    "figure9": lambda file: traffic.plot_figure_9(_beside(file), traffic.read_csv(file)),
+    "figure1c": lambda file: weight_figures.draw(file.with_suffix(".png"), _lines(file)),
+    "figure9": lambda file: figure9.draw(file.with_suffix(".png"), _lines(file)),
 }
 """Draw beside the CSV: of measurements, which say on which machine, and of what is computed."""
-
-
-def _beside(file: Path) -> Path:
-    return file.with_suffix(".png")
 
 
 _WINDOW = 10

@@ -175,6 +175,18 @@ def test_all_that_a_step_reads(plans):
     assert ratios == ["1.0", "2.3", "4.0", "2.0", "1.3", "1.1"]  # in the README
 
 
+def test_a_small_cache_leaves_more_to_the_weights():
+    """Two heads of keys and values instead of 16: the other row of the README."""
+    two_heads = ("--group-query-attention", "--num-query-groups", "2")
+    moe, ultramem, dense = (
+        _run(_plan, name, two_heads)["step_bytes_read"]
+        for name in ("moe-1.6b-2in34", "ultramem-1.6b-x12", "dense-1.6b")
+    )
+    ratios = [f"{moe[batch] / ultramem[batch]:.1f}" for batch in ultramem]
+    assert ratios == ["1.0", "3.1", "9.5", "6.2", "2.9", "1.5"]
+    assert f"{max(ultramem[batch] / dense[batch] for batch in dense):.2f}" == "1.09"
+
+
 def test_dense_models_have_12_l_d_squared(plans):
     for name, layers, hidden in (("dense-151m", 12, 1024), ("dense-6.5b", 32, 4096)):
         assert plans[name]["dense_params"] == 12 * layers * hidden**2

@@ -70,7 +70,7 @@ def _replayed_benchmark_step():
     from ultramem_megatron.inference import prepare_for_inference
 
     found = {}
-    for kind in ("dense", "ultramem", "pkm"):
+    for kind in ("dense", "ultramem", "pkm", "ultramem-conv"):
         model, _ = random_model(kind)
         prepare_for_inference(model)
         step = DecodeStep(model, 4, 8, 500)
@@ -88,7 +88,9 @@ def test_a_step_of_the_benchmark_can_be_captured():
     for kind, (replayed, eager, before) in run_on_ranks(
         1, _replayed_benchmark_step, env=_KERNELS
     )[0].items():  # fmt: skip
-        assert torch.equal(replayed, eager), kind
+        # Static batching replaces the convolution's history instead of writing into it, so that a
+        # replay goes on with the old one: it is not captured but here, to see that this would show.
+        assert torch.equal(replayed, eager) == (kind != "ultramem-conv"), kind
         assert (eager - before).norm() > 0.05 * before.norm(), kind
 
 
@@ -130,14 +132,22 @@ def _outcome(function, *args):
     return "nothing"
 
 
+def _record_experts():
+    from ultramem_megatron.benchmarks.decode_step import DecodeStep
+
+    step = DecodeStep(random_model("moe")[0], 4, 8, 500)
+    with torch.inference_mode(), StandInGraph():
+        step()
+
+
 def _host_reads():
-    return _outcome(_record_a_layer, torch.float32)
+    return _outcome(_record_a_layer, torch.float32), _outcome(_record_experts)
 
 
-def test_a_read_on_the_host_is_seen():
-    """What `--cuda-graphs` refuses would indeed fail, and the stand-in would show it."""
-    (raised,) = run_on_ranks(1, _host_reads, env={"ULTRAMEM_KERNELS": "torch"})
-    assert raised.startswith("HostReadError: aten::")
+def test_reads_on_the_host_are_seen():
+    """PyTorch's kernels of memories, and experts: `--cuda-graphs` refuses both."""
+    for raised in run_on_ranks(1, _host_reads, env={"ULTRAMEM_KERNELS": "torch"})[0]:
+        assert raised.startswith("HostReadError: aten::")
 
 
 def _refusal(kind, layout):

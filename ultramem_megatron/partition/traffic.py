@@ -11,9 +11,8 @@ P ranks, M picks per token (m*H), Dv value dim, E expansion, h cores, b bytes pe
 """
 
 import argparse
-import csv
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -147,60 +146,6 @@ def table(x: Exchange, sizes: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def figure_9() -> list[dict[str, str | float]]:
-    """Value dim at which both partitions move the same, for each top-m over P."""
-    return [
-        {"top_m": count, "ranks": p, "value_dim": round(paper_crossover(p, count), 3)}
-        for count in (2, 4, 16, 84)
-        for p in range(2, 513)
-    ]
-
-
-def write_csv(path: Path) -> None:
-    """The numbers of figure 9."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["top_m", "ranks", "value_dim"])
-        writer.writeheader()
-        writer.writerows(figure_9())
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """What `write_csv` wrote. Raises UltraMemError for another file."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or rows[0].keys() != {"top_m", "ranks", "value_dim"}:
-        raise UltraMemError(
-            f"{path} is not of figure 9; python -m ultramem_megatron.partition.traffic --csv."
-        )
-    return rows
-
-
-def plot_figure_9(path: Path, rows: Sequence[Mapping[str, str | float]]) -> None:
-    """One curve per top-m; above it the one, below it the other partition moves fewer bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    curves: dict[int, list[tuple[int, float]]] = {}
-    for row in rows:
-        point = int(row["ranks"]), float(row["value_dim"])
-        curves.setdefault(int(row["top_m"]), []).append(point)
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for count, points in curves.items():
-        axes.plot(*zip(*points, strict=True), label=f"top-m {count}")
-    sizes, highest = zip(*curves[min(curves)], strict=True)
-    axes.fill_between(sizes, highest, 1700, color="tab:green", alpha=0.12)
-    axes.text(20, 1580, "dimension-wise moves fewer bytes", color="tab:green")
-    axes.text(190, 120, "number-wise moves fewer bytes", color="tab:gray")
-    axes.set(xlabel="ranks P that share a table", ylabel="value dim",
-             xlim=(2, 512), ylim=(0, 1700),
-             title="Equal traffic of the two partitions (the paper's formulas, E = 1)")  # fmt: skip
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ultramem_megatron.partition.traffic",
                                      description=__doc__.split("\n")[0])  # fmt: skip
@@ -232,11 +177,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         ranks_per_node=options.ranks_per_node,
     )  # fmt: skip
     print(table(exchange, options.sizes))
+    from ultramem_megatron.partition import figure9  # which computes with this file
+
     if options.plot:
-        plot_figure_9(options.plot, figure_9())
+        figure9.draw(options.plot, figure9.equal_traffic())
         print(f"figure 9: {options.plot}")
     if options.csv:
-        write_csv(options.csv)
+        figure9.write_csv(options.csv)
         print(f"numbers of figure 9: {options.csv}")
 
 

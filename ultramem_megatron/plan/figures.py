@@ -4,8 +4,6 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ultramem_megatron.errors import UltraMemError
-
 _MODELS = {"Dense": "dense-1.6b", "MoE": "moe-1.6b-2in34", "UltraMem": "ultramem-1.6b-x12"}
 
 
@@ -30,15 +28,6 @@ def write_csv(path: Path) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """What `write_csv` wrote. Raises UltraMemError for another file."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"model", "batch", "weight_bytes_read"} <= rows[0].keys():
-        raise UltraMemError(f"{path} has no weight bytes; python -m ultramem_megatron.plan --csv.")
-    return rows
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, int | str]]) -> None:
