@@ -1,9 +1,11 @@
 """The m largest of each row, the same ones on every machine: equal values go lowest index first.
 
 `torch.topk` leaves the choice among equal values open. Here m + 1 values are asked for: where they
-strictly fall, the first m are the only answer; the rare rows with equals among them are sorted.
+strictly fall, the first m are the only answer; rows with equals among them, which are rare but in
+half precision, are looked through once more.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,12 +23,25 @@ def largest(values: Tensor, topk: int) -> Tensor:
         best = indices[:, :topk]
         tied = (~(falling[:, :-1] > falling[:, 1:])).any(1)
         if tied.any():
-            best[tied] = _sorted(rows[tied], topk)
+            best[tied] = _settled(rows[tied], falling[tied, :topk], topk)
     return best.view(*values.shape[:-1], topk)
 
 
 def _sorted(rows: Tensor, topk: int) -> Tensor:
     return rows.sort(dim=1, descending=True, stable=True).indices[:, :topk]
+
+
+def _settled(rows: Tensor, falling: Tensor, topk: int) -> Tensor:
+    """As `_sorted`, knowing the values of the result, `falling`."""
+    if falling[:, 0].isnan().any():
+        return _sorted(rows, topk)
+    least = falling[:, -1:]
+    above, equal = rows > least, rows == least
+    room = topk - above.sum(1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))
+    best = chosen.nonzero()[:, 1].view(-1, topk)  # lowest index first
+    order = rows.gather(1, best).sort(dim=1, descending=True, stable=True).indices
+    return best.gather(1, order)
 
 
 def _two_stage(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -144,19 +144,34 @@ def _with_bar(mean: float, deviation: float, sign: str = "") -> str:
 def _draw_models(axes: Any, results: Results, column: str) -> None:
     """Seeds as points, mean and deviation as a bar, one model a line."""
     for place, model in enumerate(results.models):
-        values = list(results.of(model, column).values())
-        mean, deviation = spread(values)
-        axes.errorbar(mean, place, xerr=deviation, fmt="D", color="tab:blue", capsize=4)
-        axes.plot(values, [place] * len(values), ".", color="black", alpha=0.5)
+        _draw_spread(axes, list(results.of(model, column).values()), place)
     axes.set_yticks(range(len(results.models)), results.models)
     axes.set_ylim(len(results.models) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
 
 
+def _draw_spread(axes: Any, values: Sequence[float], place: float) -> None:
+    mean, deviation = spread(values)
+    axes.errorbar(mean, place, xerr=deviation, fmt="D", color="tab:blue", capsize=4)
+    axes.plot(values, [place] * len(values), ".", color="black", alpha=0.5)
+
+
 def _draw_table(results: Results, figure: Any) -> None:
-    axes = figure.subplots()
-    _draw_models(axes, results, "valid_loss")
-    axes.set(xlabel="validation loss, nats per token", title=EXPERIMENTS[results.name].about)
+    """Losses, which seeds shift for all models alike, and what is left of that in differences."""
+    losses, differences = figure.subplots(1, 2, sharey=True)
+    _draw_models(losses, results, "valid_loss")
+    losses.set(xlabel="validation loss, nats per token")
+    baseline = EXPERIMENTS[results.name].baseline
+    paper = PAPER_VALIDATION[results.name]
+    for place, model in enumerate(results.models):
+        values = results.differences(model, baseline, "valid_loss")
+        _draw_spread(differences, values, place)
+        hollow = {"mfc": "white", "color": "tab:orange", "label": "" if place else "the paper's"}
+        differences.plot(paper[model] - paper[baseline], place, "s", **hollow)
+    differences.grid(axis="x", alpha=0.3)
+    differences.legend()
+    differences.set(xlabel=f"minus {baseline}'s, same seed")
+    figure.suptitle(EXPERIMENTS[results.name].about)
 
 
 def _draw_recall(results: Results, figure: Any) -> None:
@@ -233,25 +248,34 @@ def _draw_perplexity_ratio(axes: Any, results: Results, baseline: str) -> None:
 
 
 def _draw_figure6b(results: Results, figure: Any) -> None:
+    """A line for each ratio of values to values read, in hundreds: keys come in whole numbers."""
     axes = figure.subplots()
+    flags = {model.name: model.small for model in EXPERIMENTS[results.name].models}
+    lines: dict[float, list[tuple[float, float, float]]] = {}
     for model in results.models:
-        line = next(line for line in results.runs if line["model"] == model)
-        ratio = int(line["sparse_params"]) / int(line["dense_params"])
-        losses = list(results.of(model, "valid_loss").values())
-        mean, deviation = spread(losses)
-        axes.errorbar(ratio, mean, yerr=deviation, fmt="D", color="tab:blue", capsize=4)
-        axes.plot([ratio] * len(losses), losses, ".", color="black", alpha=0.5)
-        axes.annotate(model, (ratio, mean), xytext=(6, 6), textcoords="offset points")
+        keys, topk, heads = (
+            int(flags[model][f"ultramem-{name}"]) for name in ("num-keys", "topk", "heads")
+        )
+        run = next(run for run in results.runs if run["model"] == model)
+        ratio = int(run["sparse_params"]) / int(run["dense_params"])
+        mean, deviation = spread(list(results.of(model, "valid_loss").values()))
+        lines.setdefault(round(keys**2 / (topk * heads), -2), []).append((ratio, mean, deviation))
+        axes.annotate(model, (ratio, mean), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    for sparsity, points in lines.items():
+        ratios, means, deviations = zip(*points, strict=True)
+        label = f"1 value in {sparsity:.0f} is read"
+        axes.errorbar(ratios, means, yerr=deviations, fmt="D-", capsize=4, label=label)
     axes.margins(x=0.15)
-    axes.set(xscale="log", xlabel="sparse over dense parameters", title="The same share is read",
+    axes.legend()
+    axes.set(xscale="log", xlabel="sparse over dense parameters",
              ylabel="validation loss, nats per token")  # fmt: skip
 
 
 _DRAWINGS: dict[str, tuple[Callable[[Results, Any], None], tuple[float, float]]] = {
     "figure1a": (_draw_figure1a, (6.5, 4.5)),
     "recall": (_draw_recall, (8, 3)),
-    "table2": (_draw_table, (7, 5)),
-    "table3": (_draw_table, (7, 5)),
+    "table2": (_draw_table, (10, 5)),
+    "table3": (_draw_table, (10, 5)),
     "figure10": (_draw_figure10, (13, 4)),
     "figure6b": (_draw_figure6b, (6, 4)),
 }

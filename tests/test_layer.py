@@ -167,3 +167,30 @@ def test_prepared_for_inference_it_computes_the_same_until_it_is_trained(dtype, 
     assert torch.equal(layer(x), before)  # keys are not looked at again...
     layer.train()
     assert not torch.equal(layer(x), before)  # ...until training begins
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_values_multiplied_beforehand_give_the_same_output(variant):
+    layer, x = small_layer(**VARIANTS[variant]).eval(), _input().detach()
+    expected, names = layer(x), set(layer.state_dict())
+    if not layer.config.value_projection:
+        with pytest.raises(UltraMemError, match="values of this model have no projection"):
+            layer.prepare_for_inference(premultiply=True)
+        return
+    layer.prepare_for_inference(premultiply=True)
+    assert set(layer.state_dict()) == names
+    with torch.no_grad():
+        layer.value_proj.weight.zero_()  # not looked at again...
+    assert_close(layer(x), expected, 1e-12)
+    layer.train()
+    assert not layer(x).any()  # ...until training begins
+
+
+def test_a_table_too_large_to_be_multiplied_is_refused(monkeypatch):
+    def fails(*_sizes):
+        raise RuntimeError("[enforce fail] not enough memory: you tried to allocate 1 bytes")
+
+    layer = small_layer()
+    monkeypatch.setattr(torch.Tensor, "new_empty", fails)
+    with pytest.raises(UltraMemError, match=r"196 virtual values of width 48 take 0\.0 GB"):
+        layer.prepare_for_inference(premultiply=True)

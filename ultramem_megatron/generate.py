@@ -51,6 +51,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--cuda-graphs", action="store_true",
         help="Capture decoding steps as CUDA graphs (GPU and --batching dynamic only).",
     )  # fmt: skip
+    parser.add_argument(
+        "--premultiply-values", action="store_true",
+        help="Multiply value tables by their projections first: no projection in a step, for E*h*D/"
+        "Dv times the tables' memory. Tables must be whole on each rank.",
+    )  # fmt: skip
     parser.add_argument("--tokenizer-model", help="Where the tokenizer is, if it has moved.")
     add_layout_arguments(parser)
     return parser.parse_args(argv)
@@ -195,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer_model=options.tokenizer_model,
             layout=layout_from(options),
             cuda_graphs=options.cuda_graphs,
+            premultiply_values=options.premultiply_values,
         )
         start = time.perf_counter()
         texts = generate(loaded, prompts, options)

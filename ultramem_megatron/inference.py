@@ -50,16 +50,21 @@ def load_for_inference(
     tokenizer_model: str | None = None,
     layout: InferenceLayout | None = None,
     cuda_graphs: bool = False,
+    premultiply_values: bool = False,
 ) -> LoadedModel:
     """Load the latest (or the given) iteration of a `torch_dist` checkpoint; all ranks call it.
 
     Model and tokenizer are described by the flags stored in it.
 
     load: the folder given to --save. tokenizer_model: where the tokenizer is now, if it moved.
-    cuda_graphs: see `build_model`. Raises UltraMemError if there is no such checkpoint or
-    tokenizer, or if the model cannot be laid out so.
+    cuda_graphs: see `build_model`. premultiply_values: see `prepare_for_inference`.
+    Raises UltraMemError if there is no such checkpoint or tokenizer, or if the model cannot be laid
+    out so.
     """
-    model, args = load_model(load, ckpt_step=ckpt_step, layout=layout, cuda_graphs=cuda_graphs)
+    model, args = load_model(
+        load, ckpt_step=ckpt_step, layout=layout, cuda_graphs=cuda_graphs,
+        premultiply_values=premultiply_values,
+    )  # fmt: skip
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
     return LoadedModel(model, _tokenizer(args), args)
@@ -72,6 +77,7 @@ def load_model(
     layout: InferenceLayout | None = None,
     local_layers: bool = False,
     cuda_graphs: bool = False,
+    premultiply_values: bool = False,
 ) -> tuple[Any, Namespace]:
     """As `load_for_inference`, without the tokenizer: the model and its flags.
 
@@ -91,17 +97,20 @@ def load_model(
         args, layout or InferenceLayout(), local_layers=local_layers, cuda_graphs=cuda_graphs
     )
     _load_weights(model, folder)
-    prepare_for_inference(model)
+    prepare_for_inference(model, premultiply_values)
     return model, args
 
 
-def prepare_for_inference(model: Any) -> None:
-    """Evaluation mode, and what memory layers need not repeat; weights must stay as they are."""
+def prepare_for_inference(model: Any, premultiply_values: bool = False) -> None:
+    """Evaluation mode, and what memory layers need not repeat; weights must stay as they are.
+
+    premultiply_values: see UltraMemLayer.prepare_for_inference.
+    """
     from ultramem_megatron.auxiliary_loss import memory_layers
 
     model.eval()
     for layer in memory_layers(model):
-        layer.prepare_for_inference()
+        layer.prepare_for_inference(premultiply_values)
 
 
 def build_model(

@@ -4,6 +4,8 @@ T tokens, D hidden, H heads, m top-m, C cores, E expansion, V value dim. The lay
 torch module: it knows nothing of Megatron, ranks or groups.
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from ultramem_megatron.config import UltraMemConfig
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.initialization import reset_parameters
 from ultramem_megatron.linear import Linear
+from ultramem_megatron.premultiplied import PremultipliedValues
 from ultramem_megatron.query import QueryProjection
 from ultramem_megatron.retrieval.addresses import GridShuffle, split_address
 from ultramem_megatron.retrieval.product_key import ProductKeyRetrieval
@@ -65,6 +68,7 @@ class UltraMemLayer(nn.Module):
             if config.value_projection
             else nn.Identity()
         )
+        self.premultiplied: PremultipliedValues | None = None
         self.statistics = MemoryStatistics(config.num_values)
         self.register_load_state_dict_post_hook(_refuse_non_finite_values)
         if not self.values.weight.is_meta:
@@ -78,6 +82,8 @@ class UltraMemLayer(nn.Module):
         """As forward, pausing whenever other ranks have to answer."""
         retrieved = self.retrieve(self.query(x, history))
         addresses = self.shuffle(retrieved.addresses)
+        if self.premultiplied is not None:
+            return self.premultiplied(addresses, retrieved.scores).view(x.shape)
         pooled = yield from self.read_values(addresses, retrieved.scores)
         out = self.value_proj(pooled.flatten(1)).view(x.shape)
         if self.training and torch.is_grad_enabled():
@@ -114,10 +120,36 @@ class UltraMemLayer(nn.Module):
         if self.cores is not None:
             self.cores(update_filter=True)
 
-    def prepare_for_inference(self) -> None:
-        """Do once what every forward would repeat, until `train()`; the weights must stay."""
+    def prepare_for_inference(self, premultiply: bool = False) -> None:
+        """Do once what every forward would repeat, until `train()`; the weights must stay.
+
+        premultiply: multiply the values by their projections too (see premultiplied.py), which
+        takes E*h*D/Dv times the memory of the table. Raises UltraMemError if that is impossible.
+        """
         self.eval()
         self.retrieval.keys.fix()
+        if premultiply:
+            self.premultiplied = self._premultiply()
+
+    def _premultiply(self) -> PremultipliedValues:
+        if not isinstance(self.value_proj, Linear):
+            raise UltraMemError(
+                "--premultiply-values: the values of this model have no projection "
+                "(--no-ultramem-value-projection). Decode without it."
+            )
+        ranks = self.values.layout.size
+        if ranks > 1:
+            raise UltraMemError(
+                f"--premultiply-values: each value table is shared by {ranks} ranks. Use "
+                f"--ultramem-parallel-size 1, or decode without it."
+            )
+        return PremultipliedValues(self.values.weight, self.value_proj.weight, self.config.cores)
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module.train; in training mode nothing is prepared."""
+        if mode:
+            self.premultiplied = None
+        return super().train(mode)
 
     def auxiliary_loss(self) -> Tensor | None:
         """alpha * penalty on the cores' small singular values (eq. 11-12); None if there is none.

@@ -1,10 +1,10 @@
 """From the hidden state to the queries: optional causal convolution, projection, norm."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultramem_megatron.config import UltraMemConfig
+from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.linear import Linear
 from ultramem_megatron.norm import build_norm
 
@@ -21,14 +21,18 @@ class CausalConvolution(nn.Module):
 
         history: the (P, kernel-1, B, D) inputs before each piece; None: x is one, zeros before it.
         """
-        hidden_size, kernel = self.weight.shape
+        kernel = self.weight.shape[1]
         if history is None:
             history = x.new_zeros(1, kernel - 1, *x.shape[1:])
         pieces = x.reshape(len(history), -1, *x.shape[1:])
-        # (P, kernel-1+S/P, B, D) to (P*B, D, kernel-1+S/P)
-        padded = torch.cat([history, pieces], 1).permute(0, 2, 3, 1).flatten(0, 1)
-        out = F.conv1d(padded, self.weight.unsqueeze(1), groups=hidden_size)
-        return out.unflatten(0, (len(history), -1)).permute(0, 3, 1, 2).flatten(0, 1)
+        padded = torch.cat([history, pieces], 1)  # (P, kernel-1+S/P, B, D)
+        # A sum of shifted views: a convolution would want its own order of dimensions, there and
+        # back, and CPUs take several times as long for it.
+        out = at_least_float32(x.new_zeros(1, 1, 1, 1))
+        for tap in range(kernel):
+            seen = padded[:, tap : tap + pieces.shape[1]]
+            out = torch.addcmul(out, seen, self.weight[:, tap])
+        return out.to(x.dtype).flatten(0, 1)
 
 
 class QueryProjection(nn.Module):

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.kernels.precision import as_multiplied, at_least_float32
 from ultramem_megatron.kernels.selection import largest
 
 CACHED_SCORES = 2**18
-"""Scores in a buffer: 1 MB in float32, the second-level cache of one core."""
+"""Scores in a buffer, for each thread: 1 MB in float32, the second-level cache of one core."""
 
 
 class EagerSideTopk(torch.autograd.Function):
@@ -27,14 +27,14 @@ class EagerSideTopk(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, keys: Tensor, directions: Tensor, topk: int
     ) -> tuple[Tensor, Tensor]:
-        query_f, keys_f = at_least_float32(query), at_least_float32(keys)
+        query_p, keys_p = as_multiplied(query), as_multiplied(keys)
         tokens, heads, sides, ranks, _ = query.shape
         indices = torch.empty(tokens, heads, sides, topk, dtype=torch.int64, device=query.device)
-        scores = query_f.new_empty(tokens, heads, sides, ranks, topk)
+        scores = at_least_float32(query.new_empty(tokens, heads, sides, ranks, topk))
         for head in range(heads):
             for side in range(sides):
                 _select(
-                    query_f[:, head, side], keys_f[head, side], directions[side, head],
+                    query_p[:, head, side], keys_p[head, side], directions[side, head],
                     indices[:, head, side], scores[:, head, side],
                 )  # fmt: skip
         ctx.save_for_backward(query, keys, indices)
@@ -65,7 +65,7 @@ def _select(
     """One head and side: query (T, R, K), keys (N, R, K); fills (T, m) and (T, R, m)."""
     tokens, ranks, _ = query.shape
     num_keys, topk = len(keys), indices.shape[-1]
-    step = max(1, min(tokens, CACHED_SCORES // (ranks * num_keys)))
+    step = max(1, min(tokens, torch.get_num_threads() * CACHED_SCORES // (ranks * num_keys)))
     buffer = query.new_empty(ranks, step, num_keys)
     weights = direction.tolist()
     for start in range(0, tokens, step):
@@ -73,7 +73,7 @@ def _select(
         all_scores = buffer[:, : stop - start]
         for rank in range(ranks):
             torch.mm(query[start:stop, rank], keys[:, rank].t(), out=all_scores[rank])
-        combined = all_scores[0] * weights[0]
+        combined = at_least_float32(all_scores[0]) * weights[0]
         for rank in range(1, ranks):
             combined.add_(all_scores[rank], alpha=weights[rank])
         best = largest(combined, topk).sort(dim=-1).values

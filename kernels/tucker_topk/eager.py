@@ -12,7 +12,7 @@ from ultramem_megatron.kernels.selection import largest
 from ultramem_megatron.kernels.tucker_topk.reference import pair_addresses
 
 CACHED_SCORES = 2**18
-"""Grid entries held at a time: 1 MB in float32, the second-level cache of one core."""
+"""Grid entries held at a time by each thread: 1 MB in float32, the second-level cache of a core."""
 
 
 def tucker_topk_eager(
@@ -35,7 +35,7 @@ def _best_positions(scores: Tensor, total: Tensor) -> Tensor:
     """Positions (T, H, m) of the best pairs; total (H, R, R): the cores' sum."""
     tokens, heads, _, _, topk = scores.shape
     positions = torch.empty(tokens, heads, topk, dtype=torch.int64, device=scores.device)
-    step = max(1, CACHED_SCORES // (heads * topk * topk))
+    step = max(1, torch.get_num_threads() * CACHED_SCORES // (heads * topk * topk))
     for start in range(0, tokens, step):
         row, column = scores[start : start + step].unbind(2)  # (t, H, R, m)
         grid = (total.mT @ row).mT @ column  # (t, H, m, m)

@@ -86,7 +86,7 @@ def run_small(experiment: Experiment, seeds: Sequence[int], args: argparse.Names
     data = prepare_data(experiment, args.output)
     steps, save = args.steps or experiment.steps, experiment.name == "recall"
     planned = [
-        Training(model, seed, steps, data, tuple(args.extra), save)
+        Training(model, seed, steps, experiment.evaluations, data, tuple(args.extra), save)
         for seed, model in itertools.product(seeds, experiment.models)
     ]
     measure = functools.partial(recall.measure, data=data) if save else None

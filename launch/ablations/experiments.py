@@ -3,6 +3,7 @@
 A model that stands in several experiments is trained once: results are kept by flags and seed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from launch.ablations.models import ULTRAMEM_ROW, Model, ablation, dense, moe, resized
@@ -19,8 +20,10 @@ class Experiment:
     about: str
     models: tuple[Model, ...]
     baseline: str
-    seeds: tuple[int, ...] = (1, 2)
+    seeds: tuple[int, ...] = (1, 2, 3)
     steps: int = 200
+    evaluations: int = 4
+    """During training, evenly spaced, the last one at its end."""
     data: str = "prose"
     """prose: dictionaries and Python; dictionary: a thousand definitions, seen many times."""
 
@@ -40,9 +43,22 @@ _TABLE_3 = (
     ("h=1", "tdqkr"), ("h=2", "mcs"), ("h=4", "h4"), ("h=8", "h8"),
 )  # fmt: skip
 
-# Figure 6b: keys per side and top-m; values over values read, n^2/(m*H), stay the same.
-_SPARSITY = ((550, 10), (778, 20), (1100, 40), (1556, 80))
-_SMALL_SPARSITY = ((80, 4), (113, 8), (160, 16), (226, 32))
+# Figure 6b: keys per side and top-m, of the full and the small scale. Both grow by a root of two
+# and two along a line of the figure, on which values over values read, n^2/(m*H), stay the same.
+_KEYS = ((550, 80), (778, 113), (1100, 160), (1556, 226))
+_TOPK = ((10, 4), (20, 8), (40, 16), (80, 32))
+_LINES = 3
+
+
+def _at_fixed_sparsity() -> Iterator[Model]:
+    for line in range(_LINES):
+        for (keys, small_keys), (topk, small_topk) in zip(_KEYS[line:], _TOPK, strict=False):
+            yield resized(
+                f"n={small_keys} m={small_topk}",
+                "ultramem-151m-x12",
+                {"num_keys": keys, "topk": topk},
+                {"num_keys": small_keys, "topk": small_topk},
+            )
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -58,7 +74,8 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Model("ultramem", "ultramem-1.6b-x12", ablation("", ULTRAMEM_ROW).small),
             ),
             "dense",
-            seeds=(1, 2, 3),
+            steps=1000,
+            evaluations=10,
         ),
         Experiment(
             "recall",
@@ -92,19 +109,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         Experiment(
             "figure6b",
-            "loss over sparse parameters, values over values read being the same",
-            tuple(
-                resized(
-                    f"n={small_keys}",
-                    "ultramem-151m-x12",
-                    {"num_keys": keys, "topk": topk},
-                    {"num_keys": small_keys, "topk": small_topk},
-                )
-                for (keys, topk), (small_keys, small_topk) in zip(
-                    _SPARSITY, _SMALL_SPARSITY, strict=True
-                )
-            ),
-            "n=80",
+            "loss over sparse parameters, at three shares of values read",
+            tuple(_at_fixed_sparsity()),
+            "n=80 m=4",
         ),
     )
 }

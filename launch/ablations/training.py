@@ -22,8 +22,7 @@ from launch.ablations.models import Model
 from launch.report import write_json
 from launch.stage import LAST_LINES, StageError
 
-EVALUATIONS = 4  # during training; each on EVAL_BATCHES global batches
-EVAL_BATCHES = 12
+EVAL_BATCHES = 12  # global batches of one evaluation
 LOGS = 20  # points of a curve
 RESULT = "result.json"
 
@@ -41,11 +40,12 @@ _PRELOADED = (
 
 @dataclass(frozen=True)
 class Training:
-    """A model, a seed, and the data and number of steps to train with."""
+    """A model, a seed, and the data, numbers of steps and of evaluations to train with."""
 
     model: Model
     seed: int
     steps: int
+    evaluations: int
     data: Path
     """Folder made by ultramem_megatron.data.prepare."""
     extra: tuple[str, ...]
@@ -54,7 +54,7 @@ class Training:
 
     def arguments(self, folder: Path) -> list[str]:
         """The whole command line; what is written goes below `folder`."""
-        interval = max(1, self.steps // EVALUATIONS)
+        interval = max(1, self.steps // self.evaluations)
         words = [*self.model.small_arguments(), "--seed", str(self.seed)]
         words += ["--train-iters", str(self.steps), "--eval-interval", str(interval)]
         words += ["--eval-iters", str(EVAL_BATCHES), "--num-workers", "0"]

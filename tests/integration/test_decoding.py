@@ -98,6 +98,30 @@ def test_ranks_that_share_a_model_decode_what_one_rank_does(saved):
                 assert_close(dynamic, wanted, 3e-6, f"{kind} {layout}, dynamic batching")
 
 
+def _premultiplied_logits(folder, kind, layout):
+    """Of cached decoding; the message if the layout is refused."""
+    from ultramem_megatron.errors import UltraMemError
+    from ultramem_megatron.inference import InferenceLayout, load_for_inference
+
+    try:
+        model = load_for_inference(
+            str(folder / kind), layout=InferenceLayout(*layout), premultiply_values=True
+        ).model
+    except UltraMemError as refusal:
+        return str(refusal)
+    return cached_logits(model, _tokens(), _PREFILL)
+
+
+def test_values_multiplied_beforehand_decode_the_same(saved):
+    folder, expected = saved
+    for kind in ("ultramem", "ultramem-conv", "pkm"):
+        for layout in ((1, 1, "auto"), (2, 1, "auto")):
+            for logits in run_on_ranks(layout[0], _premultiplied_logits, folder, kind, layout):
+                assert_close(logits, expected[kind][0][:, _PREFILL - 1 :], 2e-6, f"{kind} {layout}")
+    for refusal in run_on_ranks(2, _premultiplied_logits, folder, "ultramem", (2, 2, "auto")):
+        assert "each value table is shared by 2 ranks. Use --ultramem-parallel-size 1" in refusal
+
+
 def _options(tokens, layout, batching):
     names = ("tensor_parallel_size", "ultramem_parallel_size", "ultramem_partition")
     return argparse.Namespace(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_megatron.config import UltraMemConfig
-from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.kernels.precision import as_multiplied
 from ultramem_megatron.kernels.side_topk import side_topk
 from ultramem_megatron.norm import build_norm
 
@@ -44,8 +44,7 @@ class ProductKeys(nn.Module):
         """
         with torch.no_grad():
             normed = self._normed()
-        # CPUs score in float32, which takes as long to make of half precision as the norm.
-        self.fixed = at_least_float32(normed) if normed.device.type == "cpu" else normed
+        self.fixed = as_multiplied(normed)  # to convert them takes as long as to norm them
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module.train; in training mode keys are normalised at each use."""
