@@ -40,6 +40,7 @@ PATCH_MODULES = (
     # Faults.
     "checkpoint_sums",
     "safe_metadata",
+    "results_queue",
 )
 """Order of application; every name is a file in this folder."""
 

@@ -1,10 +1,11 @@
-"""No rank outlives torchrun, and no process that a rank forked outlives the rank.
+"""No rank outlives torchrun, and no process that a rank started for itself outlives the rank.
 
 Else they would go on as orphans, beside whatever is started in their place and writes to the same
 folders.
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -26,20 +27,33 @@ def end_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
     launcher = int(os.environ.get("ULTRAMEM_TORCHRUN_PID", os.getppid()))
-    end_with_parent = _end_with_parent()
-    end_with_parent()
+    set_signal = _death_signal()
+    set_signal()
     if os.getppid() != launcher:  # it died before the kernel was told
         sys.exit("torchrun, which started this rank, is gone.")
-    _let_forks_follow(end_with_parent)
+    _let_forks_follow(set_signal)
 
 
-def _end_with_parent() -> Callable[[], None]:
+def end_with_parent() -> None:
+    """Have the kernel kill this process, which multiprocessing started, when its parent is gone.
+
+    Does nothing outside Linux. Raises SystemExit if the parent is gone already.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    _death_signal()()
+    if os.getppid() != parent.pid:
+        sys.exit(1)
+
+
+def _death_signal() -> Callable[[], None]:
     """A call for the process to be ended. Loaded here: a fork shall only call."""
     prctl = ctypes.CDLL(None).prctl
     return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _let_forks_follow(end_with_parent: Callable[[], None]) -> None:
+def _let_forks_follow(set_signal: Callable[[], None]) -> None:
     """For what the main thread forks: the kernel goes by the thread, and others may end sooner."""
     forking: list[int] = []
 
@@ -49,7 +63,7 @@ def _let_forks_follow(end_with_parent: Callable[[], None]) -> None:
 
     def in_child() -> None:
         if forking:
-            end_with_parent()
+            set_signal()
             if os.getppid() != forking[0]:
                 os._exit(1)
 
