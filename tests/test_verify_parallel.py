@@ -43,6 +43,13 @@ def test_differences_are_found_where_they_are():
     assert found["replicas of weights"].value == 0
 
 
+def test_models_of_other_shapes_are_not_compared():
+    other = _recorded(2.0, 1.0)
+    other[0]["weights"] = other[0]["gradients"] = {"w": torch.zeros(2)}
+    with pytest.raises(UltraMemError, match=r"w is \(1,\) in the first layout and \(2,\) in the"):
+        compare(_recorded(2.0, 1.0), other)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -83,6 +90,14 @@ def test_a_refused_layout_is_reported_with_its_message():
     common = tiny_gpt(num_layers=2, train_iters=None, ultramem_spans="1:3", ultramem_num_keys=8)
     with pytest.raises(UltraMemError, match=r"on 1 ranks failed:\nerror: --ultramem-spans 1:3"):
         main(["--ranks", "1", "1", *common, "--", "--"])
+
+
+def test_what_a_rank_raised_is_shown_and_not_what_its_launcher_says():
+    common = tiny_gpt(num_layers=2, train_iters=None, hidden_size=31, num_attention_heads=None)
+    with pytest.raises(UltraMemError, match=r"on 1 ranks failed:\n") as refused:
+        main(["--ranks", "1", "1", *common, "--", "--"])
+    assert "AssertionError" in str(refused.value)
+    assert "elastic" not in str(refused.value)
 
 
 def test_help_needs_no_layouts(capsys):

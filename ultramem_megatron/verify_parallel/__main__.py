@@ -4,8 +4,8 @@
         -- <flags of the first layout> -- <flags of the second layout>
 
 Both start from one checkpoint (made by one step of the first layout, weights and optimizer state)
-and see the same data. Dropout is off, since what it drops depends on the layout. Exit status 1 if a
-difference exceeds --tolerance.
+and see the same data. Dropout is off, since what it drops depends on the layout, and nothing is
+evaluated. Exit status 1 if a difference exceeds --tolerance.
 """
 
 import argparse
@@ -25,7 +25,12 @@ from ultramem_megatron.verify_parallel.record import FOLDER
 from ultramem_megatron.verify_parallel.whole_model import Piece, assemble, relative_error
 
 _SHOWN_LINES = 30
-_WITHOUT_DROPOUT = ("--attention-dropout", "0", "--hidden-dropout", "0")
+_LAUNCHER_REPORTS = "torch/distributed/elastic/multiprocessing/api.py"
+"""Where torchrun begins to say that a rank failed, in the log line of that file."""
+_OVERRIDES = (
+    "--attention-dropout", "0", "--hidden-dropout", "0",
+    "--eval-iters", "0", "--eval-interval", "1",
+)  # fmt: skip
 
 
 class Difference(NamedTuple):
@@ -68,7 +73,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[list
         raise UltraMemError(
             f"{', '.join(sorted(taken))}: set by this command itself; use --steps for the length."
         )
-    return options, [*common, *_WITHOUT_DROPOUT], sets[1:]
+    return options, [*common, *_OVERRIDES], sets[1:]
 
 
 def _split(words: list[str]) -> list[list[str]]:
@@ -94,8 +99,14 @@ def launch(ranks: int, flags: Sequence[str], record_to: Path) -> None:
     if done.returncode:
         output = (done.stdout + done.stderr).splitlines()
         message = next((line for line in output if line.startswith("error: ")), None)
-        shown = [message] if message else output[-_SHOWN_LINES:]
+        shown = [message] if message else _last_words(done.stderr.splitlines())
         raise UltraMemError(f"training on {ranks} ranks failed:\n" + "\n".join(shown))
+
+
+def _last_words(lines: list[str]) -> list[str]:
+    """Of the ranks, before torchrun adds its own."""
+    end = next((i for i, line in enumerate(lines) if _LAUNCHER_REPORTS in line), len(lines))
+    return lines[:end][-_SHOWN_LINES:]
 
 
 def recorded(ranks: int, folder: Path) -> list[dict[str, Any]]:
@@ -108,6 +119,7 @@ def compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[D
     differences = [_of_steps(first, second, kind) for kind in ("loss", "grad norm")]
     for kind in ("gradients", "weights"):
         ours, theirs = (_whole(ranks, kind) for ranks in (second, first))
+        _require_equal_shapes(ours, theirs)
         worst = max(
             ((relative_error(tensor, theirs[name][0]), name) for name, (tensor, _) in ours.items()),
             default=(0.0, "none recorded"),
@@ -116,6 +128,18 @@ def compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[D
         replicas = max((error, name) for name, (_, error) in [*ours.items(), *theirs.items()])
         differences.append(Difference(f"replicas of {kind}", *replicas))
     return differences
+
+
+def _require_equal_shapes(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for name, (tensor, _) in ours.items():
+        first, second = tuple(theirs[name][0].shape), tuple(tensor.shape)
+        if first != second:
+            raise UltraMemError(
+                f"{name} is {first} in the first layout and {second} in the second: not the same "
+                f"model. If it is the vocabulary, which is padded to a multiple of "
+                f"--make-vocab-size-divisible-by times the tensor-parallel size, give each layout "
+                f"the value that makes these multiples equal."
+            )
 
 
 def _of_steps(first: list[dict[str, Any]], second: list[dict[str, Any]], kind: str) -> Difference:
