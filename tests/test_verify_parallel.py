@@ -27,6 +27,16 @@ def test_tables_and_shards_are_put_together():
     assert found["t"].replica_error == 0
 
 
+def test_shards_of_a_gated_mlp_hold_two_halves_each():
+    gate, other = torch.arange(8.0).view(4, 2), torch.arange(8.0, 16.0).view(4, 2)
+    ranks = []
+    for rank in (0, 1):
+        rows = slice(2 * rank, 2 * rank + 2)
+        piece = Piece("w", partition_dim=0, tp_rank=rank, gated=True)
+        ranks.append(({"w": piece}, {"w": torch.cat([gate[rows], other[rows]])}))
+    assert torch.equal(assemble(ranks)["w"].tensor, torch.cat([gate, other]))
+
+
 def _recorded(loss, weight):
     step = {"iteration": 1, "loss": loss, "grad norm": 1.0}
     tensors = {"w": torch.tensor([weight])}
@@ -65,24 +75,33 @@ def test_wrong_calls_are_refused(argv, message):
         parse(argv)
 
 
-def test_one_and_two_ranks_agree(capsys):
+_SPANS = {"ultramem_spans": "1:2", "ultramem_num_keys": 8, "ultramem_topk": 4}
+_EXPERTS = {
+    "num_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none",
+    "moe_token_dispatcher_type": "allgather",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "second"),
+    [
+        ({}, (1, ""), (2, "--ultramem-partition number")),
+        ({"swiglu": True}, (1, ""), (2, "--tensor-model-parallel-size 2")),
+        (
+            {"swiglu": True, **_EXPERTS},
+            (2, "--expert-model-parallel-size 2"),
+            (4, "--expert-model-parallel-size 4"),
+        ),
+    ],
+    ids=["tables", "gated shards", "experts"],
+)
+def test_two_layouts_agree(model, first, second, capsys):
     common = tiny_gpt(
-        num_layers=2, disable_bias_linear=True, train_iters=None, ultramem_spans="1:2",
-        ultramem_num_keys=8, ultramem_topk=4,
+        num_layers=2, disable_bias_linear=True, train_iters=None,
+        make_vocab_size_divisible_by=256, **model, **_SPANS,
     )  # fmt: skip
-    argv = [
-        "--ranks",
-        "1",
-        "2",
-        "--steps",
-        "2",
-        *common,
-        "--",
-        "--",
-        "--ultramem-partition",
-        "number",
-    ]
-    assert main(argv) == 0
+    ranks = ["--ranks", str(first[0]), str(second[0]), "--steps", "2"]
+    assert main([*ranks, *common, "--", *first[1].split(), "--", *second[1].split()]) == 0
     assert "layouts agree" in capsys.readouterr().out
 
 

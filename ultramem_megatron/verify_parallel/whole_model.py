@@ -24,6 +24,8 @@ class Piece:
     """First row and column of a part of a value table."""
     whole: tuple[int, int] | None = None
     """Shape of the whole value table."""
+    gated: bool = False
+    """Of an MLP with a gate: a shard holds its rows of the gate, then those of what is gated."""
 
 
 def pieces(model: Iterable[Any]) -> dict[str, Piece]:
@@ -31,28 +33,38 @@ def pieces(model: Iterable[Any]) -> dict[str, Piece]:
 
     A second chunk's local names start with "1.".
     """
-    from megatron.core import parallel_state
+    from megatron.core.utils import get_model_config
 
-    tp_rank, found = parallel_state.get_tensor_model_parallel_rank(), {}
+    found: dict[str, Piece] = {}
     for index, chunk in enumerate(model):
+        gated = get_model_config(chunk).gated_linear_unit
         modules = dict(chunk.named_modules())
         for name, parameter in chunk.named_parameters():
             local = f"{index}.{name}" if index else name
-            owner = modules[name.rpartition(".")[0]]
-            found[local] = _piece(_global_name(name, modules), parameter, owner, tp_rank)
+            found[local] = _piece(_global_name(name, modules), parameter, name, modules, gated)
     return found
 
 
-def _piece(name: str, parameter: Any, owner: Any, tp_rank: int) -> Piece:
+def _piece(
+    whole_name: str, parameter: Any, name: str, modules: Mapping[str, Any], gated: bool
+) -> Piece:
+    from megatron.core import parallel_state
+
     from ultramem_megatron.value_table import ValueTable
 
-    if isinstance(owner, ValueTable):
-        layout = owner.layout
+    owner = name.rpartition(".")[0]
+    if isinstance(modules[owner], ValueTable):
+        layout = modules[owner].layout
         corner = (layout.rows().start, layout.columns().start)
-        return Piece(name, corner=corner, whole=(layout.num_values, layout.value_dim))
-    if parameter.tensor_model_parallel:
-        return Piece(name, parameter.partition_dim, tp_rank)
-    return Piece(name)
+        return Piece(whole_name, corner=corner, whole=(layout.num_values, layout.value_dim))
+    if not parameter.tensor_model_parallel:
+        return Piece(whole_name)
+    if ".experts." in name:
+        tp_rank = parallel_state.get_expert_tensor_parallel_rank()
+    else:
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    is_gated = gated and owner.endswith(".linear_fc1")
+    return Piece(whole_name, parameter.partition_dim, tp_rank, gated=is_gated)
 
 
 def _global_name(name: str, modules: Mapping[str, Any]) -> str:
@@ -61,7 +73,16 @@ def _global_name(name: str, modules: Mapping[str, Any]) -> str:
         return name.replace("module.", "")
     number, _, rest = tail.partition(".")
     layer = modules[f"{head}decoder.layers.{number}"]
-    return f"decoder.layers.{layer.layer_number - 1}.{rest}"
+    return f"decoder.layers.{layer.layer_number - 1}.{_global_expert(rest, layer)}"
+
+
+def _global_expert(name: str, layer: Any) -> str:
+    """Experts are numbered over all ranks, not over those of this one."""
+    head, separator, tail = name.partition("local_experts.")
+    if not separator:
+        return name
+    number, _, rest = tail.partition(".")
+    return f"{head}experts.{layer.mlp.local_expert_indices[int(number)]}.{rest}"
 
 
 @dataclass(frozen=True)
@@ -94,8 +115,11 @@ def _assemble(found: list[tuple[Piece, Tensor]]) -> Assembled:
         return Assembled(_table(some.whole, distinct), error)
     if some.partition_dim is None:
         return Assembled(distinct[some], error)
-    shards = sorted(distinct.items(), key=lambda item: item[0].tp_rank)
-    return Assembled(torch.cat([t for _, t in shards], dim=some.partition_dim), error)
+    shards = [distinct[piece] for piece in sorted(distinct, key=lambda piece: piece.tp_rank)]
+    if some.gated:
+        gates, others = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        shards = [*gates, *others]
+    return Assembled(torch.cat(shards, dim=some.partition_dim), error)
 
 
 def _table(shape: tuple[int, int], parts: Mapping[Piece, Tensor]) -> Tensor:
