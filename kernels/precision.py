@@ -23,5 +23,5 @@ def as_multiplied(x: Tensor) -> Tensor:
 
 @functools.cache
 def _cpu_multiplies_bfloat16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch cannot say
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))

@@ -82,6 +82,18 @@ def test_half_precision_stays_near_float64():
         assert relative_error(layer(x.to(dtype)), exact(x)) < tolerance
 
 
+def test_autocast_stays_near_float64():
+    """All values are read; without norms queries are half precision and keys are not."""
+    for norm in ("none", "layernorm"):
+        sizes = {"num_keys": 2, "topk": 2, "value_expansion": 1, "heads": 1, "qk_norm": norm}
+        exact, layer, x = small_layer(**sizes), small_layer(torch.float32, **sizes), _input()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(x.float())
+        out.float().sum().backward()
+        assert layer.retrieval.keys.weight.grad.norm() > 0
+        assert relative_error(out, exact(x)) < 0.03
+
+
 def test_any_leading_shape():
     layer = small_layer()
     x = _input(6, 3)

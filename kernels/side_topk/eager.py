@@ -27,7 +27,9 @@ class EagerSideTopk(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, keys: Tensor, directions: Tensor, topk: int
     ) -> tuple[Tensor, Tensor]:
-        query_p, keys_p = as_multiplied(query), as_multiplied(keys)
+        # Where norms are left out, autocast gives queries another dtype than keys.
+        convert = as_multiplied if query.dtype == keys.dtype else at_least_float32
+        query_p, keys_p = convert(query), convert(keys)
         tokens, heads, sides, ranks, _ = query.shape
         indices = torch.empty(tokens, heads, sides, topk, dtype=torch.int64, device=query.device)
         scores = at_least_float32(query.new_empty(tokens, heads, sides, ranks, topk))
