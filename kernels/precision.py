@@ -23,5 +23,7 @@ def as_multiplied(x: Tensor) -> Tensor:
 
 @functools.cache
 def _cpu_multiplies_bfloat16() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch cannot say
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch cannot say
+        return False
+    capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
