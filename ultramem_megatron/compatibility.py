@@ -1,4 +1,4 @@
-"""Refusals before training: unsupported flags, and checkpoints made with another design."""
+"""Refusals before training: unsupported or missing flags, checkpoints made with another design."""
 
 import dataclasses
 from argparse import Namespace
@@ -35,6 +35,15 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
     for present, given, reason in refused:
         if present:
             raise UltraMemError(f"{given} cannot be combined with memory layers: {reason}.")
+
+
+def require_eval_interval(args: Namespace) -> None:
+    """Raise UltraMemError without --eval-interval: Megatron 0.19 divides by it, whatever it is."""
+    if not (args.eval_interval or args.full_validation or args.skip_train):
+        raise UltraMemError(
+            f"--eval-interval is {args.eval_interval}; Megatron counts by it how many samples to "
+            f"validate with. Give a number of steps, and --eval-iters 0 for no validation."
+        )
 
 
 def check_checkpoint(args: Namespace, ultramem: UltraMemConfig | None) -> None:

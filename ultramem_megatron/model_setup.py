@@ -11,7 +11,11 @@ from megatron.training.argument_utils import (
 )
 
 from ultramem_megatron.arguments import config_from_args
-from ultramem_megatron.compatibility import check_checkpoint, refuse_unsupported_flags
+from ultramem_megatron.compatibility import (
+    check_checkpoint,
+    refuse_unsupported_flags,
+    require_eval_interval,
+)
 from ultramem_megatron.integrity import check_before_loading
 from ultramem_megatron.model import UltraMemGPTModelConfig
 from ultramem_megatron.partition.groups import initialize_model_parallel
@@ -30,6 +34,7 @@ def model_config_from_args(
     """
     ultramem = config_from_args(args)
     refuse_unsupported_flags(args, ultramem)
+    require_eval_interval(args)
     transformer: Any = core_transformer_config_from_args(args)
     if ultramem is not None:
         check_pipeline(ultramem.spans, transformer)

@@ -72,11 +72,4 @@ def test_a_run_refuses_before_it_builds_a_model(prefix, flag):
 
 def test_data_of_other_formats_are_not_looked_at():
     for given in ({"mock_data": True}, {"mock_data": False, "sft": True}):
-        check_data(Namespace(data_path=["no/such/file.jsonl"], eval_interval=1, **given))
-
-
-def test_a_run_without_an_interval_of_evaluations_is_refused():
-    flags = tiny_gpt(eval_interval=None)
-    with pytest.raises(RanksFailed, match=r"--eval-interval is None; Megatron counts by it"):
-        run_pretrain(1, flags)
-    assert len(run_pretrain(1, [*flags, "--eval-interval", "5", "--eval-iters", "0"]).losses) == 3
+        check_data(Namespace(data_path=["no/such/file.jsonl"], **given))

@@ -30,6 +30,7 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
             },
             "must divide the 1 ranks",
         ),
+        (1, {"eval_interval": None}, "--eval-interval is None; Megatron counts by it"),
         (1, {"cuda_graph_impl": "local"}, "cuda"),
         (
             1,
