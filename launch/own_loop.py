@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ultramem_megatron.config import UltraMemConfig
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.spans import parse_spans
 from ultramem_megatron.patches import registry
-from ultramem_megatron.pretrain import set_single_process_environment
-from ultramem_megatron.spans import parse_spans
+from ultramem_megatron.training.pretrain import set_single_process_environment
 
 VOCABULARY, LENGTH, LAYERS, HIDDEN = 64, 16, 4, 32
 TRAINING_STEPS, LEARNING_RATE = 1000, 1e-3
@@ -80,9 +80,9 @@ def _build(options: argparse.Namespace) -> tuple[list[Any], Any]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer import TransformerConfig
 
-    from ultramem_megatron.auxiliary_loss import finalize_with_auxiliary_loss
-    from ultramem_megatron.specs import with_memory
-    from ultramem_megatron.value_learning_rate import value_overrides
+    from ultramem_megatron.megatron.layer.specs import with_memory
+    from ultramem_megatron.megatron.optimizer.auxiliary_loss import finalize_with_auxiliary_loss
+    from ultramem_megatron.megatron.optimizer.value_learning_rate import value_overrides
 
     config = TransformerConfig(
         num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=4, params_dtype=torch.float32,
@@ -109,7 +109,7 @@ def _build(options: argparse.Namespace) -> tuple[list[Any], Any]:
 
 def _scheduler(optimizer: Any) -> Any:
     """A constant rate; the tables' begins at a multiple of it. Its unit is optimizer steps."""
-    from ultramem_megatron.value_learning_rate import ValueLearningRateScheduler
+    from ultramem_megatron.megatron.optimizer.value_learning_rate import ValueLearningRateScheduler
 
     return ValueLearningRateScheduler(  # memories 5: Megatron's own ignores the tables' multiple
         optimizer, init_lr=0.0, max_lr=LEARNING_RATE, min_lr=0.0, lr_warmup_steps=0,

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.ablations.experiments import EXPERIMENTS
-from ultramem_megatron.benchmarks import decode_figures, training
+from launch.benchmarks import decode_figures, training
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.partition import figure9
-from ultramem_megatron.plan import figures as weight_figures
+from ultramem_megatron.tools.paper import figure1c as weight_figures
+from ultramem_megatron.tools.paper import figure9
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -207,7 +207,7 @@ def train(run: Run, name: str, after: int, upto: int) -> None:
     command = [
         *launcher(run.ranks),
         "-m",
-        "ultramem_megatron.pretrain",
+        "ultramem_megatron.training.pretrain",
         *run.recipe.arguments(run.folder / "data", run.folder),
     ]
     if upto < run.recipe.steps:
@@ -250,7 +250,7 @@ def environment(ranks: int) -> dict[str, str]:
 def sample(run: Run, data: prepare.Prepared) -> tuple[str, str]:
     """Lets the trained model go on from a prompt; returns the prompt and the text."""
     prompt = run.args.prompt or choose_prompt(run, data)
-    command = [sys.executable, "-m", "ultramem_megatron.generate"]
+    command = [sys.executable, "-m", "ultramem_megatron.inference.generate"]
     command += ["--load", str(run.checkpoints), "--prompt", prompt]
     command += ["--tokens", str(run.recipe.sample_tokens)]
     file = run.folder / "sample.txt"

@@ -16,31 +16,31 @@ from ultramem_megatron.patches.patch import SUPPORTED_MEGATRON, Editor, Patch, P
 
 PATCH_MODULES = (
     # A machine without CUDA.
-    "cpu_devices",
-    "cpu_cuda_calls",
-    "cpu_initialize",
-    "cpu_rng_state",
-    "cpu_no_compile",
-    "cpu_dynamic_batching",
-    "context_parallel_attention",
+    "cpu.devices",
+    "cpu.cuda_calls",
+    "cpu.initialize",
+    "cpu.rng_state",
+    "cpu.no_compile",
+    "cpu.dynamic_batching",
+    "cpu.context_parallel_attention",
     # Every machine, where the defect exists.
-    "jit_warmup",
-    "dataset_helpers",
+    "cpu.jit_warmup",
+    "defects.dataset_helpers",
     # What memory layers need.
-    "value_learning_rate",
-    "lazy_adam",
-    "memory_metrics",
-    "memory_flops",
-    "memory_footprint",
-    "distopt_initial_state",
-    "distopt_missing_step",
-    "distopt_shared_step",
-    "distopt_load_without_grad",
-    "loss_scale_together",
+    "doors.optimizer_config",
+    "doors.optimizer_built",
+    "doors.training_log",
+    "doors.flops",
+    "doors.footprint",
+    "defects.distopt_initial_state",
+    "defects.distopt_missing_step",
+    "defects.distopt_shared_step",
+    "defects.distopt_load_without_grad",
+    "defects.loss_scale_together",
     # Faults.
-    "checkpoint_sums",
-    "safe_metadata",
-    "results_queue",
+    "defects.checkpoint_sums",
+    "defects.safe_metadata",
+    "defects.results_queue",
 )
 """Order of application; every name is a file in this folder."""
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ultramem_megatron.verify_parallel.whole_model import relative_error
+from ultramem_megatron.tools.verify_parallel.whole_model import relative_error
 
 __all__ = ["assert_close", "relative_error"]
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import ROOT
 from tests.training_runs import tiny_gpt
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 _ITERATION = re.compile(r"iteration +(\d+)/ +\d+ .*lm loss: (\S+)")
 FOUND = "Timed out waiting|Application timeout caused|[Cc]onnection (closed|reset) by peer"
 """What a rank says of a peer that is gone: its first collective that fails decides which."""
@@ -130,7 +130,7 @@ class Launched:
         return [
             p
             for p in children(self.agent())
-            if "ultramem_megatron.pretrain" in command_of(p)
+            if "ultramem_megatron.training.pretrain" in command_of(p)
             and "distributed.run" not in command_of(p)
         ]
 
@@ -172,7 +172,7 @@ def launch(
         name: of the file that takes the output.
     """
     log = folder / f"{name}.log"
-    command = [*prefix, "bash", str(REPOSITORY / "launch" / "torchrun.sh")]
+    command = [*prefix, "bash", str(ROOT / "launch" / "torchrun.sh")]
     command += flags(folder) if arguments is None else list(arguments)
     logs = folder / f"{name}_logs"
     environment = {**os.environ, "NPROC": "2", "LOG_DIR": str(logs), **(env or {})}

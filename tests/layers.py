@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from ultramem_megatron.config import UltraMemConfig
-from ultramem_megatron.layer import UltraMemLayer
-from ultramem_megatron.spans import Span
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.layer import UltraMemLayer
+from ultramem_megatron.memory.spans import Span
 
 HIDDEN = 24
 

@@ -20,7 +20,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
+from tests import ROOT
+
 _PRELOADED = (
     "pytest",
     "torch",
@@ -29,8 +30,8 @@ _PRELOADED = (
     "megatron.core.tokenizers.text",  # brings transformers: 0.7 s
     "megatron.training",
     "megatron.training.argument_utils",
-    "ultramem_megatron.pretrain",
-    "ultramem_megatron.gpt_task",
+    "ultramem_megatron.training.pretrain",
+    "ultramem_megatron.training.gpt_datasets",
     "torch.utils.tensorboard",
 )
 _GRACE_SECONDS = 3.0
@@ -101,7 +102,7 @@ def _server() -> Any:
     settings = {
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": os.pathsep.join([str(_REPOSITORY), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
     saved = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)

@@ -120,7 +120,7 @@ def run_pretrain(
     env: Mapping[str, str] | None = None,
     print_output: bool = False,
 ) -> TrainingRun:
-    """Train through `ultramem_megatron.pretrain.main(argv)` on `world_size` fresh ranks.
+    """Train through `ultramem_megatron.training.pretrain.main(argv)` on `world_size` fresh ranks.
 
     Args:
         world_size: number of processes.
@@ -163,7 +163,7 @@ def _pretrain_rank(
     patches: Collection[str] | None,
 ) -> RankRun:
     """Body of one rank of `run_pretrain`."""
-    from ultramem_megatron.pretrain import main
+    from ultramem_megatron.training.pretrain import main
 
     if before is not None:
         before()

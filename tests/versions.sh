@@ -23,11 +23,11 @@ tiny=(
     --ultramem-spans 1:2 --ultramem-num-keys 12 --ultramem-topk 6
 )
 features=(
-    "layer, retrieval, golden values|-m pytest tests/test_layer.py tests/retrieval tests/test_convert.py"
+    "layer, retrieval, golden values|-m pytest tests/memory/test_layer.py tests/retrieval tests/memory/test_official_v1.py"
     "tables over ranks|-m pytest tests/partition"
     "a loop of your own: DP, TP, tables, checkpoints|-m pytest tests/launch/test_own_loop.py"
-    "\`ultramem_megatron.pretrain\`|-m ultramem_megatron.pretrain ${tiny[*]}"
-    "\`ultramem_megatron.plan\`|-m ultramem_megatron.plan ${tiny[*]}"
+    "\`ultramem_megatron.training.pretrain\`|-m ultramem_megatron.training.pretrain ${tiny[*]}"
+    "\`ultramem_megatron.tools.plan\`|-m ultramem_megatron.tools.plan ${tiny[*]}"
 )
 
 try() { # feature's command, version: prints works, refused or FAILED

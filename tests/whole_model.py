@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.closeness import assert_close
 from tests.training_runs import TrainingRun, run_pretrain
-from ultramem_megatron.verify_parallel.whole_model import assemble, pieces
+from ultramem_megatron.tools.verify_parallel.whole_model import assemble, pieces
 
 SEEDS = (1234, 77, 5)
 

@@ -127,8 +127,8 @@ class Sizes:
 @functools.cache
 def sizes(model_name: str, arguments: tuple[str, ...]) -> Sizes:
     """Builds the model on the meta device and counts; `model_name` is for the cache alone."""
-    from ultramem_megatron.plan.build import command_line, parse
-    from ultramem_megatron.plan.sizes import model_sizes
+    from ultramem_megatron.tools.plan.build import command_line, parse
+    from ultramem_megatron.tools.plan.sizes import model_sizes
 
     steps = ("--train-iters", "1")
     counted = model_sizes(parse(command_line(None, (*arguments, *steps))))

@@ -32,7 +32,7 @@ def measure(run: Path, data: Path) -> dict[str, float]:
         their tokens that are the most likely; heldout, heldout_tokens: the same for the part that
         was kept for validation, which a model can only guess.
     """
-    from ultramem_megatron.inference import load_for_inference
+    from ultramem_megatron.inference.loading import load_for_inference
 
     model, tokenizer, _ = load_for_inference(str(run / "checkpoints"))
     shares = {}

@@ -32,9 +32,9 @@ _PRELOADED = (
     "megatron.training",
     "megatron.training.argument_utils",
     "torch.utils.tensorboard",
-    "ultramem_megatron.gpt_task",
-    "ultramem_megatron.inference",
-    "ultramem_megatron.pretrain",
+    "ultramem_megatron.training.gpt_datasets",
+    "ultramem_megatron.inference.loading",
+    "ultramem_megatron.training.pretrain",
 )
 
 
@@ -150,9 +150,9 @@ def _main(log: Path, function: Callable[..., None], args: tuple[Any, ...]) -> No
 
 
 def _train(arguments: list[str]) -> None:
-    from ultramem_megatron.pretrain import main
+    from ultramem_megatron.training.pretrain import main
 
-    print("$ python -m ultramem_megatron.pretrain", *arguments)
+    print("$ python -m ultramem_megatron.training.pretrain", *arguments)
     main(arguments)
     from megatron.training.global_vars import get_tensorboard_writer
 

@@ -32,7 +32,7 @@ def fitting_patch(checkout: Path) -> Path:
         reasons.append(f"{patch.name}: {' '.join(tried.stderr.split())}")
     raise UltraMemError(
         f"{checkout}: no patch applies ({'; '.join(reasons)}). Make the changes of the nearest one "
-        f"by hand, or run the script unedited with python -m ultramem_megatron.run."
+        f"by hand, or run the script unedited with python -m ultramem_megatron.training.run_script."
     )
 
 

@@ -70,7 +70,7 @@ def test_peak_memory_of_backward_does_not_grow_with_the_table():
 
 
 def _path(trained):
-    from ultramem_megatron.verify_parallel.whole_model import pieces
+    from ultramem_megatron.tools.verify_parallel.whole_model import pieces
 
     tables = [p for p in trained.model[0].parameters() if hasattr(p, "ultramem_values")]
     trained.args.used_main_grad = [p.grad_added_to_main_grad for p in tables]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import ROOT
 from tests.closeness import assert_close
 from tests.kernels.compiled import compile_for
 from tests.kernels.lookup_cases import NAMES, ODD_SIZES, inputs, results
@@ -21,7 +22,7 @@ def test_in_the_interpreter():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(checks)],
         env={**os.environ, "TRITON_INTERPRET": "1", "ULTRAMEM_KERNELS": "triton"},
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+        cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from launch import quickstart, recipe, report, stage
-from ultramem_megatron.config import UltraMemConfig
-from ultramem_megatron.size import memory_size
-from ultramem_megatron.spans import parse_spans
+from tests import ROOT
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.size import memory_size
+from ultramem_megatron.memory.spans import parse_spans
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 WORDS = ["the", "memory", "holds", "values", "and", "each", "value", "has", "two", "keys"]
 

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from tests.launched import REPOSITORY
+from tests import ROOT
 from tests.ranks import run_on_ranks
 from ultramem_megatron.presets import find_preset
 
-RECIPES = sorted(p for p in (REPOSITORY / "launch/recipes").glob("*.sh") if p.stem != "run")
+RECIPES = sorted(p for p in (ROOT / "launch/recipes").glob("*.sh") if p.stem != "run")
 _QUICK = ("ultramem-151m-x12", "moe-1.6b-2in34")
 _GPUS = 8
 
@@ -20,7 +20,7 @@ _GPUS = 8
 def _dry_run(name: str, *more: str) -> tuple[str, list[str]]:
     """What a recipe prints: its plan, and its command as words."""
     done = subprocess.run(
-        ["bash", str(REPOSITORY / "launch/recipes" / f"{name}.sh"), "--dry-run", *more],
+        ["bash", str(ROOT / "launch/recipes" / f"{name}.sh"), "--dry-run", *more],
         env={**os.environ, "NPROC": str(_GPUS), "PYTHON": sys.executable},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -34,8 +34,9 @@ def _parsed(flags: list[str]) -> dict[str, object]:
     os.environ["WORLD_SIZE"] = str(_GPUS)
     from megatron.training.arguments import parse_and_validate_args
 
-    from ultramem_megatron.arguments import add_ultramem_arguments, config_from_args
-    from ultramem_megatron.patches import machine_flags, registry
+    from ultramem_megatron.megatron.flags import machine_flags
+    from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments, config_from_args
+    from ultramem_megatron.patches import registry
 
     registry.apply_all()
     sys.argv = ["pretrain", *machine_flags.complete(flags)]
@@ -56,7 +57,7 @@ def test_there_is_a_recipe_for_each_model_and_its_twins():
 def test_a_recipe_prints_its_plan_and_a_command_that_parses(name):
     plan, command = _dry_run(name, "--log-interval", "7")
     assert re.search(r"parameters", plan), plan
-    start = command.index("ultramem_megatron.pretrain")
+    start = command.index("ultramem_megatron.training.pretrain")
     assert command[start - 1] == "-m"
     assert command[command.index("--nproc-per-node") + 1] == str(_GPUS)
     (args,) = run_on_ranks(1, _parsed, command[start + 1 :])

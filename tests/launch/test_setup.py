@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 TOOLS = "bash cat cp df dirname env find flock head mkdir mv rm sha256sum sleep sort tail tr"
 
 STAND_IN = r"""#!/usr/bin/env bash

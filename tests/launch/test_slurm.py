@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from launch.recipe import TINY_VOCAB_SIZE, make_recipe
+from tests import ROOT
 from tests.launch.slurm_cluster import Cluster, slurm_cluster, why_not
-from tests.launched import REPOSITORY, launch, losses_of, printed_losses
+from tests.launched import launch, losses_of, printed_losses
 from ultramem_megatron.data.prepare import prepare
 
 STEPS = 600
@@ -39,7 +40,7 @@ def test_a_job_that_keeps_failing_is_given_up(cluster, tmp_path):
     )
     output = tmp_path / "output"
     job = cluster.submit(
-        ["--nodes=2", "--time=5", f"--output={output}", f"--chdir={REPOSITORY}",
+        ["--nodes=2", "--time=5", f"--output={output}", f"--chdir={ROOT}",
          "launch/slurm/train.sbatch", str(fails)],
         {"LOG_DIR": str(tmp_path / "logs"), "MAX_REQUEUES": "1"},
     )  # fmt: skip
@@ -68,7 +69,7 @@ def test_a_warned_job_saves_requeues_and_finishes(cluster, tmp_path):
         "MASTER_ADDR": "127.0.0.1", "NETWORK": "lo", "NPROC": "1", "LOG_DIR": str(folder / "logs"),
     }  # fmt: skip
     job = cluster.submit(
-        ["--nodes=2", "--time=15", f"--output={output}", f"--chdir={REPOSITORY}",
+        ["--nodes=2", "--time=15", f"--output={output}", f"--chdir={ROOT}",
          "launch/slurm/train.sbatch", "launch/torchrun.sh", *_arguments(folder, data)],
         settings,
     )  # fmt: skip

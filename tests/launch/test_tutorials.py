@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from tests.launched import REPOSITORY
+from tests import ROOT
 
-TUTORIALS = REPOSITORY / "launch" / "tutorials.md"
+TUTORIALS = ROOT / "launch" / "tutorials.md"
 _BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -27,7 +27,7 @@ def test_the_blocks_run(tmp_path):
     for block in blocks:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", settings + block],
-            cwd=REPOSITORY, env={**os.environ, "RUNS": str(tmp_path)},
+            cwd=ROOT, env={**os.environ, "RUNS": str(tmp_path)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         assert done.returncode == 0, f"{block}\n{done.stdout[-5000:]}"

@@ -1,0 +1,189 @@
+"""Latency of a decode step, dense against MoE against UltraMem (the paper's figures 1b, 1c, 6c, 7).
+
+    python -m launch.benchmarks.decode --out DIR [--scale 151m|1.6b|small] [--quick] \\
+        [--cuda-graphs] [Megatron's flags, for all models: --group-query-attention ...]
+    python -m launch.benchmarks.decode plot DIR/decode.csv
+
+Models have random weights and are measured one after another: batches of 1 to 1024 sequences, each
+with one token to decode after a filled KV cache; then with fewer sparse parameters at one batch.
+Writes DIR/decode.csv, one row per model and batch, and its figures.
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import gc
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.benchmarks.decode_models import SCALES, DecodeModel, Scale
+from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+
+Row = dict[str, str | int | float]
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, or draw figures of a CSV."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    from launch.benchmarks.decode_figures import draw
+
+    if words[:1] == ["plot"]:
+        parser = argparse.ArgumentParser(prog="launch.benchmarks.decode plot")
+        parser.add_argument("csv", type=Path, help="What the benchmark wrote.")
+        return draw(parser.parse_args(words[1:]).csv)
+    options = _parse(words)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "decode.csv"
+    _keep_freed_memory()
+    _write(file, _rows(_scale(options), options))
+    draw(file)
+    print(f"{file} and figures beside it")
+    return None
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    default = "1.6b" if torch.cuda.is_available() else "151m"
+    parser = argparse.ArgumentParser(
+        prog="launch.benchmarks.decode",
+        epilog="Megatron's flags may follow; they hold for all models.", allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="Folder for CSV and figures.")
+    parser.add_argument(
+        "--scale", choices=SCALES, default=default,
+        help="Sizes of the models; here %(default)s: the paper's 1.6b on a GPU, else 151m.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="Batches 1, 16 and 256 only, no smaller models."
+    )
+    parser.add_argument(
+        "--cuda-graphs", action="store_true",
+        help="On a GPU: replay each step of dense and UltraMem as a CUDA graph. MoE runs without: "
+        "its experts wait for the host.",
+    )  # fmt: skip
+    options, flags = parser.parse_known_args(words)
+    options.flags = flags
+    if options.cuda_graphs and not torch.cuda.is_available():
+        raise UltraMemError("--cuda-graphs: there is no NVIDIA GPU here. Measure without them.")
+    return options
+
+
+def _scale(options: argparse.Namespace) -> Scale:
+    scale = SCALES[options.scale]
+    if not options.quick:
+        return scale
+    batches = tuple(b for b in scale.batches if b in (1, 16, 256))
+    return Scale(scale.trio, (), batches, scale.fixed_batch, scale.cache_length, scale.extra_flags)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large buffers, where PyTorch takes them from it, on a CPU.
+
+    Else each step gives them back and takes them again page by page, or not, depending on what the
+    models before left in the heap: the order of models would decide.
+    """
+    if torch.cuda.is_available() or not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    for parameter, value in ((_M_TRIM_THRESHOLD, -1), (_M_MMAP_MAX, 0)):
+        libc.mallopt(parameter, value)
+
+
+def _rows(scale: Scale, options: argparse.Namespace) -> Iterator[Row]:
+    for model in scale.trio:
+        yield from _measure(model, scale, scale.batches, options)
+    for model in scale.fewer:
+        yield from _measure(model, scale, (scale.fixed_batch,), options)
+
+
+@torch.inference_mode()
+def _measure(
+    model: DecodeModel, scale: Scale, batches: Sequence[int], options: argparse.Namespace
+) -> Iterator[Row]:
+    from launch.benchmarks.decode_step import DecodeStep
+    from launch.benchmarks.environment import environment_columns
+    from launch.benchmarks.weight_access import (
+        count_weight_bytes,
+        other_weight_bytes,
+        read_sizes,
+    )
+    from ultramem_megatron.inference.loading import prepare_for_inference
+    from ultramem_megatron.inference.untrained import untrained_model
+    from ultramem_megatron.tools.plan.sizes import weight_bytes_read
+
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all its arguments
+        built, args = untrained_model([*model.flags, *scale.extra_flags, *options.flags])
+    prepare_for_inference(built)
+    graphed = options.cuda_graphs and model.kind != "moe"
+    sizes = read_sizes(built, args.moe_router_topk, _picks(args))
+    for batch in batches:
+        try:
+            step = DecodeStep(built, batch, scale.cache_length, args.vocab_size)
+            if graphed:
+                step.capture()
+            timing = step.measure()
+        except torch.OutOfMemoryError:
+            print(f"{model.name}: a batch of {batch} does not fit, left out", file=sys.stderr)
+            break
+        with count_weight_bytes(built) as counted:
+            step()
+        read = sum(counted.values())
+        row: Row = {
+            "scale": options.scale, "kind": model.kind, "model": model.name, "batch": batch,
+            "cache_length": scale.cache_length, "dtype": str(args.params_dtype).split(".")[-1],
+            "cuda_graph": int(graphed), "parameters": _parameters(built),
+            "median_ms": round(timing.median, 3), "p20_ms": round(timing.p20, 3),
+            "p80_ms": round(timing.p80, 3), "repeats": timing.repeats,
+            **{f"{kind}_bytes_counted": n for kind, n in counted.items()},
+            "bytes_counted": read,
+            "bytes_modelled": weight_bytes_read(sizes, batch, args.params_dtype.itemsize),
+            "bytes_all": read + other_weight_bytes(built) + step.cache_bytes,
+            "flags": " ".join(options.flags),
+            **environment_columns(),
+        }  # fmt: skip
+        print(
+            f"{model.name:46} batch {batch:5}  {timing.median:9.2f} ms  {read / 1e9:7.3f} GB read",
+            file=sys.stderr,
+        )
+        yield row
+    del built, step
+    gc.collect()
+
+
+def _picks(args: argparse.Namespace) -> int:
+    from ultramem_megatron.megatron.flags.arguments import config_from_args
+
+    ultramem = config_from_args(args)
+    return ultramem.heads * ultramem.topk if ultramem else 0
+
+
+def _parameters(model: Any) -> int:
+    """Without embedding and output layer, as the paper counts."""
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if "embedding" not in name and "output_layer" not in name
+    )
+
+
+def _write(file: Path, rows: Iterator[Row]) -> None:
+    with file.open("w", newline="") as handle:
+        writer: csv.DictWriter[str] | None = None
+        for row in rows:
+            if writer is None:
+                writer = csv.DictWriter(handle, row)
+                writer.writeheader()
+            writer.writerow(row)
+            handle.flush()
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,135 @@
+"""Check every candidate against the reference, then time it; one CSV row a candidate and pass."""
+
+import contextlib
+import csv
+import gc
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from launch.benchmarks.environment import environment_columns
+from launch.benchmarks.kernels import layers, lookups, measure, topks
+from launch.benchmarks.kernels.candidate import Candidate, check
+from launch.benchmarks.kernels.ratios import print_ratios
+from launch.benchmarks.kernels.shapes import Shape, sweeps
+
+Row = dict[str, str | int | float]
+_FORWARD, _BOTH = "forward", "forward+backward"
+_LOOKUP_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+# Two keys of nearly equal score may change places between two orders of summation.
+_SELECTION_TOLERANCE = 3e-2
+
+_OPS: dict[str, Callable[[Shape, torch.device], list[Candidate]]] = {
+    "lookup": lookups.candidates,
+    "side top-m": topks.side_candidates,
+    "grid top-m": topks.tucker_candidates,
+    "layer": layers.candidates,
+}
+
+
+def run(file: Path, device: torch.device, quick: bool) -> None:
+    """Time everything; on a CPU with one thread. Prints as it goes, writes `file` row by row."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        bandwidth = measure.copy_bandwidth(device)
+        print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
+        rows: list[Row] = []
+        with file.open("w", newline="") as handle:
+            for row in _rows(device, quick, bandwidth):
+                if not rows:
+                    writer = csv.DictWriter(handle, row)
+                    writer.writeheader()
+                writer.writerow(row)
+                handle.flush()
+                rows.append(row)
+        print_ratios(rows)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rows(device: torch.device, quick: bool, bandwidth: float) -> Iterator[Row]:
+    environment = {
+        **environment_columns(), "triton": _installed("triton"), "device": device.type,
+        "copy_bandwidth": round(bandwidth),
+    }  # fmt: skip
+    seen: dict[tuple[str, Shape], list[Row]] = {}
+    for sweep, shape in sweeps(quick, device):
+        for op in _OPS:
+            if (op, shape) not in seen:
+                seen[op, shape] = list(_measured(op, shape, device, bandwidth))
+            for row in seen[op, shape]:
+                yield {"sweep": sweep, "op": op, **shape.columns(), **row, **environment}
+
+
+def _measured(op: str, shape: Shape, device: torch.device, bandwidth: float) -> Iterator[Row]:
+    print(f"\n{op}: {', '.join(f'{k} {v}' for k, v in shape.columns().items())}")
+    # The table, its main_grad, and two dense gradients of the slower candidates while checked;
+    # beside a layer the other packages' own tables and gradients, twice as wide in one of them.
+    tables = 7 if op == "layer" else 2
+    needed = tables * shape.table_bytes + 2 * shape.values * shape.value_dim * 4
+    if op in ("lookup", "layer") and needed > 0.8 * measure.free_memory(device):
+        print(f"  left out: needs about {needed / 1e9:.0f} GB of memory")
+        return
+    torch.manual_seed(1)
+    candidates = _OPS[op](shape, device)
+    tolerance = _LOOKUP_TOLERANCE[shape.dtype] if op == "lookup" else _SELECTION_TOLERANCE
+    errors = check(candidates, tolerance)
+    if op == "layer":
+        candidates += layers.others(shape, device)
+    for candidate in candidates:
+        for row in _timings(candidate, device):
+            backward = row["passes"] == _BOTH
+            row |= _rates(op, shape, backward, float(row["ms_min"]), bandwidth)
+            row["error"] = errors.get(candidate.name, "")
+            _print(row)
+            yield row
+    del candidates
+    gc.collect()
+
+
+def _timings(candidate: Candidate, device: torch.device) -> Iterator[Row]:
+    for passes, step in ((_FORWARD, candidate.inference), (_BOTH, candidate.training)):
+        timing = measure.timed(step, device)
+        peak = _peak_of_backward(candidate, device) if passes == _BOTH else ""
+        yield {
+            "candidate": candidate.name, "passes": passes, "ms_min": round(timing.minimum, 4),
+            "ms_median": round(timing.median, 4), "repeats": timing.repeats,
+            "backward_extra_bytes": peak,
+        }  # fmt: skip
+
+
+def _peak_of_backward(candidate: Candidate, device: torch.device) -> int | str:
+    output = candidate.forced(candidate.forward)
+    peak = measure.extra_memory(lambda: candidate.backward_of(output), device)
+    candidate.clear()
+    return "" if peak is None else peak
+
+
+def _rates(op: str, shape: Shape, backward: bool, ms: float, bandwidth: float) -> Row:
+    """Counted bytes and FLOPs of the least that the op must do, and the share of bandwidth."""
+    if op == "lookup":
+        moved, flops = shape.lookup_bytes(backward), shape.lookup_flops(backward)
+        share = round(moved / (1e-3 * ms) / bandwidth, 4)
+        return {"bytes": moved, "flops": flops, "bandwidth_share": share}
+    flops = shape.layer_macs() * 2 * shape.tokens * (3 if backward else 1) if op == "layer" else 0
+    return {"bytes": "", "flops": flops or "", "bandwidth_share": ""}
+
+
+def _print(row: Row) -> None:
+    share = row["bandwidth_share"]
+    reached = f"  {100 * float(share):5.1f}% of copy" if share != "" else ""
+    peak = row["backward_extra_bytes"]
+    memory = f"  backward +{float(peak) / 1e6:.0f} MB" if peak != "" else ""
+    print(
+        f"  {row['candidate']:42} {row['passes']:17} {float(row['ms_min']):9.2f} ms "
+        f"(median {float(row['ms_median']):.2f}){reached}{memory}"
+    )
+
+
+def _installed(package: str) -> str:
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
+    return "none"

@@ -1,0 +1,1 @@
+"""What lets Megatron run without CUDA."""

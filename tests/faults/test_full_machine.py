@@ -1,0 +1,103 @@
+"""Disks that fill up and memory that does not suffice: the run ends and says what to do."""
+
+import contextlib
+import functools
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from tests.ranks import RanksFailed
+from tests.training_runs import run_pretrain, tiny_gpt
+from ultramem_megatron.faults import integrity
+
+_FLAGS = {
+    "ultramem_spans": "1:2", "ultramem_num_keys": 12, "ultramem_topk": 6,
+    "ckpt_format": "torch_dist", "verify_integrity": True, "save_interval": 2, "train_iters": 6,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True
+    )
+    if made.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def _fill(folder: str) -> None:
+    with open(f"{folder}/filler", "ab", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+
+
+def _fill_when_created(folder: str, what: str) -> None:
+    """In every rank: once a path that ends in `what` is about to be made, the disk is full."""
+
+    def hook(event, arguments):
+        if event == "os.mkdir" and str(arguments[0]).endswith(what):
+            _fill(folder)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize("asynchronous", [None, True], ids=["synchronous", "asynchronous"])
+def test_a_checkpoint_that_does_not_fit(small_disk, asynchronous):
+    undisturbed = run_pretrain(2, tiny_gpt(**{**_FLAGS, "save_interval": None})).losses
+    checkpoints = small_disk / "checkpoints"
+    flags = tiny_gpt(**_FLAGS, save=checkpoints, load=checkpoints, async_save=asynchronous)
+    before = functools.partial(_fill_when_created, str(small_disk), "iter_0000004")
+    with pytest.raises(RanksFailed, match="No space left on device") as ended:
+        run_pretrain(2, flags, before=before)
+    assert f"this run writes to --save {checkpoints} (0.000 GB free)" in str(ended.value)
+    assert integrity.newest_whole(checkpoints) == 2
+    (small_disk / "filler").unlink()
+    assert run_pretrain(2, flags).losses == undisturbed[2:]
+
+
+def _fill_after_scalars(folder: str, count: int) -> None:
+    """In every rank: the disk is full before the `count`-th scalar is written."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    add, done = SummaryWriter.add_scalar, [0]
+
+    def add_scalar(*args, **kwargs):
+        done[0] += 1
+        if done[0] == count:
+            _fill(folder)
+        return add(*args, **kwargs)
+
+    SummaryWriter.add_scalar = add_scalar  # type: ignore[method-assign]  # the fault
+
+
+def test_events_that_do_not_fit(small_disk):
+    events = small_disk / "events"
+    flags = tiny_gpt(
+        **{**_FLAGS, "save_interval": None, "train_iters": 400, "tensorboard_dir": events,
+           "tensorboard_log_interval": 1}
+    )  # fmt: skip
+    before = functools.partial(_fill_after_scalars, str(small_disk), 100)
+    with pytest.raises(RanksFailed, match="No space left on device") as ended:
+        run_pretrain(1, flags, before=before)
+    assert f"--tensorboard-dir {events} (0.000 GB free)" in str(ended.value)
+
+
+def _limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))  # 64 GB, half of it CUDA's libraries
+
+
+def test_out_of_memory_comes_with_the_plan():
+    flags = tiny_gpt(hidden_size=512, ultramem_spans="1:2", ultramem_num_keys=23_000)
+    with pytest.raises(RanksFailed, match="can't allocate memory") as ended:
+        run_pretrain(1, flags, before=_limit_memory)
+    assert "rank 0 ran out of memory. The estimate of ultramem_megatron.tools.plan" in str(
+        ended.value
+    )
+    assert "GB per rank" in str(ended.value)

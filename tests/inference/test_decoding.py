@@ -1,0 +1,176 @@
+"""Decoding with a KV cache equals the full forward: every kind of model, one rank and several."""
+
+import argparse
+
+import pytest
+import torch
+
+from tests.closeness import assert_close
+from tests.decoding import (
+    KINDS,
+    NumberTokenizer,
+    cached_logits,
+    dynamic_logits,
+    full_logits,
+    random_model,
+)
+from tests.ranks import RanksFailed, run_on_ranks
+from tests.training_runs import make_saving_fast
+
+_PREFILL = 5
+_LAYOUTS = {
+    "tensor, by number": (2, 2, "number"),
+    "tensor, by dimension": (2, 2, "dimension"),
+    "tensor, whole tables": (2, 1, "auto"),
+}
+
+
+def _tokens():
+    return torch.randint(500, (3, 12), generator=torch.Generator().manual_seed(0))
+
+
+def _logits(model):
+    """Of a full forward, of static and of dynamic batching; the message where that is refused."""
+    from ultramem_megatron.errors import UltraMemError
+
+    tokens = _tokens()
+    try:
+        dynamic = dynamic_logits(model, tokens, _PREFILL)
+    except UltraMemError as refusal:
+        dynamic = str(refusal)
+    return full_logits(model, tokens), cached_logits(model, tokens, _PREFILL), dynamic
+
+
+def _save(folder):
+    """Save an untrained model of each kind; what it computes."""
+    from ultramem_megatron.megatron.checkpoint.weights import save_weights
+    from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+
+    make_saving_fast()
+    results = {}
+    for kind in KINDS:
+        model, args = random_model(kind)
+        save_weights(model, args, folder / kind)
+        results[kind] = _logits(model)
+        for layer in memory_layers(model):
+            layer.values.weight.data.zero_()
+        results[kind] += (full_logits(model, _tokens()),)
+    return results
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return folder, run_on_ranks(1, _save, folder)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_decoding_equals_the_full_forward(saved, kind):
+    whole, cached, dynamic, without_values = saved[1][kind]
+    assert_close(cached, whole[:, _PREFILL - 1 :], 2e-6)
+    assert_close(dynamic, whole[:, _PREFILL - 1 :], 3e-6)
+    if "ultramem_spans" in KINDS[kind]:  # else the comparison would say nothing of memories
+        assert (without_values - whole).norm() > 0.05 * whole.norm()
+
+
+def _load_and_compute(folder, kinds, layouts):
+    from ultramem_megatron.inference.loading import InferenceLayout, load_for_inference
+
+    results = {}
+    for kind in kinds:
+        for name, layout in layouts.items():
+            model = load_for_inference(str(folder / kind), layout=InferenceLayout(*layout)).model
+            results[kind, name] = _logits(model)
+    return results
+
+
+def test_ranks_that_share_a_model_decode_what_one_rank_does(saved):
+    folder, expected = saved
+    for rank in run_on_ranks(2, _load_and_compute, folder, tuple(KINDS), _LAYOUTS):
+        assert len(rank) == len(KINDS) * len(_LAYOUTS)
+        for (kind, layout), (whole, cached, dynamic) in rank.items():
+            assert_close(whole, expected[kind][0], 2e-6, f"{kind} {layout}")
+            wanted = expected[kind][0][:, _PREFILL - 1 :]
+            assert_close(cached, wanted, 2e-6, f"{kind} {layout}, cached")
+            if kind == "moe-ultramem" and _LAYOUTS[layout][1] > 1:
+                assert "experts are shared by 2 ranks is not supported" in dynamic
+            else:
+                assert_close(dynamic, wanted, 3e-6, f"{kind} {layout}, dynamic batching")
+
+
+def _premultiplied_logits(folder, kind, layout):
+    """Of cached decoding; the message if the layout is refused."""
+    from ultramem_megatron.errors import UltraMemError
+    from ultramem_megatron.inference.loading import InferenceLayout, load_for_inference
+
+    try:
+        model = load_for_inference(
+            str(folder / kind), layout=InferenceLayout(*layout), premultiply_values=True
+        ).model
+    except UltraMemError as refusal:
+        return str(refusal)
+    return cached_logits(model, _tokens(), _PREFILL)
+
+
+def test_values_multiplied_beforehand_decode_the_same(saved):
+    folder, expected = saved
+    for kind in ("ultramem", "ultramem-conv", "pkm"):
+        for layout in ((1, 1, "auto"), (2, 1, "auto")):
+            for logits in run_on_ranks(layout[0], _premultiplied_logits, folder, kind, layout):
+                assert_close(logits, expected[kind][0][:, _PREFILL - 1 :], 2e-6, f"{kind} {layout}")
+    for refusal in run_on_ranks(2, _premultiplied_logits, folder, "ultramem", (2, 2, "auto")):
+        assert "each value table is shared by 2 ranks. Use --ultramem-parallel-size 1" in refusal
+
+
+def _options(tokens, layout, batching):
+    names = ("tensor_parallel_size", "ultramem_parallel_size", "ultramem_partition")
+    return argparse.Namespace(
+        tokens=tokens, temperature=0.0, top_k=0, top_p=1.0, seed=1, batching=batching,
+        **dict(zip(names, layout, strict=True)),
+    )  # fmt: skip
+
+
+def _generate(folder, prompt_lists, layouts, batching="static"):
+    from ultramem_megatron.inference.generate import generate, layout_from
+    from ultramem_megatron.inference.loading import load_for_inference
+
+    results = []
+    for layout in layouts:
+        options = _options(9, layout, batching)
+        loaded = load_for_inference(str(folder / "ultramem-conv"), layout=layout_from(options))
+        loaded = loaded._replace(tokenizer=NumberTokenizer())
+        texts = [generate(loaded, prompts, options) for prompts in prompt_lists]
+        results.append([[text.strip() for text in batch] for batch in texts])
+    return results
+
+
+def test_ranks_with_prompts_of_their_own_may_share_tables(saved):
+    """Unequal lengths, unequal numbers of steps, and ranks that have no prompt at all."""
+    folder, prompt_lists = saved[0], [["3 5 7", "8", "40 41 42 43 44 45 46"], ["9 8 7"]]
+    expected = run_on_ranks(1, _generate, folder, prompt_lists, [(1, 1, "auto")])[0][0]
+    assert [len(texts) for texts in expected] == [3, 1]
+    assert len({text for texts in expected for text in texts}) == 4
+    two = run_on_ranks(
+        2, _generate, folder, prompt_lists,
+        [(1, 2, "number"), (1, 2, "dimension"), (2, 2, "number"), (1, 1, "auto")],
+    )  # fmt: skip
+    four = run_on_ranks(4, _generate, folder, prompt_lists, [(2, 4, "number")])
+    dynamic = run_on_ranks(
+        4, _generate, folder, prompt_lists, [(2, 4, "number"), (1, 4, "dimension")], "dynamic"
+    )
+    for rank in [*two, *four, *dynamic]:
+        for texts in rank:
+            assert texts == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "message"),
+    [
+        ("dense", (3, None, "auto"), "--tensor-parallel-size 3: it must divide the 2 ranks"),
+        ("ultramem", (2, 3, "auto"), "--ultramem-parallel-size 3: it must divide the 2 ranks"),
+        ("moe-ultramem", (1, 2, "auto"), "with experts it must divide --tensor-parallel-size 1"),
+    ],
+)
+def test_impossible_layouts_are_refused(saved, kind, layout, message):
+    with pytest.raises(RanksFailed, match=message):
+        run_on_ranks(2, _load_and_compute, saved[0], (kind,), {"": layout})

@@ -1,0 +1,97 @@
+"""Decoding with a KV cache gives what a forward pass over the whole text gives."""
+
+import pytest
+import torch
+
+from tests.closeness import assert_close
+from tests.ranks import RanksFailed, run_on_ranks
+from tests.training_runs import run_pretrain, tiny_gpt
+
+_FLAGS = {
+    "num_layers": 4, "ultramem_spans": "1:2/3:4", "ultramem_num_keys": 12, "ultramem_topk": 6,
+    "ultramem_query_conv_kernel": 4, "ckpt_format": "torch_dist", "save_interval": 2,
+    "train_iters": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    flags = tiny_gpt(
+        **_FLAGS, save=folder, tensor_model_parallel_size=2, use_distributed_optimizer=True
+    )
+    run_pretrain(2, flags)
+    return folder
+
+
+@torch.no_grad()
+def _decode(folder):
+    """Logits of 12 positions: all at once, and 5 at first, then one by one from the cache."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.inference.utils import InferenceMode
+
+    from ultramem_megatron.inference.loading import load_for_inference
+
+    model = load_for_inference(str(folder)).model
+    tokens = torch.randint(500, (2, 12), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(12).expand(2, -1)
+
+    def mask(length):
+        return torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+
+    whole = model(tokens, positions, mask(12))
+    context, cached = StaticInferenceContext(2, 12), []
+    with InferenceMode.active():
+        for start, end in [(0, 5), *((i, i + 1) for i in range(5, 12))]:
+            logits = model(
+                tokens[:, start:end], positions[:, start:end], mask(end) if start == 0 else None,
+                inference_context=context, runtime_gather_output=True,
+            )  # fmt: skip
+            context.sequence_len_offset = end
+            context.enable_decode_mode()
+            cached.append(logits[:, -1])
+    return whole[:, 4:], torch.stack(cached, dim=1)
+
+
+def test_cached_decoding_equals_the_full_forward(checkpoint):
+    whole, cached = run_on_ranks(1, _decode, checkpoint)[0]
+    assert whole.norm() > 0
+    assert_close(cached, whole, 1e-5)
+
+
+def _loaded_values(folder):
+    from ultramem_megatron.inference.loading import load_for_inference
+
+    loaded = load_for_inference(str(folder))
+    return {name: p.detach() for name, p in loaded.model.named_parameters()}, loaded.args
+
+
+def test_a_tensor_parallel_checkpoint_loads_whole(checkpoint):
+    parameters, args = run_on_ranks(1, _loaded_values, checkpoint)[0]
+    assert parameters["decoder.layers.0.mlp.linear_fc1.weight"].shape == (128, 32)
+    assert parameters["decoder.layers.2.memory.values.weight"].shape == (144, 16)
+    assert args.tensor_model_parallel_size == 1
+
+
+def _generate(*argv):
+    from ultramem_megatron.inference.generate import main
+
+    main(argv)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--load", "nowhere"], "--load nowhere: no checkpoint there"),
+        (["--ckpt-step", "7"], "iter_0000007 is not a torch_dist checkpoint; found: iter_0000002"),
+        (["--tokens", "0"], "--tokens is 0; it must be a whole number >= 1"),
+        (["--temperature", "-1"], r"--temperature is -1.0; it must be a number >= 0"),
+        (["--top-p", "0"], r"--top-p is 0.0; it must be a number > 0 and <= 1"),
+        (["--tokens", "30"], "exceeds the model's 32 positions"),
+        (["--prompt", ""], "--prompt '' has no tokens"),
+    ],
+)
+def test_wrong_requests_are_refused(changes, message, checkpoint):
+    argv = ["--load", str(checkpoint), "--prompt", "1 2 3", "--tokens", "5", *changes]
+    with pytest.raises(RanksFailed, match=message):
+        run_on_ranks(1, _generate, *argv)

@@ -1,0 +1,129 @@
+"""The decode benchmark: what it counts, what it writes, what it draws."""
+
+import csv
+
+import pytest
+import torch
+
+from launch.benchmarks.decode_figures import draw
+from tests.ranks import run_on_ranks
+from ultramem_megatron.errors import UltraMemError
+
+
+def _benchmark(folder):
+    from launch.benchmarks.decode import main
+
+    main(["--out", str(folder), "--scale", "small", "--group-query-attention",
+          "--num-query-groups", "2"])  # fmt: skip
+
+
+def _shuffled_addresses(model):
+    """A list that forward passes of the model add to."""
+    addresses = []
+    for module in model.modules():
+        if type(module).__name__ == "GridShuffle":
+            module.register_forward_hook(lambda _, __, out: addresses.append(out))
+    return addresses
+
+
+def _routed_experts(model):
+    """A list to which forward passes add, for each MoE layer, how many experts have a token."""
+    used = []
+    for name, module in model.named_modules():
+        if name.endswith(".router"):
+            module.register_forward_hook(lambda _, __, out: used.append(int(out[1].any(0).sum())))
+    return used
+
+
+def _counts():
+    """Bytes counted in one step, and what must have been read, found out another way."""
+    from launch.benchmarks.decode_models import SCALES
+    from launch.benchmarks.decode_step import DecodeStep
+    from launch.benchmarks.weight_access import count_weight_bytes, read_sizes
+    from ultramem_megatron.inference.untrained import untrained_model
+    from ultramem_megatron.tools.plan.sizes import weight_bytes_read
+
+    found = {}
+    for model in SCALES["small"].trio:
+        built, _ = untrained_model(model.flags)
+        addresses, experts = _shuffled_addresses(built), _routed_experts(built)
+        step = DecodeStep(built, 3, 8, 512)
+        with torch.no_grad(), count_weight_bytes(built) as counted:
+            step()
+        rows = {int(z) % (128 * 128) for out in addresses for z in out.flatten()}
+        layers = range(4)
+        zero = ["mlp.linear_fc1", "mlp.linear_fc2"] if model.kind != "moe" else []
+        parameters = dict(built.named_parameters())
+        mlp = sum(
+            parameters[f"decoder.layers.{layer}.{name}.weight"].nbytes
+            for layer in layers for name in zero
+        )  # fmt: skip
+        found[model.kind] = (
+            counted, mlp, len(rows), experts,
+            [weight_bytes_read(read_sizes(built, 2, 16), batch, 4) for batch in (1, 10**6)],
+        )  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return run_on_ranks(1, _counts)[0]
+
+
+def test_weights_read_are_counted(counts):
+    dense, moe, ultramem = counts["dense"][0], counts["moe"][0], counts["ultramem"][0]
+    assert dense == {"mlp": counts["dense"][1], "experts": 0, "values": 0}
+    assert dense["mlp"] == 4 * 2 * 64 * 256 * 4  # layers, matrices, sizes, bytes
+    rows = counts["ultramem"][2]
+    assert 16 < rows <= 3 * 16
+    assert ultramem == {"mlp": dense["mlp"], "experts": 0, "values": rows * 32 * 4}
+    expert = 2 * 64 * 136 * 4
+    used = counts["moe"][3]
+    assert len(used) == 4
+    assert all(2 <= count <= 3 * 2 for count in used)
+    assert moe == {"mlp": 0, "experts": sum(used) * expert, "values": 0}
+
+
+def test_the_model_of_weight_access_saturates(counts):
+    expert = 2 * 64 * 136 * 4
+    assert counts["dense"][4] == [counts["dense"][1]] * 2
+    assert counts["moe"][4] == [4 * 2 * expert, 4 * 12 * expert]
+    mlp = counts["ultramem"][1]
+    assert counts["ultramem"][4] == [mlp + 16 * 32 * 4, mlp + 128 * 128 * 32 * 4]
+
+
+def test_the_command_writes_rows_and_figures(tmp_path):
+    run_on_ranks(1, _benchmark, tmp_path)
+    with (tmp_path / "decode.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["kind"] for row in rows] == ["dense"] * 2 + ["moe"] * 2 + ["ultramem"] * 2 + [
+        "moe", "ultramem",
+    ]  # fmt: skip
+    for row in rows:
+        assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
+        assert all(row[name] for name in ("date", "commit", "hardware", "torch", "megatron_core"))
+        assert int(row["bytes_counted"]) <= int(row["bytes_modelled"])
+        # Attention with 2 of 4 key heads, norms, output layer; a cache of 8 tokens and the new one.
+        attention = 4 * (64 * (64 + 2 * 32) + 64 * 64) * 2
+        cache = 4 * 2 * 9 * int(row["batch"]) * 2 * 16 * 2
+        beside = int(row["bytes_all"]) - int(row["bytes_counted"]) - attention - cache
+        head_and_norms = 512 * 64 * 2 + (4 * 2 + 1) * 2 * 64 * 2
+        if row["kind"] == "dense":
+            assert beside == head_and_norms
+        else:  # routers, or projections, keys and cores
+            assert head_and_norms < beside < 2 * head_and_norms
+        assert row["flags"] == "--group-query-attention --num-query-groups 2"
+    parameters = {row["model"]: int(row["parameters"]) for row in rows}
+    assert parameters["small moe-2in4"] < parameters["small moe-2in12"]
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "decode_figure1b.png", "decode_figure1c.png", "decode_figure6c.png", "decode_figure7.png",
+    }  # fmt: skip
+
+
+def test_figures_need_the_benchmarks_csv(tmp_path):
+    with pytest.raises(UltraMemError, match=r"none\.csv is not there"):
+        draw(tmp_path / "none.csv")
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    with pytest.raises(UltraMemError, match="holds no rows of the decode benchmark"):
+        draw(other)

@@ -1,0 +1,124 @@
+"""Checkpoints: exact resumption, other layouts, refusal of other designs and damaged tables."""
+
+import pytest
+import torch
+
+from tests.ranks import RanksFailed
+from tests.training_runs import run_pretrain, tiny_gpt
+
+_MEMORY = {
+    "num_layers": 4, "ultramem_spans": "1:2/3:4", "ultramem_num_keys": 12, "ultramem_topk": 6,
+    "ultramem_query_conv_kernel": 3, "ckpt_format": "torch_dist", "train_iters": 6,
+    "hidden_dropout": 0.1,
+}  # fmt: skip
+
+
+def _flags(**changes):
+    return tiny_gpt(**{**_MEMORY, **changes})
+
+
+def _buffers(trained):
+    return {n: b.clone() for chunk in trained.model for n, b in chunk.named_buffers()}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (1, {}),
+        (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
+             "overlap_param_gather": True, "bf16": True}),
+        (2, {"fp16": True, "initial_loss_scale": 4096}),
+    ],
+)  # fmt: skip
+def test_resumed_training_continues_exactly(world_size, changes, tmp_path):
+    whole = run_pretrain(
+        world_size, _flags(**changes, save=tmp_path, save_interval=3), parameters=True,
+        on_finish=_buffers,
+    )  # fmt: skip
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    resumed = run_pretrain(
+        world_size, _flags(**changes, load=tmp_path), parameters=True, on_finish=_buffers
+    )
+    assert len(resumed.losses) == 3
+    assert resumed.losses == whole.losses[3:]
+    assert resumed.grad_norms == whole.grad_norms[3:]
+    for rank, expected in zip(resumed.ranks, whole.ranks, strict=True):
+        for name, parameter in expected.parameters.items():
+            assert torch.equal(rank.parameters[name], parameter), name
+        assert any(name.endswith("cores.u") for name in expected.finished)
+        for name, buffer in expected.finished.items():
+            assert torch.equal(rank.finished[name], buffer), name
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run without dropout (its random streams depend on the layout), saved after step 3."""
+    folder = tmp_path_factory.mktemp("saved")
+    run = run_pretrain(1, _flags(save=folder, save_interval=3, hidden_dropout=0))
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    return folder, run
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, {"tensor_model_parallel_size": 2}),
+        (2, {"pipeline_model_parallel_size": 2}),
+        (2, {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Ett|ttL"}),
+        (2, {}),
+    ],
+)
+def test_a_checkpoint_continues_in_another_layout(world_size, layout, saved):
+    folder, whole = saved
+    run = run_pretrain(
+        world_size,
+        _flags(load=folder, hidden_dropout=0, no_load_rng=True, **layout),
+    )
+    assert run.losses == pytest.approx(whole.losses[3:], rel=1e-6)
+    assert run.grad_norms == pytest.approx(whole.grad_norms[3:], rel=1e-5)
+
+
+def _refusal(**changes):
+    with pytest.raises(RanksFailed) as failed:
+        run_pretrain(1, _flags(**changes))
+    return str(failed.value)
+
+
+def test_a_checkpoint_of_another_design_is_refused(saved):
+    folder, _ = saved
+    message = _refusal(load=folder, ultramem_num_keys=14, ultramem_cores=1)
+    assert "made with another memory design" in message
+    assert "--ultramem-num-keys is 14 here, 12 in the checkpoint" in message
+    assert "--ultramem-cores is 1 here, 2 in the checkpoint" in message
+
+
+def test_a_checkpoint_with_memory_is_refused_by_a_plain_gpt(saved):
+    folder, _ = saved
+    plain = tiny_gpt(num_layers=4, ckpt_format="torch_dist", load=folder)
+    with pytest.raises(RanksFailed, match="the checkpoint has memory layers, this run asks for no"):
+        run_pretrain(1, plain)
+
+
+def _poison(trained):
+    from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+
+    layer = next(iter(memory_layers(trained.model[0])))
+    layer.values.weight.data[5, 1] = float("nan")
+    from megatron.training.checkpointing import save_checkpoint
+
+    save_checkpoint(99, trained.model, None, None, 0)
+
+
+def test_nan_in_a_loaded_table_is_refused(tmp_path):
+    run_pretrain(
+        1, _flags(save=tmp_path, save_interval=100, train_iters=1, no_save_optim=True),
+        on_finish=_poison,
+    )  # fmt: skip
+    message = _refusal(load=tmp_path, no_load_optim=True, finetune=True)
+    assert "memory layer 1 holds NaN or infinity in 1 of its 144 rows" in message
+
+
+def test_a_checkpoint_without_memory_is_refused(tmp_path):
+    plain = {"num_layers": 4, "ckpt_format": "torch_dist", "train_iters": 1}
+    run_pretrain(1, tiny_gpt(**plain, save=tmp_path, save_interval=1))
+    assert "the checkpoint has no memory layers, this run asks for them" in _refusal(load=tmp_path)

@@ -1,0 +1,47 @@
+"""Which rank holds what."""
+
+import pytest
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.tables.layout import TableLayout, check_layout
+
+
+@pytest.mark.parametrize(("values", "size"), [(10, 3), (16, 4), (121, 8), (5, 5)])
+def test_rows_are_a_fair_cut(values, size):
+    parts = [TableLayout("number", values, 8, 2, size, rank).rows() for rank in range(size)]
+    assert [row for part in parts for row in part] == list(range(values))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_columns_are_equal_slices():
+    parts = [TableLayout("dimension", 9, 12, 2, 3, rank) for rank in range(3)]
+    assert [list(part.columns()) for part in parts] == [
+        [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11],
+    ]  # fmt: skip
+    assert parts[1].shape == (9, 4)
+    assert parts[2].describe() == "rows 0-8 of 9, columns 8-11 of 12"
+
+
+@pytest.mark.parametrize(
+    ("cores", "size", "expected"),
+    [(1, 4, [[0], [0], [0], [0]]), (2, 4, [[0], [0], [1], [1]]), (4, 2, [[0, 1], [2, 3]])],
+)
+def test_cores_of_a_rank(cores, size, expected):
+    layout = TableLayout("dimension", 9, 8, cores, size)
+    assert [list(layout.cores_of(rank)) for rank in range(size)] == expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (
+            TableLayout("dimension", 9, 10, 2, 4),
+            "10 is not divisible by --ultramem-par",
+        ),
+        (TableLayout("dimension", 9, 12, 3, 2), "--ultramem-cores 3 straddle ranks"),
+        (TableLayout("number", 4, 10, 2, 5), "more than the 4 values"),
+    ],
+)
+def test_impossible_cuts_are_refused(layout, message):
+    with pytest.raises(UltraMemError, match=message):
+        check_layout(layout)

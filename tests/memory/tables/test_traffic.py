@@ -1,0 +1,87 @@
+"""The cost model: the paper's figures, its own consistency, the choice, and its command."""
+
+import pytest
+
+from tests import ROOT
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.tables.traffic import (
+    Exchange,
+    choose,
+    dimension_wise,
+    distinct,
+    main,
+    number_wise,
+    number_wise_rows,
+    paper_crossover,
+    pools_at_owner,
+    seconds_per_token,
+)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(8, 22), (64, 192), (256, 775)])
+def test_crossover_of_figure_9(size, expected):
+    assert paper_crossover(size, 84) == pytest.approx(expected, abs=0.6)
+
+
+@pytest.mark.parametrize(("size", "picks"), [(8, 84), (64, 42), (512, 160)])
+def test_crossover_is_where_the_papers_volumes_are_equal(size, picks):
+    """Section 4: number-wise 4M(P-1)/P + 2Mv(P-1)/P, dimension-wise 6M(P-1) + 2v(P-1)/P."""
+    v = paper_crossover(size, picks)
+    number = 4 * picks / size + 2 * picks * v / size
+    dimension = 6 * picks + 2 * v / size
+    assert number == pytest.approx(dimension, rel=1e-12)
+
+
+def test_volumes_are_the_papers_where_values_are_not_expanded():
+    x = Exchange(size=16, picks=84, value_dim=1024, expansion=1, cores=1)
+    assert dimension_wise(x).forward == pytest.approx(6 * 84 * 15 + 2 * 1024 * 15 / 16)
+    rows = 4 * 84 * 15 / 16 + 2 * 84 * 1024 * 15 / 16
+    assert number_wise_rows(x).forward == pytest.approx(rows)
+
+
+def test_nothing_moves_on_one_rank():
+    x = Exchange(size=1, picks=84, value_dim=1024)
+    assert dimension_wise(x).total == number_wise(x).total == seconds_per_token(number_wise(x), x)
+    assert number_wise(x).total == 0
+
+
+def test_one_node_is_dimension_wise_and_many_ranks_number_wise():
+    assert choose(Exchange(size=8, picks=84, value_dim=1024)) == "dimension"
+    assert choose(Exchange(size=512, picks=84, value_dim=1024)) == "number"
+    assert choose(Exchange(size=128, picks=84, value_dim=128)) == "number"
+
+
+def test_only_what_the_sizes_allow_is_chosen():
+    assert choose(Exchange(size=3, picks=84, value_dim=1024)) == "number"
+    assert choose(Exchange(size=6, picks=84, value_dim=1536, cores=4)) == "number"
+
+
+def test_owners_sum_where_many_picks_meet():
+    assert pools_at_owner(Exchange(size=2, picks=84, value_dim=1024))
+    assert not pools_at_owner(Exchange(size=512, picks=1, value_dim=1024))
+
+
+def test_distinct():
+    assert distinct(1, 5) == 1
+    assert distinct(10, 1) == pytest.approx(1)
+    assert distinct(2, 2) == pytest.approx(1.5)
+
+
+def test_command_prints_the_table_and_draws_the_figure(tmp_path, capsys):
+    picture = tmp_path / "figure9.png"
+    numbers = tmp_path / "figure9.csv"
+    main(["--sizes", "8", "512", "--plot", str(picture), "--csv", str(numbers)])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.rsplit("| ")[-1] for line in printed[3:5]] == ["dimension", "number"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    committed = ROOT / "launch/results/figure9.csv"
+    assert numbers.read_text() == committed.read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(["--topk", "0"], "--topk is 0"), (["--sizes", "4", "-1"], "--sizes has -1")],
+)
+def test_command_refuses_wrong_values(argv, message):
+    with pytest.raises(UltraMemError, match=message):
+        main(argv)

@@ -1,0 +1,140 @@
+"""Initial values: scale, calibration, and independence of everything that must not matter."""
+
+import math
+
+import pytest
+import torch
+
+from tests.layers import VARIANTS, small_config, small_layer
+from ultramem_megatron.memory.initialization import (
+    ROWS_PER_BLOCK,
+    calibrate,
+    normal_part,
+    value_std,
+)
+from ultramem_megatron.memory.layer import UltraMemLayer
+
+
+def _layer(hidden_size=64, num_layers=12, layer_number=1, **changes):
+    sizes = {"num_keys": 40, "key_dim": 32, "value_dim": 32, "topk": 16}
+    config = small_config(**{**sizes, **changes})
+    return UltraMemLayer(
+        config, hidden_size=hidden_size, num_layers=num_layers, layer_number=layer_number
+    )
+
+
+@pytest.mark.parametrize(
+    ("topk", "heads", "expansion", "layers", "expected"),
+    [(42, 2, 4, 12, 0.0445), (42, 2, 4, 24, 0.0315), (42, 2, 4, 32, 0.0273)],
+)
+def test_value_std_of_the_papers_models(topk, heads, expansion, layers, expected):
+    assert value_std(topk, heads, expansion, layers) == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"tucker_rank": 4}, {"cores": 4}, {"heads": 1}, {"rank_layout": "full"},
+        {"qk_norm": "rmsnorm"}, {"qk_norm": "none"},
+        {"retrieval": "pkm", "tucker_rank": 1, "cores": 1}, {"tucker_rank": 1, "cores": 1},
+    ],
+)  # fmt: skip
+def test_calibration_makes_the_mean_score_one(changes):
+    layer = _layer(**changes)
+    mean = calibrate(layer, torch.Generator().manual_seed(99))  # other queries than it was set with
+    assert mean == pytest.approx(1, rel=0.1)
+    again = calibrate(layer, torch.Generator().manual_seed(99))
+    assert again == pytest.approx(1, rel=1e-4)
+
+
+def test_scores_of_real_inputs_average_about_one():
+    layer = _layer()
+    x = torch.randn(500, 64)
+    assert layer.retrieve(layer.query(x)).scores.mean().item() == pytest.approx(1, rel=0.2)
+
+
+def test_output_variance_is_of_the_papers_order():
+    out = _layer(value_dim=128, cores=1)(torch.randn(2000, 64))
+    # 1/(2L) for scores that are all 1; theirs vary, so their mean square is above 1.
+    assert 1 / 24 < out.var().item() < 4 / 24
+
+
+def test_official_initialisation_is_the_authors():
+    layer = _layer(init="official", key_dim=32, qk_norm="rmsnorm")
+    assert layer.query.norm.weight.unique().tolist() == pytest.approx([32**-0.33])
+    assert layer.retrieval.keys.norm.weight.unique().tolist() == pytest.approx([32**-0.33])
+    stds = {
+        layer.query.proj.weight: 32**-0.5,
+        layer.retrieval.keys.weight: 32**-0.5,
+        layer.values.weight: 0.02,
+        layer.value_proj.weight: (4 * 32) ** -0.5,
+    }
+    for weight, std in stds.items():
+        assert weight.std().item() == pytest.approx(std, rel=0.05)
+        assert abs(weight.mean().item()) < 0.05 * std * math.sqrt(400)
+    assert layer.cores.weight.min() >= 0
+    assert layer.cores.weight.max() <= 1
+
+
+def test_summed_cores_have_unit_variance():
+    layer = _layer(tucker_rank=8, cores=4, heads=8)
+    assert layer.cores.total().std().item() == pytest.approx(1, rel=0.15)
+
+
+def test_convolution_starts_as_the_identity():
+    with_conv, without = _layer(query_conv_kernel=5), _layer()
+    x = torch.randn(7, 2, 64)
+    assert torch.equal(with_conv(x), without(x))
+
+
+def test_values_depend_on_seed_and_layer_and_on_nothing_else():
+    def table(**changes):
+        number = changes.pop("layer_number", 1)
+        return _layer(layer_number=number, **changes).values.weight.detach()
+
+    torch.manual_seed(1)
+    first = table()
+    torch.manual_seed(2)
+    assert torch.equal(table(), first)
+    assert torch.equal(table(cores=1, query_conv_kernel=3, topk=16), first)
+    assert not torch.equal(table(seed=4), first)
+    assert not torch.equal(table(layer_number=2), first)
+
+
+def test_construction_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    _layer()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_every_part_is_a_piece_of_the_whole_table():
+    total, width = ROWS_PER_BLOCK + 900, 6
+    whole = torch.empty(total, width)
+    normal_part(whole, range(total), range(width), width, 0.5, "key")
+    for rows, columns in (
+        (range(10), range(width)),
+        (range(ROWS_PER_BLOCK - 5, ROWS_PER_BLOCK + 5), range(2, 4)),
+        (range(4000, total), range(5, 6)),
+    ):
+        part = torch.empty(len(rows), len(columns))
+        normal_part(part, rows, columns, width, 0.5, "key")
+        expected = whole[rows.start : rows.stop, columns.start : columns.stop]
+        assert torch.equal(part, expected)
+    assert whole.std().item() == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_is_initialised(variant, nan_filled_empty):
+    layer = small_layer(torch.float32, **VARIANTS[variant])
+    for name, tensor in layer.state_dict().items():
+        assert torch.isfinite(tensor).all(), name
+        if name != "shuffle.tables":
+            assert tensor.abs().sum() > 0, name
+
+
+def test_meta_device_allocates_nothing():
+    with torch.device("meta"):
+        layer = _layer()
+    assert all(parameter.is_meta for parameter in layer.parameters())

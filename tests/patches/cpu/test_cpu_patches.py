@@ -1,0 +1,173 @@
+"""Without CUDA: "cuda" means the CPU, and torch.cuda answers for it."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import run_on_ranks
+from ultramem_megatron.patches.cpu import cuda_calls as cpu_cuda_calls
+from ultramem_megatron.patches.cpu import devices as cpu_devices
+from ultramem_megatron.patches.cpu import no_compile as cpu_no_compile
+from ultramem_megatron.patches.patch import Editor
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+
+
+@pytest.fixture
+def on_cpu() -> Any:
+    """The patches of PyTorch in force, undone afterwards."""
+    editors = [Editor("test") for _ in range(3)]
+    for editor, module in zip(editors, (cpu_devices, cpu_cuda_calls, cpu_no_compile), strict=True):
+        module.PATCH.install(editor)
+    yield
+    for editor in reversed(editors):
+        editor.revert()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", 0, torch.device("cuda", 1), "cpu", None])
+def test_constructors_accept_every_way_to_write_the_device(on_cpu: None, device: Any) -> None:
+    made = [
+        torch.tensor([1.0], device=device),
+        torch.empty(2, device=device),
+        torch.zeros_like(torch.ones(2), device=device),
+        torch.randn(2, device=device),
+        torch.ones(2).new_full((2,), 3.0, device=device),
+        torch.nn.Linear(2, 2, device=device).weight,
+    ]
+    assert all(tensor.device.type == "cpu" for tensor in made)
+
+
+def test_moves_to_cuda_stay(on_cpu: None) -> None:
+    x = torch.arange(3.0)
+    assert x.to("cuda") is x
+    assert x.cuda(non_blocking=True) is x
+    assert x.to(device="cuda:0", dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert x.to(torch.int64).dtype == torch.int64
+    assert torch.nn.Linear(2, 2).cuda(0).weight.device.type == "cpu"
+
+
+def test_other_devices_are_left_alone(on_cpu: None) -> None:
+    assert torch.empty(2, device="meta").device.type == "meta"
+    assert torch.ones(2).to("meta").device.type == "meta"
+    with torch.device("meta"):
+        assert torch.empty(2).device.type == "meta"
+        assert torch.tensor([1.0]).device.type == "meta"
+
+
+def test_other_threads_see_it_too(on_cpu: None) -> None:
+    seen: list[str] = []
+    worker = threading.Thread(target=lambda: seen.append(torch.zeros(1, device="cuda").device.type))
+    worker.start()
+    worker.join()
+    assert seen == ["cpu"]
+
+
+def test_after_reverting_cuda_is_refused_again() -> None:
+    editor = Editor("test")
+    cpu_devices.PATCH.install(editor)
+    editor.revert()
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.zeros(1, device="cuda")
+
+
+def test_only_megatron_hears_of_cuda_types(on_cpu: None) -> None:
+    x = torch.zeros(1)
+    assert x.type() == "torch.FloatTensor"
+    as_megatron: dict[str, Any] = {"__name__": "megatron.core.optimizer.optimizer", "x": x}
+    exec("answer = x.type(); half = x.type('torch.HalfTensor').dtype", as_megatron)
+    assert as_megatron["answer"] == "torch.cuda.FloatTensor"
+    assert as_megatron["half"] == torch.float16
+
+
+def test_torch_cuda_answers_like_one_device_that_never_lags(on_cpu: None) -> None:
+    assert not torch.cuda.is_available()
+    assert torch.cuda.current_device() == 0
+    assert torch.cuda.device_count() == 1
+    stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.stream(stream):
+        event.record()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream().wait_event(event)
+    torch.cuda.synchronize()
+    assert event.query()
+    assert event.elapsed_time(stream.record_event()) == 0.0
+
+
+def test_memory_figures_are_those_of_the_process(on_cpu: None) -> None:
+    before = torch.cuda.memory_allocated()
+    big = torch.ones(32 * 2**20 // 4)  # 32 MiB
+    assert torch.cuda.memory_allocated() - before > 16 * 2**20
+    assert torch.cuda.max_memory_allocated() >= torch.cuda.memory_allocated()
+    assert torch.cuda.memory_stats()["allocated_bytes.all.current"] >= big.nbytes
+
+
+def test_the_random_state_is_that_of_the_cpu(on_cpu: None) -> None:
+    torch.cuda.manual_seed(7)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(3)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_compiled_functions_run_as_written() -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("the compiler was called")
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    editor = Editor("test")
+    cpu_no_compile.PATCH.install(editor)
+    assert compiled(torch.ones(1)).item() == 2.0
+    editor.revert()
+    with pytest.raises(Exception, match="the compiler was called"):
+        compiled(torch.ones(1))
+
+
+def _draw_from_megatrons_streams() -> dict[str, Any]:
+    import logging
+
+    from megatron.core.tensor_parallel import random
+
+    from ultramem_megatron.patches import registry
+
+    registry.apply_all()
+    warnings: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            warnings.append(record.getMessage())
+
+    handler = Handler()
+    logging.getLogger(random.__name__).addHandler(handler)
+    random.model_parallel_cuda_manual_seed(5, tp_rank=0, ep_rank=0, etp_rank=0)
+    tracker = random.get_cuda_rng_tracker()
+    plain = torch.rand(3)
+    random.model_parallel_cuda_manual_seed(5, tp_rank=0, ep_rank=0, etp_rank=0)
+    with tracker.fork():
+        first = torch.rand(3)
+    undisturbed = torch.rand(3)
+    with tracker.fork():
+        second = torch.rand(3)
+    random.model_parallel_cuda_manual_seed(5, tp_rank=1, ep_rank=0, etp_rank=0)
+    with tracker.fork():
+        other_rank = torch.rand(3)
+    return {
+        "plain": plain,
+        "first": first,
+        "undisturbed": undisturbed,
+        "second": second,
+        "other_rank": other_rank,
+        "warnings": warnings,
+    }
+
+
+def test_megatrons_random_streams_are_separate() -> None:
+    [draws] = run_on_ranks(1, _draw_from_megatrons_streams)
+    assert torch.equal(draws["plain"], draws["undisturbed"])
+    assert not torch.equal(draws["first"], draws["second"])
+    assert not torch.equal(draws["first"], draws["plain"])
+    assert not torch.equal(draws["first"], draws["other_rank"])
+    assert draws["warnings"] == []

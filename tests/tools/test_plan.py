@@ -1,0 +1,480 @@
+"""The plan against the paper's printed columns, and layouts against what they must add up to."""
+
+import csv
+import json
+from unittest import mock
+
+import pytest
+
+from tests import ROOT
+from tests.ranks import run_on_ranks
+from tests.training_runs import run_pretrain
+
+# Table 1: parameters and FLOPs, both in 1e9, as printed.
+TABLE_1 = {
+    "dense-151m": ("0.15", "0.30"),
+    "moe-151m-2in32": ("2.04", "0.35"),
+    "ultramem-151m-x12": ("2.03", "0.35"),
+    "dense-680m": ("0.68", "1.36"),
+    "moe-680m-2in33": ("8.95", "1.50"),
+    "ultramem-680m-x12": ("8.93", "1.49"),
+    "dense-1.6b": ("1.61", "3.21"),
+    "moe-1.6b-2in34": ("21.36", "3.52"),
+    "ultramem-1.6b-x12": ("21.41", "3.50"),
+    "dense-6.5b": ("6.44", "12.88"),
+}
+# Table 2: dense parameters in 1e6, sparse in 1e9, FLOPs in 1e6, as printed.
+TABLE_2 = {
+    "pkm-151m-x10": ("173.01", "1.534", "346.06"),
+    "ablation-151m-x10-no-softmax": ("173.01", "1.534", "346.06"),
+    "ablation-151m-x10-half-value-dim": ("178.47", "1.529", "356.98"),
+    "ablation-151m-x10-share-query": ("173.46", "1.529", "346.96"),
+    "ablation-151m-x10-split-skip": ("161.64", "1.536", "323.32"),
+    "ablation-151m-x10-qk-norm": ("161.64", "1.536", "323.54"),
+    "ablation-151m-x10-ive": ("172.37", "1.536", "344.98"),
+    "ablation-151m-x10-tdqkr": ("172.37", "1.536", "344.98"),
+    "ablation-151m-x10-mcs": ("172.37", "1.536", "344.98"),
+    "ablation-151m-x10-init": ("172.37", "1.536", "344.98"),
+    "ablation-151m-x10-value-lr": ("172.37", "1.536", "344.98"),
+    "ablation-151m-x10-query-conv": ("172.38", "1.536", "345.02"),
+}
+# Table 3: change of FLOPs in percent against each component's own baseline, as printed.
+TABLE_3 = {
+    "E = 4": "6.6", "E = 9": "14.9", "E = 16": "26.4", "r = 2": "0.001", "r = 3": "0.002",
+    "r = 4": "0.003", "h = 2": "0.001", "h = 4": "0.003", "h = 8": "0.007",
+}  # fmt: skip
+# Where the inferred sizes do not round to the printed digits: (row, column) -> largest difference.
+ROUGH_1 = {("moe-680m-2in33", 1): 0.0100, ("dense-1.6b", 1): 0.0113}
+ROUGH_2 = {("ablation-151m-x10-share-query", column): 0.011 for column in (0, 2)} | {
+    (f"ablation-151m-x10-{row}", column): 0.0151
+    for row in ("ive", "tdqkr", "mcs", "init", "value-lr", "query-conv")
+    for column in (0, 2)
+}
+ROUGH_3 = {("E = 9", 0): 0.31, ("E = 16", 0): 0.71}
+# The first rows of table 2 count the values read by one head of one layer, the plan all: in 1e6.
+UNCOUNTED_VALUES = {
+    "pkm-151m-x10": 2 * 21 * 1024e-6,
+    "ablation-151m-x10-no-softmax": 2 * 21 * 1024e-6,
+    "ablation-151m-x10-half-value-dim": 2 * 42 * 512e-6,
+    "ablation-151m-x10-share-query": 2 * 42 * 512e-6,
+    "ablation-151m-x10-split-skip": 5 * 2 * 42 * 512e-6,
+}
+
+
+def _paper_models(folder):
+    """Everything about the paper's own models, from one process that builds each once."""
+    from ultramem_megatron.tools.paper.tables import table_3
+    from ultramem_megatron.tools.plan.sizes import describe_sizes, preset_sizes
+
+    sizes = {n: describe_sizes(preset_sizes(n), 2, 2048) for n in (*TABLE_1, *TABLE_2)}
+    changes = {change: tuple(cell.ours for cell in cells) for change, cells in table_3().items()}
+    flags = ("--tables", "--figure", str(folder / "f.png"), "--csv", str(folder / "f.csv"),
+             "--tables-csv", str(folder / "t.csv"))  # fmt: skip
+    return {"sizes": sizes, "table 3": changes, "markdown": _printed(*flags), "folder": folder}
+
+
+def _plan(*args):
+    from ultramem_megatron.tools.plan.__main__ import make_plan
+
+    return make_plan(*args)
+
+
+def _refusal(*args):
+    from ultramem_megatron.errors import UltraMemError
+    from ultramem_megatron.tools.plan.__main__ import main
+
+    try:
+        main(args)
+    except UltraMemError as error:
+        return str(error)
+    return None
+
+
+def _printed(*argv):
+    import contextlib
+    import io
+
+    from ultramem_megatron.tools.plan.__main__ import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        main(argv)
+    return output.getvalue()
+
+
+def _run(function, *args):
+    return run_on_ranks(1, function, *args)[0]
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    return _run(_paper_models, tmp_path_factory.mktemp("paper"))
+
+
+@pytest.fixture(scope="module")
+def plans(paper):
+    return paper["sizes"]
+
+
+def _assert_printed(row, printed, ours, rough):
+    """Equal to the printed digits, or listed as rough and within the listed difference."""
+    for column, (paper, number) in enumerate(zip(printed, ours, strict=True)):
+        agrees = f"{number:.{len(paper.partition('.')[2])}f}" == paper
+        if (row, column) in rough:
+            assert not agrees, f"{row}, column {column}: no longer rough"
+            assert abs(number - float(paper)) < rough[row, column], (row, column, number)
+        else:
+            assert agrees, f"{row}, column {column}: {number} is not printed as {paper}"
+
+
+@pytest.mark.parametrize("name", TABLE_1)
+def test_table_1(plans, name):
+    ours = (plans[name]["total_params"] / 1e9, plans[name]["flops_per_token"] / 1e9)
+    _assert_printed(name, TABLE_1[name], ours, ROUGH_1)
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_table_2(plans, name):
+    plan = plans[name]
+    flops = plan["flops_per_token"] / 1e6 - UNCOUNTED_VALUES.get(name, 0)
+    ours = (plan["dense_params"] / 1e6, plan["sparse_params"] / 1e9, flops)
+    _assert_printed(name, TABLE_2[name], ours, ROUGH_2)
+
+
+def test_table_3(paper):
+    ours = paper["table 3"]
+    assert ours.keys() == TABLE_3.keys()
+    for change, percent in TABLE_3.items():
+        _assert_printed(change, (percent,), ours[change], ROUGH_3)
+
+
+def test_weight_access_of_figure_1c(plans):
+    reads = {name: plan["weight_bytes_read"] for name, plan in plans.items()}
+    moe, ultramem = reads["moe-1.6b-2in34"], reads["ultramem-1.6b-x12"]
+    ratios = {batch: f"{moe[batch] / ultramem[batch]:.1f}" for batch in ultramem}
+    printed = {"16": "18.1", "64": "18.8", "256": "17.3", "1024": "13.0"}
+    assert {batch: ratios[batch] for batch in printed} == printed
+    # Dense: two matrices of 4 D^2 in each of 32 layers, bf16; the same at every batch size.
+    assert set(reads["dense-1.6b"].values()) == {2 * 32 * 8 * 2048**2}
+
+
+def test_all_that_a_step_reads(plans):
+    """Weights beside MLPs and values, and the KV cache of as many heads as there are queries'."""
+    for name, layers, hidden in (("dense-1.6b", 32, 2048), ("ultramem-1.6b-x12", 32, 2048)):
+        plan = plans[name]
+        assert plan["cache_length"] == 2048
+        others = plan["dense_params"] - layers * 8 * hidden**2 + plan["uncounted_params"]
+        head = plan["embedding_params"] // 2
+        for batch, everything in plan["step_bytes_read"].items():
+            cache = int(batch) * 2048 * layers * 2 * hidden
+            counted = plan["weight_bytes_read"][batch]
+            assert everything == counted + 2 * (others + head + cache)
+    moe, ultramem = (
+        plans[name]["step_bytes_read"] for name in ("moe-1.6b-2in34", "ultramem-1.6b-x12")
+    )
+    ratios = [f"{moe[batch] / ultramem[batch]:.1f}" for batch in ultramem]
+    assert ratios == ["1.0", "2.3", "4.0", "2.0", "1.3", "1.1"]  # in the README
+
+
+def test_a_small_cache_leaves_more_to_the_weights():
+    """Two heads of keys and values instead of 16: the other row of the README."""
+    two_heads = ("--group-query-attention", "--num-query-groups", "2")
+    moe, ultramem, dense = (
+        _run(_plan, name, two_heads)["step_bytes_read"]
+        for name in ("moe-1.6b-2in34", "ultramem-1.6b-x12", "dense-1.6b")
+    )
+    ratios = [f"{moe[batch] / ultramem[batch]:.1f}" for batch in ultramem]
+    assert ratios == ["1.0", "3.1", "9.5", "6.2", "2.9", "1.5"]
+    assert f"{max(ultramem[batch] / dense[batch] for batch in dense):.2f}" == "1.09"
+
+
+def test_dense_models_have_12_l_d_squared(plans):
+    for name, layers, hidden in (("dense-151m", 12, 1024), ("dense-6.5b", 32, 4096)):
+        assert plans[name]["dense_params"] == 12 * layers * hidden**2
+        assert plans[name]["sparse_params"] == 0
+        assert plans[name]["flops_per_token"] == 24 * layers * hidden**2
+
+
+def test_experts_count_once_for_the_model_and_twice_for_a_token(plans):
+    plan, one_expert = plans["moe-151m-2in32"], 12 * 2 * 1024 * 2528
+    assert plan["sparse_params"] == 32 * one_expert
+    assert plan["activated_params"] == 12 * 4 * 1024**2 + 2 * one_expert
+
+
+_TINY = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 "
+    "--max-position-embeddings 32 --position-embedding-type rope --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --vocab-size 1024 --micro-batch-size 2 "
+    "--global-batch-size 32 --bf16 "
+)
+_MEMORY = "--ultramem-spans 1:2/3:4 --ultramem-num-keys 24 --ultramem-topk 6 "
+_EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 96 "
+
+
+def _layout(flags, gpus):
+    return _run(_plan, None, (_TINY + flags).split(), [gpus])
+
+
+def _everything(plan):
+    keys = ("dense_params", "sparse_params", "embedding_params", "uncounted_params")
+    return sum(plan[key] for key in keys)
+
+
+def test_one_rank_holds_everything_in_the_bytes_of_mixed_precision():
+    plan = _layout(_MEMORY, 1)
+    stage = plan["layouts"][0]["stages"][0]
+    assert stage["parameters"] == 2 * _everything(plan)
+    assert stage["gradients"] == 4 * _everything(plan)
+    assert stage["optimizer"] == 12 * _everything(plan)
+    assert stage["received"] == {}
+    assert stage["memory"] == sum(
+        stage[key] for key in ("parameters", "gradients", "optimizer", "activations")
+    )
+
+
+def test_flags_that_need_transformer_engine_change_nothing():
+    plain, engine = (
+        _layout(_EXPERTS + more, 2)
+        for more in ("", "--moe-grouped-gemm --transformer-impl transformer_engine")
+    )
+    assert engine == plain
+
+
+def test_stages_and_parts_of_tables_add_up_to_the_model():
+    plan = _layout(_MEMORY + "--pipeline-model-parallel-size 2", 8)
+    layout = plan["layouts"][0]
+    held = sum(stage["parameters"] for stage in layout["stages"]) // 2
+    assert (layout["table_parallel"], layout["data_parallel"]) == (4, 4)
+    assert held == _everything(plan) - plan["sparse_params"] * 3 // 4
+    assert [stage["layers"] for stage in layout["stages"]] == ["1-2", "3-4"]
+
+
+def _held(trained):
+    """Bytes of parameters, gradients and optimizer state on a rank of a real run."""
+    import torch
+
+    parameters = [p for chunk in trained.model for p in chunk.parameters()]
+    optimizers = getattr(trained.optimizer, "chained_optimizers", [trained.optimizer])
+    state = [
+        tensor
+        for optimizer in optimizers
+        for entry in optimizer.optimizer.state.values()
+        for name, tensor in entry.items()
+        if name != "step"
+    ]
+    copies = [
+        p for optimizer in optimizers for group in optimizer.fp32_from_float16_groups for p in group
+    ]
+    assert all(isinstance(tensor, torch.Tensor) for tensor in state)
+    return tuple(
+        sum(t.numel() * t.element_size() for t in tensors)
+        for tensors in (parameters, [p.main_grad for p in parameters], [*state, *copies])
+    )
+
+
+_ONE_STEP = (
+    "--train-iters 1 --lr 1e-4 --mock-data --tokenizer-type NullTokenizer --eval-iters 0 "
+    "--eval-interval 9 --num-workers 0 --hidden-dropout 0 --attention-dropout 0"
+)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        (_MEMORY + "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 ", 4),
+        (_EXPERTS + "--expert-model-parallel-size 2 ", 2),
+        (_MEMORY + "--context-parallel-size 2 ", 2),
+    ],
+)
+def test_ranks_of_a_real_run_hold_what_is_planned(flags, ranks):
+    run = run_pretrain(ranks, (_TINY + flags + _ONE_STEP).split(), on_finish=_held)
+    stages = _layout(flags, ranks)["layouts"][0]["stages"]
+    planned = [
+        tuple(stage[key] for key in ("parameters", "gradients", "optimizer"))
+        for stage in stages
+        for _ in range(ranks // len(stages))
+    ]
+    assert [rank.finished for rank in run.ranks] == planned
+
+
+def test_the_distributed_optimizer_spreads_its_state_and_changes_what_is_sent():
+    plain, spread = (_layout(flags, 4)["layouts"][0]["stages"][0]
+                     for flags in ("", "--use-distributed-optimizer"))  # fmt: skip
+    assert spread["optimizer"] == pytest.approx(plain["optimizer"] / 4, rel=1e-3)
+    elements = plain["parameters"] // 2
+    # Rings: gradients in fp32 both ways, or gradients in fp32 one way and bf16 parameters back.
+    assert plain["received"]["gradients and parameters"] == elements * 8 * 3 // 4
+    assert spread["received"]["gradients and parameters"] == elements * 6 * 3 // 4
+
+
+@pytest.mark.parametrize("partition", ["dimension", "number"])
+def test_bytes_of_value_tables_are_those_of_the_cost_model(partition):
+    from ultramem_megatron.memory.tables.traffic import Exchange, dimension_wise, number_wise
+
+    flags = _MEMORY + f"--ultramem-partition {partition} --ultramem-parallel-size 2"
+    layout = _layout(flags, 4)["layouts"][0]
+    exchange = Exchange(size=2, picks=12, value_dim=32, expansion=4, cores=2, number_bytes=2)
+    volume = (dimension_wise if partition == "dimension" else number_wise)(exchange)
+    tokens_per_rank = 32 * 32 // 4
+    expected = 2 * tokens_per_rank * volume.total
+    assert layout["stages"][0]["received"]["value tables"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_tensor_parallel_bytes_of_a_dense_layer():
+    received = _layout("--tensor-model-parallel-size 2", 2)["layouts"][0]["stages"][0]["received"]
+    hidden = 32 * 2 * 64 * 2  # sequence x micro-batch x hidden, bf16
+    # Two all-reduces forward and two backward in each layer; the rest is vocabulary.
+    layers = 4 * 4 * hidden
+    micro_batches = 16
+    assert micro_batches * layers < received["tensor parallel"] < micro_batches * 1.5 * layers
+
+
+@pytest.mark.parametrize("flags", ["", _MEMORY, _MEMORY + "--ultramem-partition number "])
+def test_context_parallel_ranks_keep_their_share_and_receive_keys_and_values(flags):
+    whole, half = (
+        _layout(flags + f"--context-parallel-size {size}", 2)["layouts"][0] for size in (1, 2)
+    )
+    assert (half["context_parallel"], half["data_parallel"]) == (2, 1)
+    one, two = whole["stages"][0], half["stages"][0]
+    for same in ("parameters", "gradients", "optimizer"):
+        assert one[same] == two[same]
+    # Normalised keys do not depend on tokens.
+    assert two["activations"] == pytest.approx(one["activations"] / 2, rel=0.03)
+    # As many tokens pass a rank in a step: half of each sequence, of twice the sequences.
+    for same in one["received"]:
+        assert two["received"][same] == pytest.approx(one["received"][same], rel=0.01)
+    keys_and_values = 2 * 64 * 2  # of the tiny width in bf16
+    tokens, layers = 32 * 32 // 2, 4
+    assert two["received"]["context parallel"] == 3 * layers * tokens * keys_and_values
+    assert "context parallel" not in one["received"]
+
+
+@pytest.mark.parametrize("flags", ["", _MEMORY, _EXPERTS])
+def test_activations_grow_with_the_micro_batch_and_shrink_with_recomputation(flags):
+    def kept(more):
+        return _layout(flags + more, 1)["layouts"][0]["stages"][0]["activations"]
+
+    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    assert kept("--micro-batch-size 4") == pytest.approx(2 * kept(""), rel=0.1)
+    assert kept(full) < 0.6 * kept("")
+
+
+def test_kept_activations_are_those_of_a_real_forward_pass():
+    """A step on real data keeps what the plan says, but for scores of attention."""
+    flags = (_TINY.replace("--bf16", "") + _MEMORY).split()
+    planned, measured = _run(_kept_for_real, flags)
+    assert measured == pytest.approx(planned, rel=0.005)
+
+
+def _kept_for_real(flags):
+    import torch
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from ultramem_megatron.tools.plan.build import built_stage, command_line, parse
+    from ultramem_megatron.tools.plan.shapes_only import attention_of_shapes
+    from ultramem_megatron.tools.plan.stage_cost import stage_cost
+
+    run = parse(command_line(None, flags), 1)
+    planned = stage_cost(run, 0).activations
+    with built_stage(run) as (chunk,), mock.patch("torch.cuda.current_device", return_value="cpu"):
+        chunk = chunk.to_empty(device="cpu")
+        for tensor in (*chunk.parameters(), *chunk.buffers()):
+            if tensor.is_floating_point():
+                torch.nn.init.normal_(tensor, std=0.02)
+            else:
+                tensor.zero_()
+        for module in chunk.modules():
+            if isinstance(module, DotProductAttention):
+                module.forward = attention_of_shapes([])
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        tokens = torch.randint(1000, (2, 32))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            chunk(tokens, tokens, None, labels=tokens)
+    own = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+    return planned, sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in own)
+
+
+def test_an_early_stage_keeps_more_micro_batches():
+    first, last = _layout("--pipeline-model-parallel-size 2", 2)["layouts"][0]["stages"]
+    one, two = 32 * 2 * 64, 2  # elements of a hidden state
+    assert first["activations"] > 20 * one * two
+    assert first["received"]["pipeline"] == last["received"]["pipeline"] == 16 * 2 * one
+    alone = _layout("--pipeline-model-parallel-size 2 --global-batch-size 2", 2)["layouts"][0]
+    assert first["activations"] == 2 * alone["stages"][0]["activations"]
+
+
+def test_layouts_without_crossing_spans_are_given_and_used():
+    flags = _MEMORY.replace("1:2/3:4", "1:1/2:4") + "--pipeline-model-parallel-size 2 "
+    plan = _layout(flags, 2)
+    crossing = plan["layouts"][0]
+    assert crossing["spans_cross_stages"]
+    assert crossing["layout_without_crossing"] == plan["pipeline_layouts"]["2"] == "Et|t*3L"
+    better = _layout(flags + "--pipeline-model-parallel-layout Et|t*3L", 2)["layouts"][0]
+    assert not better["spans_cross_stages"]
+    wide, narrow = (at["stages"][0]["received"]["pipeline"] for at in (crossing, better))
+    assert wide == 2 * narrow
+
+
+def test_json_is_one_object_of_plain_numbers():
+    plan = json.loads(_run(_printed, "ultramem-151m-x12", "--json", "--gpus", "8", "16"))
+    for key in ("total_params", "dense_params", "sparse_params", "flops_per_token"):
+        assert type(plan[key]) is int
+    assert plan["total_params"] == plan["dense_params"] + plan["sparse_params"]
+    assert [layout["gpus"] for layout in plan["layouts"]] == [8, 16]
+    fewer, more = (layout["memory_bytes_per_rank"] for layout in plan["layouts"])
+    assert more < fewer
+
+
+def test_text_names_what_is_inferred_and_what_the_paper_prints():
+    text = _run(_printed, "ultramem-1.6b-x12", "--tensor-model-parallel-size", "2")
+    assert "--ultramem-num-keys" in text.splitlines()[1]
+    assert "inferred" in text.splitlines()[1]
+    assert "the paper prints 21.41 B parameters, 3.50 G FLOPs" in text
+    assert "2 GPUs: 2 tensor x 1 pipeline x 1 data; tables over 2, dimension-wise" in text
+    assert "Et*17|t*15L" in text
+
+
+def test_markdown_marks_rough_fits(paper):
+    text = paper["markdown"]
+    assert "| moe-680m-2in33 | 8.95 | 8.946 | 1.50 | 1.510 (rough) |" in text
+    assert "| ultramem-1.6b-x12 | 21.41 | 21.413 | 3.50 | 3.500 |" in text
+    assert "| 64 | 18.8 | 18.81 |" in text
+
+
+def test_the_committed_tables_are_what_the_command_prints(paper):
+    results = ROOT / "launch" / "results"
+    assert (results / "paper_tables.md").read_text() == paper["markdown"]
+    written = (paper["folder"] / "t.csv").read_text()
+    assert (results / "paper_tables.csv").read_text() == written
+    assert written.count(",0\n") == paper["markdown"].count("(rough)") > 0
+    assert (results / "figure1c.csv").read_text() == (paper["folder"] / "f.csv").read_text()
+
+
+def test_figure_and_csv(paper):
+    folder = paper["folder"]
+    rows = list(csv.DictReader((folder / "f.csv").open()))
+    assert len(rows) == 3 * 6
+    found = {(row["model"], row["batch"]): int(row["weight_bytes_read"]) for row in rows}
+    assert f"{found['MoE', '64'] / found['UltraMem', '64']:.1f}" == "18.8"
+    assert (folder / "f.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("ultramem-2b", "Preset 'ultramem-2b' is unknown. Known presets: dense-151m"),
+        ("", "Nothing to plan: give a preset"),
+        ("dense-151m --hiden-size 3", "Wrong flags: unrecognized arguments: --hiden-size 3"),
+        ("dense-151m --hidden-size big", "Wrong flags: argument --hidden-size: invalid int"),
+        ("dense-151m --gpus 3 --tensor-model-parallel-size 2", "Megatron refuses these flags: "),
+        ("dense-151m --gpus 0", "--gpus has 0; numbers of ranks must be at least 1"),
+        ("ultramem-151m-x12 --ultramem-topk 0", "--ultramem-topk is 0"),
+        ("dense-151m --tables", "give no preset and no other flags (given: dense-151m)"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_refused(argv, message):
+    assert message in _run(_refusal, *argv.split())

@@ -1,0 +1,159 @@
+"""Upstream's script, run unedited or patched, trains the model that our own command trains."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import RanksFailed, run_on_ranks
+from tests.training_runs import run_pretrain, tiny_gpt
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.patches.megatron_lm.__main__ import fitting_patch
+
+_FLAGS = {
+    "num_layers": 4, "ultramem_spans": "1:2/3:4", "ultramem_num_keys": 12, "ultramem_topk": 6,
+    "split": "100,0,0",
+}  # fmt: skip
+
+# What pretrain_gpt.py of Megatron-LM 0.19 does, in the same order and by the same names.
+_SCRIPT = """
+import helper  # beside the script
+from ultramem_megatron.training import gpt_datasets as gpt_task
+from megatron.core.enums import ModelType
+from megatron.training import pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+
+if __name__ == "__main__":
+    args = parse_and_validate_args(extra_args_provider=helper.add_arguments, args_defaults={})
+    assert args.of_the_script == 7
+    model_cfg = gpt_config_from_args(args)
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_cfg),
+        gpt_task.train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        gpt_task.forward_step,
+        get_embedding_ranks=gpt_task.get_embedding_ranks,
+    )
+"""
+_HELPER = """
+def add_arguments(parser):
+    parser.add_argument("--of-the-script", type=int)
+    return parser
+"""
+
+
+def _write(folder: Path, script: str = _SCRIPT) -> Path:
+    (folder / "helper.py").write_text(_HELPER)
+    (folder / "pretrain_gpt.py").write_text(script)
+    return folder / "pretrain_gpt.py"
+
+
+def _run(argv: list[str]) -> list[float]:
+    """Losses of a script run through `ultramem_megatron.training.run_script`."""
+    from megatron.training import training
+
+    from ultramem_megatron.patches import registry
+    from ultramem_megatron.training import run_script as run
+
+    registry.apply_all()  # they look at the signature that is wrapped here
+    losses, log = [], training.training_log
+
+    def training_log(loss_dict, *args, **kwargs):
+        losses.append(float(loss_dict["lm loss"]))
+        return log(loss_dict, *args, **kwargs)
+
+    training.training_log = training_log
+    run.main(argv)
+    return losses
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_script_trains_what_our_command_trains(memory, tmp_path):
+    flags = dict(_FLAGS)
+    if not memory:
+        flags = {name: v for name, v in flags.items() if not name.startswith("ultramem")}
+    argv = [str(_write(tmp_path)), *tiny_gpt(**flags, of_the_script=7)]
+    (losses,) = run_on_ranks(1, _run, argv)
+    assert losses == run_pretrain(1, tiny_gpt(**flags)).losses
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("gpt_config_from_args(args)", "None", "does not build its GPT from gpt_config_from_args"),
+        ("gpt_config_from_args(args)", "gpt_config_from_args(args, model_config_cls=dict)",
+         "builds its model from a config of its own"),
+    ],
+)  # fmt: skip
+def test_a_script_without_place_for_memories_is_refused(before, after, message, tmp_path):
+    argv = [str(_write(tmp_path, _SCRIPT.replace(before, after))),
+            *tiny_gpt(**_FLAGS, of_the_script=7)]  # fmt: skip
+    with pytest.raises(RanksFailed, match=message):
+        run_on_ranks(1, _run, argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"), [([], "no script is given"), (["/nowhere.py"], "no such script")]
+)
+def test_a_missing_script_is_refused(argv, message):
+    from ultramem_megatron.training import run_script as run
+
+    with pytest.raises(UltraMemError, match=message):
+        run.main(argv)
+
+
+def test_a_folder_without_the_script_has_no_patch(tmp_path):
+    with pytest.raises(UltraMemError, match=r"no pretrain_gpt\.py there"):
+        fitting_patch(tmp_path)
+
+
+def test_another_script_has_no_patch(tmp_path):
+    _write(tmp_path)
+    with pytest.raises(UltraMemError, match=r"no patch applies \(0\.19\.patch: "):
+        fitting_patch(tmp_path)
+
+
+_CHECKOUT = os.environ.get("MEGATRON_LM_PATH")
+_needs_checkout = pytest.mark.skipif(
+    _CHECKOUT is None, reason="MEGATRON_LM_PATH names no checkout of Megatron-LM 0.19"
+)
+
+
+def _checkout_scripts(folder: Path) -> Path:
+    """The checkout's top-level scripts; its megatron package is the installed one."""
+    for script in Path(str(_CHECKOUT)).glob("*.py"):
+        shutil.copy(script, folder)
+    return folder / "pretrain_gpt.py"
+
+
+@_needs_checkout
+def test_upstreams_script_unedited(tmp_path):
+    argv = [str(_checkout_scripts(tmp_path)), *tiny_gpt(**_FLAGS)]
+    (losses,) = run_on_ranks(1, _run, argv)
+    assert losses == run_pretrain(1, tiny_gpt(**_FLAGS)).losses
+
+
+def _run_patched(argv: list[str]) -> None:
+    import runpy
+    import sys
+
+    from ultramem_megatron.megatron.flags import machine_flags
+    from ultramem_megatron.patches import registry
+
+    registry.apply_all()  # without CUDA, before upstream is imported
+    script = argv[0]
+    sys.path.insert(0, str(Path(script).parent))
+    sys.argv = [script, *machine_flags.complete(argv[1:])]
+    runpy.run_path(script, run_name="__main__")
+
+
+@_needs_checkout
+def test_the_patch_makes_a_fork_train_memories(tmp_path, capfd):
+    script = _checkout_scripts(tmp_path)
+    patch = fitting_patch(tmp_path)
+    subprocess.run(["git", "apply", "-C1", str(patch.resolve())], cwd=tmp_path, check=True)
+    run_on_ranks(1, _run_patched, [str(script), *tiny_gpt(**_FLAGS)], print_output=True)
+    assert "value learning rate" in capfd.readouterr().out

@@ -1,0 +1,1 @@
+"""Answers of other ranks, under way: issued, waited for, and computed beside."""

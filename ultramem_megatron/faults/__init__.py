@@ -1,0 +1,1 @@
+"""What may break: damaged files, lost launchers, a full machine."""

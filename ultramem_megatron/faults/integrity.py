@@ -1,0 +1,194 @@
+"""Is a checkpoint whole? Sums over its files, checked before anything in them is read.
+
+Megatron's --verify-integrity writes integrity.json, the SHA-256 of every file of an iteration, when
+all files are there and before latest_checkpointed_iteration.txt names the iteration. Here the sums
+are checked before the first file is opened, on several threads, and once for each start; a damaged
+checkpoint is refused with the newest older one that is whole.
+
+    python -m ultramem_megatron.faults.integrity CHECKPOINTS     # every iteration: whole, damaged, no sums
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+
+MANIFEST = "integrity.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""Megatron's name for weights without a training state; a run that loads them starts at 0."""
+_PREFIX = "iter_"
+
+
+class DamagedCheckpointError(UltraMemError):
+    """Files of a checkpoint are missing or not what was written; the message names them."""
+
+
+def _sum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _fault(file: Path, expected: str) -> str | None:
+    try:
+        found = _sum(file)
+    except OSError as error:
+        return f"{file.name}: {error.strerror}"
+    return None if found == expected else f"{file.name}: contents changed since it was saved"
+
+
+@functools.cache
+def verify(folder: Path) -> int:
+    """Check every file of an iteration's folder against its sum; returns the number of files.
+
+    A success is remembered, so that Megatron's own check costs nothing afterwards.
+
+    Raises:
+        DamagedCheckpointError: the sums are missing or unreadable, or files do not match them.
+    """
+    try:
+        sums: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedCheckpointError(f"{folder}: no readable {MANIFEST} ({error}).") from None
+    # hashlib lets go of the interpreter lock.
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        faults = list(pool.map(lambda name: _fault(folder / name, sums[name]), sums))
+    named = [fault for fault in faults if fault is not None]
+    if named:
+        raise DamagedCheckpointError(f"{folder} is damaged: {'; '.join(named)}.")
+    return len(sums)
+
+
+def iterations(checkpoints: Path) -> list[int]:
+    """Iterations that have a folder, finished or not, newest first."""
+    names = (path.name.removeprefix(_PREFIX) for path in checkpoints.glob(f"{_PREFIX}*"))
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def iteration_folder(checkpoints: Path, iteration: int) -> Path:
+    """Where Megatron puts an iteration."""
+    return checkpoints / f"{_PREFIX}{iteration:07d}"
+
+
+def newest_whole(checkpoints: Path, before: int | None = None) -> int | None:
+    """The newest iteration (older than `before`, if given) whose files all match their sums."""
+    for iteration in iterations(checkpoints):
+        if before is None or iteration < before:
+            try:
+                verify(iteration_folder(checkpoints, iteration))
+            except DamagedCheckpointError:
+                continue
+            return iteration
+    return None
+
+
+def check_before_loading(args: Namespace) -> None:
+    """With --verify-integrity, refuse a damaged checkpoint under --load before it is read.
+
+    A tracker file cut short while it was written is written anew; a folder without one is
+    Megatron's to judge (a fresh start).
+
+    Raises:
+        DamagedCheckpointError: names the damaged files and the newest older checkpoint.
+    """
+    if not args.load or not args.verify_integrity or args.ckpt_format != "torch_dist":
+        return
+    checkpoints = Path(args.load)
+    tracker = checkpoints / TRACKER
+    if not tracker.is_file():
+        return
+    _repair(tracker)
+    text = tracker.read_text().strip()
+    step = args.ckpt_step or text
+    folder = checkpoints / RELEASE if step == RELEASE else iteration_folder(checkpoints, int(step))
+    _verify_or_advise(folder)
+
+
+def check_before_reading(folder: Path) -> None:
+    """Refuse a damaged iteration, where it has sums, before it is read to decode or to convert.
+
+    Rank 0 alone checks: when it ends, torchrun ends the others.
+
+    Raises:
+        DamagedCheckpointError: names the damaged files and the newest older checkpoint.
+    """
+    if os.environ.get("RANK", "0") == "0" and (folder / MANIFEST).exists():
+        _verify_or_advise(folder)
+
+
+def _verify_or_advise(folder: Path) -> None:
+    try:
+        verify(folder)
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(
+            f"--load {folder.parent}: {error} {_way_out(folder)}"
+        ) from None
+
+
+def _way_out(folder: Path) -> str:
+    if not (folder / MANIFEST).exists():
+        return "Where it was saved without --verify-integrity, start once without that flag."
+    if folder.name == RELEASE:
+        return "Write it anew, or give another --load."
+    older = newest_whole(folder.parent, before=int(folder.name.removeprefix(_PREFIX)))
+    if older is None:
+        return "No older checkpoint there is whole. Give another --load, or start without."
+    return f"Iteration {older} is whole: go on from it with --ckpt-step {older}."
+
+
+def _repair(tracker: Path) -> None:
+    """Point a tracker that does not name an iteration to the newest whole one."""
+    text = tracker.read_text().strip()
+    if text.isdecimal() or text == RELEASE:
+        return
+    newest = newest_whole(tracker.parent)
+    if newest is None:
+        raise DamagedCheckpointError(
+            f"{tracker} says {text!r}, which is no iteration, and no checkpoint beside it is "
+            f"whole. Give another --load, or start without."
+        )
+    write_tracker(tracker, newest)
+    print(
+        f"{tracker} said {text!r}: it now names {newest}, the newest whole checkpoint.", flush=True
+    )
+
+
+def write_tracker(tracker: Path, iteration: int) -> None:
+    """Name an iteration as the latest, at once or not at all."""
+    unfinished = tracker.with_suffix(".tmp")
+    unfinished.write_text(str(iteration))
+    unfinished.replace(tracker)
+
+
+def _described(checkpoints: Path, iteration: int) -> str:
+    folder = iteration_folder(checkpoints, iteration)
+    if not (folder / MANIFEST).exists():
+        return "no sums: unfinished, or saved without --verify-integrity"
+    try:
+        return f"whole ({verify(folder)} files)"
+    except DamagedCheckpointError as error:
+        return str(error)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the state of every iteration. Raises UltraMemError where there is none."""
+    parser = argparse.ArgumentParser(prog="ultramem_megatron.faults.integrity", description=__doc__)
+    parser.add_argument("checkpoints", type=Path, help="the folder given as --save")
+    checkpoints = parser.parse_args(argv).checkpoints
+    found = iterations(checkpoints)
+    if not found:
+        raise UltraMemError(f"{checkpoints}: no {_PREFIX}* folders. Give the folder of --save.")
+    for iteration in found:
+        print(f"{iteration:8d}  {_described(checkpoints, iteration)}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

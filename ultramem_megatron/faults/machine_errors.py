@@ -1,0 +1,99 @@
+"""What a user can do about errors that come from the machine: notes below their tracebacks."""
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+_PLAN_SECONDS = 120
+_NO_MEMORY = ("can't allocate memory", "out of memory", os.strerror(errno.ENOMEM))
+
+
+@contextlib.contextmanager
+def explained(args: Namespace, flags: Sequence[str]) -> Iterator[None]:
+    """Add a note to an error about memory or a file to be written that leaves the block.
+
+    Args:
+        args: Megatron's arguments.
+        flags: the command line they come from, for the plan of its memory.
+    """
+    try:
+        yield
+    except BaseException as error:  # CheckpointException is no Exception
+        if any(map(_is_out_of_memory, _chain(error))):
+            error.add_note(_about_memory(args, flags))
+        elif any(map(_is_failed_write, _chain(error))):
+            error.add_note(_about_space(args))
+        raise
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(n in str(error) for n in _NO_MEMORY)
+
+
+def _about_memory(args: Namespace, flags: Sequence[str]) -> str:
+    return (
+        f"ultramem_megatron: rank {args.rank} ran out of memory. {_plan(args.world_size, flags)}\n"
+        "To need less on a rank: a larger --ultramem-parallel-size, --use-distributed-optimizer, "
+        "more tensor or pipeline stages, a smaller --micro-batch-size, recomputation."
+    )
+
+
+def _plan(world_size: int, flags: Sequence[str]) -> str:
+    """The plan's own lines for this layout, from a process of its own: this one has no memory."""
+    command = [
+        sys.executable,
+        "-m",
+        "ultramem_megatron.tools.plan",
+        "--gpus",
+        str(world_size),
+        *flags,
+    ]
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    try:
+        made = subprocess.run(
+            command, env=alone, capture_output=True, text=True, timeout=_PLAN_SECONDS
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"No estimate could be made ({error}); python -m ultramem_megatron.tools.plan makes one."
+    if made.returncode != 0:
+        return f"No estimate could be made: {made.stderr.strip().splitlines()[-1:]}"
+    start = made.stdout.find(f"{world_size} GPUs:")
+    return f"The estimate of ultramem_megatron.tools.plan:\n{made.stdout[start:].rstrip()}"
+
+
+def _is_failed_write(error: BaseException) -> bool:
+    # Processes that write shards print their errors; what arrives is this class, and empty.
+    return isinstance(error, CheckpointException) or os.strerror(errno.ENOSPC) in str(error)
+
+
+def _about_space(args: Namespace) -> str:
+    folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir}
+    named = ", ".join(_with_free_space(flag, f) for flag, f in folders.items() if f)
+    return (
+        f"ultramem_megatron: a file could not be written; this run writes to {named}.\n"
+        "The newest complete checkpoint is untouched: make room, or find the cause above, and "
+        "start the same command again."
+    )
+
+
+def _with_free_space(flag: str, folder: str) -> str:
+    with contextlib.suppress(OSError):
+        return f"{flag} {folder} ({shutil.disk_usage(folder).free / 1e9:.3f} GB free)"
+    return f"{flag} {folder}"

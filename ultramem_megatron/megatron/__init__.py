@@ -1,0 +1,1 @@
+"""How memories stand in Megatron: flags, layers, pipeline, optimizer, checkpoints."""

@@ -1,0 +1,36 @@
+"""Write a model as a `torch_dist` checkpoint that training and inference load, without a run."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.faults.integrity import RELEASE
+
+
+def save_weights(model: Any, args: Namespace, folder: str | Path) -> None:
+    """Save the model and the flags that describe it under `folder`; all ranks call it.
+
+    Raises UltraMemError if the folder has a checkpoint already.
+    """
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.training.checkpointing import get_checkpoint_tracker_filename as tracker_name
+
+    tracker = Path(tracker_name(str(folder)))
+    if tracker.exists():
+        raise UltraMemError(f"{folder} holds a checkpoint already. Choose another folder.")
+    iteration_folder = Path(folder) / RELEASE
+    iteration_folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state = {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "model": model.sharded_state_dict(metadata={"dp_cp_group": data_group}),
+    }
+    dist_checkpointing.save(state, str(iteration_folder), verify_integrity=True)
+    if dist.get_rank() == 0:
+        tracker.write_text(RELEASE)
+    dist.barrier()

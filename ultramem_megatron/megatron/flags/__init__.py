@@ -1,0 +1,1 @@
+"""Command line: our flags, those this machine needs, those that are refused."""

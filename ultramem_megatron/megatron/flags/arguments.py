@@ -1,0 +1,169 @@
+"""The --ultramem-* flags, and their one translation into an UltraMemConfig."""
+
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from dataclasses import MISSING, fields
+from typing import Any
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.config import CHOICES, UltraMemConfig, flag
+from ultramem_megatron.memory.spans import parse_spans
+from ultramem_megatron.memory.tables.settings import PARTITIONS
+from ultramem_megatron.presets import MEMORY_PRESETS, preset_fields
+
+_INTEGER_HELP = {
+    "num_keys": "Physical keys per side, n; a memory layer holds n*n values.",
+    "key_dim": "Width of queries and keys, Dk (default: half the hidden size).",
+    "value_dim": "Width of a value, Dv (default: half the hidden size).",
+    "topk": "Values read per token and head, m.",
+    "heads": "Key sets H that read one table, each with its own top-m.",
+    "tucker_rank": "Rank r of the Tucker-decomposed retrieval (1 with pkm).",
+    "cores": "Cores h of multi-core scoring, one score per slice of a value (1 with pkm).",
+    "value_expansion": "Virtual values per physical value, E, a square (1: none).",
+    "query_conv_kernel": "Taps of the causal depthwise convolution before the query projection "
+    "(0: none).",
+}
+_NUMBER_HELP = {
+    "aux_loss_weight": "Weight alpha of the penalty on the cores' small singular values (0: none).",
+    "aux_loss_margin": "Margin tau below which a singular value is not penalised.",
+    "value_lr_mult": "The value tables' learning rate starts at this multiple of the base rate...",
+    "value_lr_decay": "...and falls linearly to 1x over this fraction of training.",
+}
+_CHOICE_HELP = {
+    "retrieval": "tdqkr: Tucker-decomposed query-key retrieval; pkm: product keys, the baseline.",
+    "rank_layout": "split: each rank has a slice of the key (paper); full: each has all of it "
+    "(authors' code).",
+    "qk_norm": "Norm of queries and keys.",
+    "init": "paper: appendix A, calibrated to mean score 1; official: the authors' code.",
+}
+_SWITCH_HELP = {
+    "share_query": "Two heads use one query.",
+    "value_projection": "Project pooled values to the hidden size; needed for value expansion.",
+    "softmax": "Softmax over each head's scores, as product-key memories have it.",
+    "lazy_adam": "Adam updates only the rows of value tables that have a gradient: for small "
+    "batches and fine-tuning.",
+}
+
+
+def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the group; an `extra_args_provider` for Megatron's argument parser.
+
+    Every flag defaults to None here: unset flags take the preset's value, then the config's.
+    """
+    group = parser.add_argument_group(
+        "UltraMem", "Memory layers (arXiv 2411.12364). Without --ultramem-spans or a preset there "
+        "are none, and the model is a plain GPT."
+    )  # fmt: skip
+    group.add_argument(
+        "--ultramem-spans",
+        metavar="A:B/C:D",
+        help="Where memories stand: each reads at layer A and its result is added after layer B, "
+        "layers counted from 1, for example 3:5/6:8/9:11; 'full' puts one in every layer.",
+    )
+    group.add_argument(
+        "--ultramem-preset",
+        metavar="NAME",
+        help="Fill the flags not given from a named design: " + ", ".join(MEMORY_PRESETS) + ".",
+    )
+    defaults = {field.name: field.default for field in fields(UltraMemConfig)}
+    for names, extra in ((_INTEGER_HELP, {"type": int}), (_NUMBER_HELP, {"type": float})):
+        for name, text in names.items():
+            group.add_argument(flag(name), **extra, help=text + _shown_default(defaults[name]))
+    for name, text in _CHOICE_HELP.items():
+        group.add_argument(
+            flag(name), choices=CHOICES[name], help=text + _shown_default(defaults[name])
+        )
+    for name, text in _SWITCH_HELP.items():
+        group.add_argument(
+            flag(name), action=BooleanOptionalAction, help=text + _shown_default(defaults[name])
+        )
+    _add_table_arguments(group)
+    _add_start_arguments(group)
+    return parser
+
+
+def _add_start_arguments(group: Any) -> None:
+    group.add_argument(
+        "--ultramem-upcycle",
+        metavar="DIR",
+        help="Start from the torch_dist checkpoint of a dense GPT: its weights, with memories that "
+        "have no effect at first. Where --load holds a checkpoint already, that one is resumed.",
+    )
+    group.add_argument(
+        "--ultramem-train-only",
+        choices=("memory",),
+        help="memory: freeze everything but the memory layers.",
+    )
+
+
+def _add_table_arguments(group: Any) -> None:
+    group.add_argument(
+        "--ultramem-parallel-size",
+        type=int,
+        metavar="P",
+        help="Ranks of a pipeline stage that share each value table; divides tensor x context x "
+        "data parallel. Default: all of them (with experts: --expert-model-parallel-size).",
+    )
+    group.add_argument(
+        "--ultramem-partition",
+        choices=PARTITIONS,
+        help="How they share it: number: each has a range of values; dimension: each has a slice "
+        "of every value; auto (default): the cheaper by bytes moved.",
+    )
+    group.add_argument(
+        "--ultramem-overlap",
+        action="store_true",
+        help="Compute each memory beside the layers of its span, so that its exchanges between "
+        "ranks travel while the layers compute. Results are the same.",
+    )
+
+
+def _shown_default(default: Any) -> str:
+    return "" if default is MISSING else f" Default: {default}."
+
+
+def config_from_args(args: Namespace) -> UltraMemConfig | None:
+    """The memory design that the flags ask for, validated; None for a plain GPT.
+
+    Reads `num_layers` and `hidden_size` beside our own flags. Raises UltraMemError.
+    """
+    given = _given(args)
+    preset = getattr(args, "ultramem_preset", None)
+    values = (preset_fields(preset) if preset else {}) | given
+    if "spans" not in values:
+        asked_for = [flag(name) for name in given]
+        for name in ("overlap", "upcycle", "train_only"):
+            if getattr(args, f"ultramem_{name}", None):
+                asked_for.append(flag(name))
+        if asked_for:
+            shown = ", ".join(asked_for)
+            raise UltraMemError(
+                f"{shown} given, but no memory layer is placed. Add --ultramem-spans, for example "
+                f"--ultramem-spans 2:3, or --ultramem-preset."
+            )
+        return None
+    config = UltraMemConfig(**_with_defaults(values, args))
+    config.validate(hidden_size=args.hidden_size, num_layers=args.num_layers)
+    return config
+
+
+def _given(args: Namespace) -> dict[str, Any]:
+    """Config fields whose flags the user set."""
+    found = {
+        field.name: getattr(args, f"ultramem_{field.name}", None)
+        for field in fields(UltraMemConfig)
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _with_defaults(values: dict[str, Any], args: Namespace) -> dict[str, Any]:
+    """Add what depends on the transformer or on another flag."""
+    values = {"key_dim": args.hidden_size // 2, "value_dim": args.hidden_size // 2} | values
+    if values.get("retrieval") == "pkm":
+        values = {"tucker_rank": 1, "cores": 1} | values
+    if "num_keys" not in values:
+        raise UltraMemError(
+            "--ultramem-num-keys is not given: a memory layer holds its square of values. Give a "
+            "number, for example --ultramem-num-keys 128 for 16384 values per layer."
+        )
+    spans = parse_spans(values["spans"], args.num_layers)
+    return values | {"spans": spans, "seed": args.seed}

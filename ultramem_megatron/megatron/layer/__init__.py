@@ -1,0 +1,1 @@
+"""A Megatron transformer layer with a memory."""

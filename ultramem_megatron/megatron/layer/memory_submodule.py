@@ -1,0 +1,224 @@
+"""An UltraMemLayer built as Megatron builds submodules: its dtype, device, groups and checkpoints.
+
+S sequence, B batch, D hidden; under sequence and context parallelism S is this rank's share.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ultramem_megatron.communication.branch import Branch
+from ultramem_megatron.communication.exchange import gather_shares, take_share
+from ultramem_megatron.communication.pausing import Steps, run
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.layer.query_history import (
+    decoding_history,
+    neighbours_history,
+    paged_history,
+)
+from ultramem_megatron.megatron.table_groups import TableGroups, table_groups
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.layer import UltraMemLayer
+from ultramem_megatron.memory.tables.settings import Partition, TableSettings
+from ultramem_megatron.memory.tables.value_table import ValueTable
+
+_TABLE = "values.weight"
+
+
+class TransformerMemory(UltraMemLayer):
+    """The memory submodule of a transformer layer."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        ultramem: UltraMemConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        partition: Partition = "dimension",
+    ) -> None:
+        """config: sizes, norm epsilon, parameter dtype and device are taken from it.
+
+        partition: how the table is cut over the expert-parallel group, if that has several ranks.
+        """
+        groups = table_groups(pg_collection)
+        with _parameter_dtype(config.params_dtype), _parameter_device(config):
+            super().__init__(
+                ultramem,
+                hidden_size=config.hidden_size,
+                num_layers=config.num_layers,
+                layer_number=layer_number,
+                eps=config.layernorm_epsilon,
+                values=_value_table(ultramem, groups, partition),
+            )
+        self.groups = groups
+        self.tensor_group = pg_collection.tp
+        self.context_group = pg_collection.cp
+        self.sequence_parallel = config.sequence_parallel
+        self._tag_parameters()
+
+    def _tag_parameters(self) -> None:
+        """Tell Megatron how each parameter's gradient is to be reduced."""
+        for parameter in self.parameters():
+            # Seen by each tensor-parallel rank with other tokens: summed over them.
+            parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]  # Megatron's tag
+        if self.groups is not None:
+            table = self.values.weight
+            table.sequence_parallel = False  # type: ignore[attr-defined]  # Megatron's tag
+            # An "expert" parameter: reduced over the ranks that hold the same part.
+            table.allreduce = False  # type: ignore[attr-defined]  # Megatron's tag
+
+    def forward(
+        self, x: Tensor, inference_context: Any = None, packed_seq_params: Any = None
+    ) -> Tensor:
+        """x: (S, B, D), the output of the pre-MLP norm; returns the same shape and dtype."""
+        return run(self.steps(x, inference_context, packed_seq_params))
+
+    def steps(
+        self, x: Tensor, inference_context: Any = None, packed_seq_params: Any = None
+    ) -> Steps:
+        """As forward, pausing whenever other ranks have to answer."""
+        return (yield from super().steps(x, self._history(x, inference_context, packed_seq_params)))
+
+    def branch(self, x: Tensor, *args: Any, layers: int) -> Branch:
+        """Start `steps(x, *args)` beside so many layers, each with two boundaries."""
+        self._await_parameters()
+        return Branch(self.steps(x, *args), x, pauses=self.pauses, boundaries=2 * layers)
+
+    def _await_parameters(self) -> None:
+        """Let Megatron's overlapped gather bring all of the memory's parameters here, now.
+
+        Its hook makes only that stream wait which calls a module first; the branch and the layers
+        may both have parameters in what is gathered at once.
+        """
+        for module in self.modules():
+            for hook in module._forward_pre_hooks.values():
+                if getattr(hook, "__module__", "").startswith("megatron."):
+                    hook(module, ())
+
+    def _history(self, x: Tensor, inference_context: Any, packed_seq_params: Any) -> Tensor | None:
+        """What the query convolution sees before x."""
+        taps = self.config.query_conv_kernel
+        if taps < 2:
+            return None
+        if packed_seq_params is not None:
+            raise UltraMemError(
+                f"--ultramem-query-conv-kernel {taps} would mix packed "
+                f"documents; it must be 0 with packed sequences."
+            )
+        if inference_context is not None:
+            is_static = inference_context.is_static_batching()
+            history = decoding_history if is_static else paged_history
+            return history(x, taps, self.layer_number, inference_context)
+        shares = self.tensor_group if self.sequence_parallel else None
+        if self.context_group.size() > 1 or (shares is not None and shares.size() > 1):
+            return neighbours_history(x, taps, shares, self.context_group)
+        return None
+
+    def read_values(self, addresses: Tensor, scores: Tensor) -> Steps:
+        """As UltraMemLayer.read_values, every token being read by one rank only.
+
+        Without sequence parallelism all tensor-parallel ranks hold the same tokens; each reads its
+        share, and the pooled values are gathered. What comes before and after is computed on all of
+        them alike, so gradients of the small parameters need no reduction.
+        """
+        if not self._shares_tokens:
+            return (yield from super().read_values(addresses, scores))
+        ranks = self.tensor_group.size()
+        tokens = len(addresses)
+        missing = -tokens % ranks  # shares must be equal: fill up with tokens that weigh nothing
+        share = (tokens + missing) // ranks
+        start = self.tensor_group.rank() * share
+        own_addresses = pad(addresses, (0, 0, 0, missing))[start : start + share]
+        padded = pad(scores, (0, 0, 0, 0, 0, missing))
+        own_scores = take_share(padded, self.tensor_group, "shared scores").wait()
+        pooled = yield from super().read_values(own_addresses, own_scores)
+        gathering = gather_shares(pooled, self.tensor_group, "shared values")
+        yield
+        return gathering.wait()[:tokens]
+
+    @property
+    def _shares_tokens(self) -> bool:
+        """Whether several ranks hold the same tokens and read a share each."""
+        shared = self.groups is not None and not self.sequence_parallel
+        return shared and self.tensor_group.size() > 1
+
+    @property
+    def pauses(self) -> int:
+        """How often `steps` pauses."""
+        return super().pauses + self._shares_tokens
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """For distributed checkpoints: the table by its part, everything else replicated."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state: ShardedStateDict = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {},
+            sharded_offsets,
+            tp_group=self.tensor_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        if self.groups is not None:
+            assert not sharded_offsets, "layers with memory are not homogeneous"
+            state[prefix + _TABLE] = self._sharded_table(prefix + _TABLE)
+        return state
+
+    def _sharded_table(self, key: str) -> ShardedTensor:
+        assert self.groups is not None
+        layout, table = self.values.layout, self.values.weight
+        return ShardedTensor(
+            key,
+            table,
+            table.dtype,
+            tuple(table.shape),
+            (layout.num_values, layout.value_dim),
+            (layout.rows().start, layout.columns().start),
+            None,  # parts may differ in size by a row: no regular grid
+            replica_id=(0, 0, self.groups.replicas.rank()),
+        )
+
+
+def _value_table(
+    ultramem: UltraMemConfig, groups: TableGroups | None, partition: Partition
+) -> ValueTable:
+    if groups is None:
+        return ValueTable(ultramem)
+    settings = TableSettings(groups.table.size(), partition)
+    return ValueTable(ultramem, settings.layout(ultramem, groups.table.rank()), groups.table)
+
+
+def _parameter_device(config: TransformerConfig) -> torch.device:
+    if config.init_model_with_meta_device:
+        return torch.device("meta")
+    if config.use_cpu_initialization:
+        return torch.device("cpu")
+    return torch.device(torch.cuda.current_device())
+
+
+class _parameter_dtype:  # noqa: N801 - used as a context manager
+    """Make torch create floating parameters in `dtype` for a while."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.before = dtype, torch.get_default_dtype()
+
+    def __enter__(self) -> None:
+        torch.set_default_dtype(self.dtype)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_dtype(self.before)

@@ -1,0 +1,177 @@
+"""A Megatron transformer layer with a memory branch, or one that a memory's result passes through.
+
+The memory reads the output of layer a's pre-MLP norm, the very tensor its MLP reads, and its result
+joins the residual stream after layer b (paper section 2.3). In between it travels as `context`,
+the second tensor that TransformerBlock hands from layer to layer and through recomputation; a
+decoder-only GPT leaves it free. Between pipeline stages only one tensor is sent, so there it
+travels beside the hidden states, in a tensor twice as wide (see pipeline_carrier.py).
+
+S sequence, B batch, D hidden.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch import Tensor, nn
+
+from ultramem_megatron.communication.branch import Branch
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.layer.memory_submodule import TransformerMemory
+from ultramem_megatron.memory.spans import Span
+
+
+@dataclass
+class UltraMemTransformerLayerSubmodules(TransformerLayerSubmodules):
+    """Megatron's submodules and one more.
+
+    memory: spec of the memory that reads in this layer; None where a span only passes or ends.
+    """
+
+    memory: ModuleSpec | None = None
+
+
+@dataclass(frozen=True)
+class LayerRole:
+    """What a layer has to do with pending results.
+
+    span: the span that covers the layer, if any. unpacks, packs: it is the first or last of a
+    pipeline stage in a model where results cross stages, and takes or sends the wider tensor.
+    branch_end: the memory computes beside the layers up to this one (see branch.py); None: it is
+    done before the next layer starts.
+    """
+
+    span: Span | None = None
+    unpacks: bool = False
+    packs: bool = False
+    branch_end: int | None = None
+
+    def beside_branch(self, layer_number: int) -> bool:
+        """Whether the memory of the span, read in an earlier layer, still computes beside it."""
+        if self.span is None or self.branch_end is None:
+            return False
+        return self.span.start < layer_number <= self.branch_end
+
+
+class MemoryLayerMixin:
+    """Adds the memory to a TransformerLayer class; see `with_memory_branch`."""
+
+    config: TransformerConfig
+    training: bool
+    layer_number: int
+    self_attention: nn.Module
+    pre_mlp_layernorm: nn.Module
+    pg_collection: ProcessGroupCollection
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: UltraMemTransformerLayerSubmodules,
+        *args: Any,
+        role: LayerRole,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, submodules, *args, **kwargs)  # type: ignore[call-arg]  # of the other base
+        self.role = role
+        self.memory: TransformerMemory | None = None
+        self._memory_input: Tensor | None = None
+        self._branch: Branch | None = None
+        if role.beside_branch(self.layer_number):
+            self.self_attention.register_forward_hook(self._after_attention)
+        if submodules.memory is None:
+            return
+        self.memory = build_module(
+            submodules.memory,
+            config=self.config,
+            layer_number=self.layer_number,
+            pg_collection=self.pg_collection,
+        )
+        norm = self.pre_mlp_layernorm
+        if isinstance(norm, IdentityOp):
+            raise UltraMemError(
+                f"Layer {self.layer_number} fuses its pre-MLP norm into the MLP, so the memory has "
+                f"no tensor to read. Build the spec with ultramem_megatron.megatron.layer.specs.with_memory."
+            )
+        norm.register_forward_hook(self._keep_memory_input)
+        # Selective recomputation would free the norm's output after the MLP, while the memory
+        # still needs it in its backward.
+        self.recompute_pre_mlp_layernorm = False
+
+    def _keep_memory_input(self, _norm: nn.Module, _inputs: object, output: Any) -> None:
+        # Norms with a fused residual return (output, residual).
+        self._memory_input = output[0] if isinstance(output, tuple) else output
+
+    def _after_attention(self, *_: object) -> None:
+        if self._branch is not None:
+            self._branch.go_on()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        context: Tensor | Branch | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As TransformerLayer.forward; `context` is the pending result of the current span.
+
+        hidden_states: (S, B, D), or (S, B, 2D) where this layer unpacks. context: (S, B, D), a
+        branch that will have it, or None. Returns the hidden states (S, B, 2D if it packs) and the
+        context for the next layer.
+        """
+        if self.role.unpacks:
+            hidden_states, context = self._unpack(hidden_states)
+        self._branch = context if isinstance(context, Branch) else None
+        output, _ = super().forward(hidden_states, *args, context=None, **kwargs)  # type: ignore[misc]  # the same
+        if self.memory is not None:
+            context = self._read_memory(kwargs)
+        elif self._branch is not None:
+            context, self._branch = self._end_of_layer(self._branch), None
+        if self.role.span is not None and self.layer_number == self.role.span.end:
+            output, context = output + context, None
+        if self.role.packs:
+            assert not isinstance(context, Branch), "a branch ends with its pipeline stage"
+            pending = torch.zeros_like(output) if context is None else context
+            output, context = torch.cat([output, pending], dim=-1), None
+        return output, context
+
+    def _unpack(self, received: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden_states, pending = received.split(self.config.hidden_size, dim=-1)
+        span = self.role.span
+        crosses = span is not None and span.start < self.layer_number
+        return hidden_states.contiguous(), pending.contiguous() if crosses else None
+
+    def _end_of_layer(self, branch: Branch) -> Tensor | Branch:
+        if self.layer_number == self.role.branch_end:
+            return branch.join()
+        branch.go_on()
+        return branch
+
+    def _read_memory(self, kwargs: dict[str, Any]) -> Tensor | Branch:
+        assert self.memory is not None
+        memory_input, self._memory_input = self._memory_input, None
+        assert memory_input is not None, "the pre-MLP norm did not run"
+        if self.training:
+            # Once per optimizer step would do; with unchanged cores repeating it changes nothing.
+            self.memory.update_filter()
+        inputs = memory_input, kwargs.get("inference_context"), kwargs.get("packed_seq_params")
+        if self.role.branch_end is None:
+            return self.memory(*inputs)
+        return self.memory.branch(*inputs, layers=self.role.branch_end - self.layer_number)
+
+
+@functools.cache
+def with_memory_branch(base: type[TransformerLayer]) -> type[TransformerLayer]:
+    """The subclass of a TransformerLayer class that reads, carries or adds a memory's result."""
+    return type(f"UltraMem{base.__name__}", (MemoryLayerMixin, base), {"__module__": __name__})
+
+
+UltraMemTransformerLayer = with_memory_branch(TransformerLayer)

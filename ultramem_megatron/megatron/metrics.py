@@ -1,0 +1,123 @@
+"""Per-layer metrics of memories: summed up on the device in each step, reduced at log intervals.
+
+Scores are the weights of values, averaged over tokens and cores; usage counts reads of physical
+values since the last report.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ultramem_megatron.memory.layer import UltraMemLayer
+from ultramem_megatron.memory.retrieval.tucker_core import singular_value_penalty
+from ultramem_megatron.memory.spans import Span
+
+METRICS = (
+    "top-1 score",  # mean score of each head's best value
+    "top-m score",  # mean score of all selected values
+    "output std",  # of the memory's result, before it joins the residual stream
+    "lambda 1",  # leading singular values of the summed Tucker cores, mean over heads
+    "lambda 2",
+    "values used",  # share of physical values read at least once
+    "usage KL",  # KL divergence of the reads from uniform, nats; 0 is perfectly even
+    "aux loss",  # weighted, as it enters the gradient
+)
+
+
+class MemoryMonitor:
+    """Reads the statistics of the memory layers on this rank and reduces them over all ranks."""
+
+    def __init__(
+        self,
+        layers: Mapping[int, UltraMemLayer],
+        spans: tuple[Span, ...],
+        *,
+        data_group: dist.ProcessGroup,
+        pipeline_group: dist.ProcessGroup,
+    ) -> None:
+        """layers: by layer number, those on this rank. data_group: ranks that see other tokens
+        with the same layers (data and context parallel). pipeline_group: the other stages.
+        """
+        self.layers = layers
+        self.spans = spans
+        self.data_group = data_group
+        self.pipeline_group = pipeline_group
+
+    @torch.no_grad()
+    def collect(self) -> dict[int, dict[str, float]]:
+        """Metrics by layer number since the last call, the same on every rank; a collective.
+
+        "lambda 1", "lambda 2" and "aux loss" are NaN where there are no cores (or no second rank).
+        """
+        # A stage without memories takes part too, so the device is not taken from a layer.
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        table = torch.zeros(len(self.spans), len(METRICS), dtype=torch.float64, device=device)
+        for row, span in enumerate(self.spans):
+            if span.start in self.layers:
+                table[row] = self._of_layer(self.layers[span.start])
+        dist.all_reduce(table, group=self.pipeline_group)
+        return {
+            span.start: dict(zip(METRICS, table[row].tolist(), strict=True))
+            for row, span in enumerate(self.spans)
+        }
+
+    def _of_layer(self, layer: UltraMemLayer) -> Tensor:
+        forwards, sums, hits = layer.statistics.take()
+        device = layer.values.weight.device
+        totals = torch.zeros(4, dtype=torch.float64, device=device)
+        counts = torch.zeros(layer.config.num_values, dtype=torch.int64, device=device)
+        if sums is not None and hits is not None:
+            totals[:3], totals[3] = sums.double(), forwards
+            counts += hits
+        dist.all_reduce(totals, group=self.data_group)
+        dist.all_reduce(counts, group=self.data_group)
+        means = totals[:3] / totals[3]
+        used, divergence = usage(counts)
+        tail = [*_spectrum(layer), used, divergence, _auxiliary_loss(layer)]
+        return torch.cat([means, torch.tensor(tail, dtype=torch.float64, device=device)])
+
+
+def usage(counts: Tensor) -> tuple[float, float]:
+    """Share of values read at least once, and KL(reads || uniform) in nats.
+
+    counts: (N,) reads per value. Four equal counts of four values give (1, 0); one value of four
+    taking all reads gives (0.25, log 4).
+    """
+    total = counts.sum().double()
+    if total == 0:
+        return 0.0, math.nan
+    share = counts.double() / total
+    entropy = -torch.special.xlogy(share, share).sum()
+    used = (counts > 0).double().mean()
+    return float(used), float(math.log(len(counts)) - entropy)
+
+
+# Both report the cores of the last forward pass: after an optimizer step the parameters may not
+# have been gathered yet.
+def _spectrum(layer: UltraMemLayer) -> tuple[float, float]:
+    if layer.cores is None or layer.cores.spectrum is None:
+        return math.nan, math.nan
+    values = layer.cores.spectrum.mean(0).tolist()
+    return values[0], values[1] if len(values) > 1 else math.nan
+
+
+def _auxiliary_loss(layer: UltraMemLayer) -> float:
+    config = layer.config
+    if layer.cores is None or layer.cores.spectrum is None or config.aux_loss_weight == 0:
+        return math.nan
+    penalty = singular_value_penalty(layer.cores.spectrum, config.aux_loss_margin)
+    return config.aux_loss_weight * float(penalty)
+
+
+def console_line(layer_number: int, metrics: Mapping[str, float]) -> str:
+    """One line of the training log, in Megatron's style; metrics that do not apply are left out."""
+    parts = [f"{name}: {value:.4E}" for name, value in metrics.items() if not math.isnan(value)]
+    return f" ultramem layer {layer_number:3d} | " + " | ".join(parts) + " |"
+
+
+def tensorboard_tag(layer_number: int, name: str) -> str:
+    """Tag of a metric: one chart per metric and layer, grouped under `ultramem`."""
+    return f"ultramem/{name.replace(' ', '-')}/layer-{layer_number:03d}"

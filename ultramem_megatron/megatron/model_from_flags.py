@@ -1,0 +1,57 @@
+"""From Megatron's parsed flags to the model config that `pretrain()` builds from, all checked."""
+
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+)
+
+from ultramem_megatron.faults.integrity import check_before_loading
+from ultramem_megatron.megatron.checkpoint.design import (
+    check_checkpoint,
+    refuse_unsupported_flags,
+    require_eval_interval,
+)
+from ultramem_megatron.megatron.flags.arguments import config_from_args
+from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
+from ultramem_megatron.megatron.pipeline.layout import check_pipeline
+from ultramem_megatron.megatron.table_groups import initialize_model_parallel
+from ultramem_megatron.megatron.upcycle import dense_checkpoint
+from ultramem_megatron.memory.tables.settings import settings_from_args
+
+
+def model_config_from_args(
+    args: Namespace, get_embedding_ranks: Callable[[list[int]], list[int]]
+) -> UltraMemGPTModelConfig:
+    """The model that the flags describe; also makes the process groups of its value tables.
+
+    get_embedding_ranks: as `pretrain()` takes it. Raises UltraMemError for a wrong flag, size,
+    combination or checkpoint, before anything is built.
+    """
+    ultramem = config_from_args(args)
+    refuse_unsupported_flags(args, ultramem)
+    require_eval_interval(args)
+    transformer: Any = core_transformer_config_from_args(args)
+    if ultramem is not None:
+        check_pipeline(ultramem.spans, transformer)
+    if os.environ["RANK"] == "0":  # one reader; its failure ends the others
+        check_before_loading(args)
+        check_checkpoint(args, ultramem)
+    partition, upcycle_from = "dimension", None
+    if ultramem is not None:
+        upcycle_from = dense_checkpoint(args)
+        tables = settings_from_args(args, ultramem)
+        partition = tables.partition
+        initialize_model_parallel(args, tables.size, get_embedding_ranks)
+    config: UltraMemGPTModelConfig = gpt_config_from_args(
+        args, config=transformer, model_config_cls=UltraMemGPTModelConfig
+    )
+    config.ultramem, config.table_partition = ultramem, partition
+    config.memory_overlap = args.ultramem_overlap
+    config.upcycle_from = upcycle_from
+    config.train_only_memory = args.ultramem_train_only == "memory"
+    return config

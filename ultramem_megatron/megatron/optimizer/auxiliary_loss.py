@@ -1,0 +1,66 @@
+"""The auxiliary loss of the Tucker cores (paper eq. 11-12), applied exactly once per step.
+
+It depends on parameters only, so it needs no forward pass. Its gradient is added after Megatron has
+finished the gradients of a step (reduced them over ranks, averaged them, divided them by tokens)
+and before they are clipped: neither micro-batches, nor data-parallel ranks, nor per-token loss
+change its weight, and the loss scale of fp16 is applied to it as to all others.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.utils import get_model_config
+
+from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.memory.layer import UltraMemLayer
+
+
+def finalize_with_auxiliary_loss(model: list[Any], *args: Any, **kwargs: Any) -> None:
+    """Megatron's finalize_model_grads, then the auxiliary loss of every memory layer of `model`.
+
+    Set as `finalize_model_grads_func` of the model config by UltraMemGPTModelBuilder; a recipe
+    with a training loop of its own sets it itself.
+    """
+    finalize_then_auxiliary_loss(finalize_model_grads, model, *args, **kwargs)
+
+
+def finalize_then_auxiliary_loss(
+    finalize: Callable[..., None], model: list[Any], *args: Any, **kwargs: Any
+) -> None:
+    """The same after a `finalize` of the caller's own."""
+    finalize(model, *args, **kwargs)
+    loss_scale = _loss_scale(get_model_config(model[0]))
+    for chunk in model:
+        add_auxiliary_gradients(memory_layers(chunk), loss_scale)
+
+
+def memory_layers(model: torch.nn.Module) -> Iterable[UltraMemLayer]:
+    """The memory layers of a model, wrapped or not."""
+    return (module for module in model.modules() if isinstance(module, UltraMemLayer))
+
+
+def add_auxiliary_gradients(layers: Iterable[UltraMemLayer], loss_scale: float) -> None:
+    """Add loss_scale * d(auxiliary loss)/d(cores) to the cores' main_grad (or grad)."""
+    for layer in layers:
+        if layer.cores is None or not layer.cores.weight.requires_grad:
+            continue
+        with torch.enable_grad():
+            loss = layer.auxiliary_loss()
+        if loss is None:
+            continue
+        weight = layer.cores.weight
+        (gradient,) = torch.autograd.grad(loss, weight)
+        target = getattr(weight, "main_grad", None)
+        if target is None:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            target = weight.grad
+        # Scaled before the cast: too large a loss scale must show as infinity, and skip the step.
+        target.add_((at_least_float32(gradient) * loss_scale).to(target.dtype))
+
+
+def _loss_scale(config: Any) -> float:
+    if config.grad_scale_func is None:
+        return 1.0
+    return float(config.grad_scale_func(torch.ones(())))

@@ -1,0 +1,53 @@
+"""Learning rate of the value tables: k times the base rate, falling linearly to 1x (paper 3.2).
+
+The factor multiplies whatever Megatron's schedule gives (warm-up, decay, minimum), as in the
+authors' code; weight decay applies to the tables as to all matrices.
+"""
+
+from typing import Any
+
+from megatron.core.optimizer import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from ultramem_megatron.memory.config import UltraMemConfig
+
+
+def value_overrides(config: UltraMemConfig) -> dict[ParamKey, dict[str, Any]]:
+    """Optimizer overrides that put the value tables into a parameter group with lr_mult = k."""
+    if config.value_lr_mult == 1.0:
+        return {}
+    return {ParamKey(attr="ultramem_values"): {"lr_mult": config.value_lr_mult}}
+
+
+def value_lr_factor(start: float, progress: float, decay: float) -> float:
+    """1 + (k-1) * max(0, 1 - progress/decay); progress and decay are fractions of training.
+
+    With start 10 and decay 0.5: 10 at the beginning, 5.5 at a quarter, 1 from half-way on.
+    """
+    return 1 + (start - 1) * max(0.0, 1 - progress / decay)
+
+
+class ValueLearningRateScheduler(OptimizerParamScheduler):
+    """Megatron's scheduler with a factor for parameter groups whose `lr_mult` is not 1."""
+
+    def __init__(self, *args: Any, value_lr_decay: float, **kwargs: Any) -> None:
+        """value_lr_decay: fraction of training over which the factor falls to 1."""
+        self.value_lr_decay = value_lr_decay
+        super().__init__(*args, **kwargs)
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """Learning rate of a group at the present step."""
+        base: float = super().get_lr(param_group)
+        start = param_group.get("lr_mult", 1.0)
+        if start == 1.0:
+            return base
+        # Weight decay is scheduled over all of training, the learning rate maybe over less.
+        progress = self.num_steps / self.wd_incr_steps
+        return base * value_lr_factor(start, progress, self.value_lr_decay)
+
+    def value_learning_rate(self) -> float | None:
+        """The tables' present learning rate; None if this rank has no such group."""
+        for group in self.optimizer.param_groups:
+            if group.get("lr_mult", 1.0) != 1.0:
+                return float(group["lr"])
+        return None

@@ -1,0 +1,154 @@
+"""Which pipeline stages spans lie in, what cannot be carried over, and which layout would do."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.spans import Span
+
+
+class Chunk(NamedTuple):
+    """Layers first..last (1-based, empty if last < first) of a pipeline stage or virtual chunk."""
+
+    pp_rank: int
+    vp_stage: int | None
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        virtual = "" if self.vp_stage is None else f" chunk {self.vp_stage}"
+        return f"stage {self.pp_rank}{virtual} (layers {self.first}-{self.last})"
+
+
+def pipeline_chunks(config: TransformerConfig) -> list[Chunk]:
+    """Every chunk of the whole pipeline, in layer order."""
+    layout = config.pipeline_model_parallel_layout
+    stages = range(config.pipeline_model_parallel_size)
+    virtual_stages: Sequence[int | None] = (
+        [None]
+        if config.virtual_pipeline_model_parallel_size is None
+        else range(config.virtual_pipeline_model_parallel_size)
+    )
+    chunks: list[Chunk] = []
+    for vp_stage in virtual_stages:
+        for pp_rank in stages:
+            if layout is not None:
+                # Megatron's own counting functions would look up the current rank here.
+                offset = chunks[-1].last if chunks else 0
+                count = layout.layout[pp_rank][vp_stage or 0].count(LayerType.decoder)
+            else:
+                offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
+                count = get_num_layers_to_build(config, vp_stage, pp_rank)
+            chunks.append(Chunk(pp_rank, vp_stage, offset + 1, offset + count))
+    return chunks
+
+
+def spans_cross_stages(spans: tuple[Span, ...], config: TransformerConfig) -> bool:
+    """Whether some span starts in one stage (or chunk) and ends in another."""
+    return _first_crossing(spans, pipeline_chunks(config)) is not None
+
+
+def _first_crossing(
+    spans: tuple[Span, ...], chunks: list[Chunk]
+) -> tuple[Span, Chunk, Chunk] | None:
+    for span in spans:
+        start = next(chunk for chunk in chunks if chunk.first <= span.start <= chunk.last)
+        end = next(chunk for chunk in chunks if chunk.first <= span.end <= chunk.last)
+        if start != end:
+            return span, start, end
+    return None
+
+
+def check_pipeline(spans: tuple[Span, ...], config: TransformerConfig) -> None:
+    """Raise UltraMemError if a span crosses a boundary over which its result cannot be carried.
+
+    The result travels beside the hidden states from the last layer of a stage to the first of the
+    next, so every stage must have a layer, and hidden states must have the dtype of parameters.
+    """
+    chunks = pipeline_chunks(config)
+    crossing = _first_crossing(spans, chunks)
+    if crossing is None:
+        return
+    reason = _obstacle(config, chunks)
+    if reason is None:
+        return
+    span, start, end = crossing
+    raise UltraMemError(
+        f"--ultramem-spans: span {span} starts in pipeline {start} and ends in {end}; its result "
+        f"cannot be carried over, because {reason}. "
+        + _advice(spans, config.num_layers, config.pipeline_model_parallel_size, chunks)
+    )
+
+
+def _obstacle(config: TransformerConfig, chunks: list[Chunk]) -> str | None:
+    empty = [chunk for chunk in chunks if chunk.last < chunk.first]
+    if empty:
+        return f"pipeline stage {empty[0].pp_rank} has no transformer layer to pass it on"
+    if config.fp32_residual_connection:
+        return "--fp32-residual-connection gives hidden states another dtype than results"
+    return None
+
+
+def most_on_one_stage(spans: tuple[Span, ...], config: TransformerConfig) -> int:
+    """Number of memories on the pipeline stage that holds the most."""
+    held = [0] * config.pipeline_model_parallel_size
+    for chunk in pipeline_chunks(config):
+        held[chunk.pp_rank] += sum(chunk.first <= span.start <= chunk.last for span in spans)
+    return max(held)
+
+
+def _advice(
+    spans: tuple[Span, ...], num_layers: int, pipeline_size: int, chunks: list[Chunk]
+) -> str:
+    layout = suggest_layout(spans, num_layers, len(chunks))
+    if layout is not None:
+        return f'Use --pipeline-model-parallel-layout "{layout}", or other spans.'
+    most = len(allowed_cuts(spans, num_layers)) + 1
+    largest = most // (len(chunks) // pipeline_size)
+    return (
+        f"These spans allow at most {most} stages or virtual chunks, {len(chunks)} are asked for: "
+        f"use --pipeline-model-parallel-size {max(largest, 1)} or less, or shorter spans."
+    )
+
+
+def allowed_cuts(spans: tuple[Span, ...], num_layers: int) -> list[int]:
+    """Layers after which a stage may end."""
+    return [
+        layer
+        for layer in range(1, num_layers)
+        if not any(span.start <= layer < span.end for span in spans)
+    ]
+
+
+def suggest_layout(spans: tuple[Span, ...], num_layers: int, num_chunks: int) -> str | None:
+    """The most even layout in which no span crosses, in Megatron's notation; None if there is none.
+
+    With spans 3:5/6:8/9:11, 12 layers and 2 chunks: "Et*5|t*7L".
+    """
+    cuts = [*allowed_cuts(spans, num_layers), num_layers]
+
+    @functools.cache
+    def best(start: int, chunks: int) -> tuple[int, tuple[int, ...]] | None:
+        """Smallest possible largest chunk for layers start+1.., and its chunk sizes."""
+        if chunks == 1:
+            return num_layers - start, (num_layers - start,)
+        found = None
+        for cut in cuts:
+            rest = best(cut, chunks - 1) if start < cut < num_layers else None
+            if rest is None:
+                continue
+            candidate = (max(cut - start, rest[0]), (cut - start, *rest[1]))
+            found = candidate if found is None else min(found, candidate)
+        return found
+
+    result = best(0, num_chunks)
+    if result is None:
+        return None
+    stages = [f"t*{size}" if size > 1 else "t" for size in result[1]]
+    return "E" + "|".join(stages) + "L"

@@ -1,0 +1,108 @@
+"""What start-up says of the value tables: who holds what, how many bytes, and why cut this way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.tables.layout import TableLayout
+from ultramem_megatron.memory.tables.settings import TableSettings, exchange_of
+from ultramem_megatron.memory.tables.traffic import choose, dimension_wise, number_wise
+
+_GIGABYTE = 1e9
+_SHOWN_RANKS = 8
+_ADAM_BYTES = 8  # two moments in float32
+_MASTER_BYTES = 4  # float32 copy of a half-precision parameter
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a run stores parameters: bytes per element."""
+
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_shards: int
+    """Ranks over which optimizer state is spread: the replicas, with the distributed optimizer."""
+
+    @property
+    def optimizer_bytes(self) -> float:
+        """Adam's moments, and a float32 copy where parameters are in half precision."""
+        master = _MASTER_BYTES if self.parameter_bytes < _MASTER_BYTES else 0
+        return (_ADAM_BYTES + master) / self.optimizer_shards
+
+
+def describe_tables(
+    config: UltraMemConfig, settings: TableSettings, storage: Storage, tables_per_rank: int
+) -> str:
+    """Several lines for the log. tables_per_rank: memory layers on the fullest pipeline stage."""
+    if settings.size == 1:
+        lines = [" > value tables: whole on every rank"]
+    else:
+        lines = [
+            f" > value tables: cut {settings.partition}-wise over groups of {settings.size} ranks",
+            *_parts(config, settings),
+            *_traffic(config, settings, storage.parameter_bytes),
+        ]
+    elements = max(
+        _elements(settings.layout(config, rank)) for rank in range(settings.size)
+    )  # fmt: skip
+    gigabytes = [
+        tables_per_rank * elements * per_element / _GIGABYTE
+        for per_element in (
+            storage.parameter_bytes, storage.gradient_bytes, storage.optimizer_bytes,
+        )
+    ]  # fmt: skip
+    lines.append(
+        "   per rank ({} tables): {:.3f} GB parameters, {:.3f} GB gradients, {:.3f} GB optimizer "
+        "state".format(tables_per_rank, *gigabytes)
+    )
+    return "\n".join(lines)
+
+
+def _elements(layout: TableLayout) -> int:
+    rows, columns = layout.shape
+    return rows * columns
+
+
+def _parts(config: UltraMemConfig, settings: TableSettings) -> list[str]:
+    ranks = range(settings.size)
+    shown = list(ranks) if settings.size <= _SHOWN_RANKS else [0, 1, settings.size - 1]
+    lines = [f"   rank {rank}: {settings.layout(config, rank).describe()}" for rank in shown]
+    if len(shown) < settings.size:
+        lines.insert(2, "   ...")
+    return lines
+
+
+def _traffic(config: UltraMemConfig, settings: TableSettings, number_bytes: int) -> list[str]:
+    exchange = exchange_of(config, settings.size, number_bytes)
+    volumes = {"dimension": dimension_wise(exchange), "number": number_wise(exchange)}
+    cheaper = choose(exchange)
+    own = volumes[settings.partition]
+    verdict = (
+        "the cheaper partition" if cheaper == settings.partition else f"{cheaper}-wise is cheaper"
+    )
+    shown = ", ".join(f"{name}-wise {volume.total:.0f}" for name, volume in volumes.items())
+    return [
+        f"   bytes received per token and layer: {own.forward:.0f} forward, {own.backward:.0f} "
+        f"backward ({shown}: {verdict})"
+    ]
+
+
+def check_agreement(plan: Any) -> None:
+    """Raise UltraMemError on every rank unless all ranks were given the same plan; a collective."""
+    mine = repr(plan)
+    plans: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(plans, mine)
+    if len(set(plans)) > 1:
+        raise UltraMemError(_disagreement(plans))
+
+
+def _disagreement(plans: Sequence[str | None]) -> str:
+    others = [rank for rank, plan in enumerate(plans) if plan != plans[0]]
+    return (
+        f"Ranks disagree on the memory layers: rank 0 has {plans[0]}, rank {others[0]} has "
+        f"{plans[others[0]]} ({len(others)} ranks differ from rank 0). Give all the same flags."
+    )

@@ -1,0 +1,158 @@
+"""Memory layers added to a trained dense GPT: its weights, and memories without effect at first.
+
+The dense checkpoint is read by Megatron's own distributed loading, so it may come from any parallel
+layout. A memory starts with a zero value projection (without one, with zero values): step 0 gives
+the dense model's loss. Its first gradient reaches the projection, the next one the values, too.
+"""
+
+import contextlib
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.faults.integrity import check_before_reading
+from ultramem_megatron.megatron.checkpoint.design import checkpoint_folder, stored_args
+from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+from ultramem_megatron.memory.layer import UltraMemLayer
+
+UPCYCLE_FLAG = "--ultramem-upcycle"
+
+_SAME = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention",
+    "kv_channels", "vocab_size", "normalization", "swiglu", "add_bias_linear", "add_qkv_bias",
+    "qk_layernorm", "untie_embeddings_and_output_weights", "position_embedding_type",
+    "rotary_base", "rotary_percent", "num_experts",
+)  # fmt: skip
+"""Flags of Megatron's that decide what the dense weights mean."""
+
+
+def dense_checkpoint(args: Namespace) -> str | None:
+    """Folder of the dense checkpoint to start from; None without the flag, or when resuming.
+
+    A run whose --load already holds a checkpoint resumes from that one. Raises UltraMemError for
+    a folder without a `torch_dist` checkpoint, one with memory layers, or one of another size.
+    """
+    if args.ultramem_upcycle is None or _resumes(args):
+        return None
+    if getattr(args, "pretrained_checkpoint", None) is not None:
+        raise UltraMemError(
+            f"{UPCYCLE_FLAG} and --pretrained-checkpoint both name weights to start from. Drop one."
+        )
+    try:
+        folder = checkpoint_folder(args.ultramem_upcycle)
+        check_before_reading(Path(folder))
+    except UltraMemError as error:
+        raise UltraMemError(str(error).replace("--load", UPCYCLE_FLAG, 1)) from error
+    _refuse_misfit(args, folder)
+    return folder
+
+
+def _resumes(args: Namespace) -> bool:
+    """Whether Megatron will load a checkpoint of this very run."""
+    if not args.load:
+        return False
+    try:
+        checkpoint_folder(args.load, args.ckpt_step)
+    except UltraMemError:
+        return False
+    return True
+
+
+def _refuse_misfit(args: Namespace, folder: str) -> None:
+    from ultramem_megatron.megatron.flags.arguments import config_from_args
+
+    dense = stored_args(folder)
+    if config_from_args(dense) is not None:
+        raise UltraMemError(
+            f"{UPCYCLE_FLAG} {args.ultramem_upcycle}: this checkpoint has memory layers already. "
+            f"Continue it with --load, or give one of a dense GPT."
+        )
+    differences = [
+        f"{name} is {getattr(args, name)} here, {getattr(dense, name)} in the checkpoint"
+        for name in _SAME
+        if getattr(args, name, None) != getattr(dense, name, None)
+        and hasattr(args, name)
+        and hasattr(dense, name)
+    ]
+    if differences:
+        raise UltraMemError(
+            f"{UPCYCLE_FLAG} {args.ultramem_upcycle}: the dense model is another one: "
+            f"{'; '.join(differences)}. Give this run the flags the checkpoint was made with."
+        )
+
+
+def start_from_dense(chunks: list[nn.Module], folder: str) -> None:
+    """Load the dense weights of `folder` into all chunks of this rank and silence their memories.
+
+    chunks: as the builder made them, not yet wrapped. Collective: every rank must call it. Raises
+    UltraMemError if a weight is missing in the checkpoint.
+    """
+    silence(layer for chunk in chunks for layer in memory_layers(chunk))
+    for chunk in chunks:
+        _load_dense_weights(chunk, folder)
+
+
+@torch.no_grad()
+def silence(layers: Iterable[UltraMemLayer]) -> None:
+    """Make the output of each memory zero, in the last step that has parameters."""
+    for layer in layers:
+        last = layer.value_proj if layer.config.value_projection else layer.values
+        assert isinstance(last.weight, Tensor)
+        last.weight.zero_()
+
+
+def _load_dense_weights(chunk: nn.Module, folder: str) -> None:
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    per_layer = any(key.startswith("decoder.layers.0.") for key in stored)
+    with _without_memories(chunk), _layer_keys(chunk, per_layer):
+        state = chunk.sharded_state_dict(metadata=groups)  # type: ignore[operator]  # Megatron's, untyped
+        wanted = {
+            t.key for t in nested_values(state) if isinstance(t, dist_checkpointing.ShardedTensor)
+        }
+        missing = sorted(wanted - stored.keys())
+        if missing:
+            raise UltraMemError(
+                f"{UPCYCLE_FLAG} {folder}: the checkpoint lacks weights of this model: "
+                f"{', '.join(missing)}. Give this run the flags the checkpoint was made with."
+            )
+        names = list(state)
+        loaded = dist_checkpointing.load(state, folder)  # and the state of its training
+        chunk.load_state_dict({name: loaded[name] for name in names})
+
+
+@contextlib.contextmanager
+def _without_memories(chunk: nn.Module) -> Iterator[None]:
+    """Hide the memory submodules, as if the model were dense."""
+    hidden: list[tuple[dict[str, Any], nn.Module]] = []
+    for module in list(chunk.modules()):
+        memory = module._modules.get("memory")
+        if isinstance(memory, UltraMemLayer):
+            hidden.append((module._modules, memory))
+            del module._modules["memory"]
+    try:
+        yield
+    finally:
+        for modules, memory in hidden:
+            modules["memory"] = memory
+
+
+@contextlib.contextmanager
+def _layer_keys(chunk: nn.Module, per_layer: bool) -> Iterator[None]:
+    """Name layers as the dense checkpoint does: each its key, or one stack for all."""
+    config: Any = chunk.config
+    before = config.hetereogenous_dist_checkpoint
+    config.hetereogenous_dist_checkpoint = per_layer
+    try:
+        yield
+    finally:
+        config.hetereogenous_dist_checkpoint = before

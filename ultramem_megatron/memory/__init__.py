@@ -1,0 +1,1 @@
+"""One memory layer: torch only, no Megatron, no ranks of its own."""

@@ -1,0 +1,53 @@
+"""From the hidden state to the queries: optional causal convolution, projection, norm."""
+
+import torch
+from torch import Tensor, nn
+
+from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.linear import Linear
+from ultramem_megatron.memory.modules import build_norm
+
+
+class CausalConvolution(nn.Module):
+    """Depthwise convolution over time that sees only the past (paper 3.2, bag of tricks 7)."""
+
+    def __init__(self, hidden_size: int, kernel: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size, kernel))
+
+    def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
+        """x: (S, B, D), P pieces of equal length, each without gaps in time, one after the other.
+
+        history: the (P, kernel-1, B, D) inputs before each piece; None: x is one, zeros before it.
+        """
+        kernel = self.weight.shape[1]
+        if history is None:
+            history = x.new_zeros(1, kernel - 1, *x.shape[1:])
+        pieces = x.reshape(len(history), -1, *x.shape[1:])
+        padded = torch.cat([history, pieces], 1)  # (P, kernel-1+S/P, B, D)
+        # A sum of shifted views: a convolution would want its own order of dimensions, there and
+        # back, and CPUs take several times as long for it.
+        out = at_least_float32(x.new_zeros(1, 1, 1, 1))
+        for tap in range(kernel):
+            seen = padded[:, tap : tap + pieces.shape[1]]
+            out = torch.addcmul(out, seen, self.weight[:, tap])
+        return out.to(x.dtype).flatten(0, 1)
+
+
+class QueryProjection(nn.Module):
+    """Normalised queries of both sides, one set per pair of heads (or per head)."""
+
+    def __init__(self, config: UltraMemConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.shape = (config.num_queries, 2, config.key_dim)
+        kernel = config.query_conv_kernel
+        self.conv = CausalConvolution(hidden_size, kernel) if kernel else None
+        self.proj = Linear(hidden_size, config.num_queries * 2 * config.key_dim, bias=False)
+        self.norm = build_norm(config.qk_norm, config.key_dim, eps)
+
+    def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
+        """x: (..., D), with a convolution (S, B, D). Returns (T, Q, 2, Dk)."""
+        if self.conv is not None:
+            x = self.conv(x, history)
+        return self.norm(self.proj(x).reshape(-1, *self.shape))

@@ -1,0 +1,85 @@
+"""The Tucker cores: their sum, its leading singular pair with a stable sign, and the penalty.
+
+C cores (h in the paper), H heads, R Tucker rank.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.memory.config import UltraMemConfig
+
+
+class TuckerCores(nn.Module):
+    """Cores C^(i) of every head and the rank-1 filter (u, t) of their sum (eq. 7-10, 16).
+
+    Cores are read by calling the module, as Megatron's overlapped parameter gather needs: it waits
+    for a module's own parameters when that module is called.
+    """
+
+    u: Tensor
+    t: Tensor
+
+    def __init__(self, config: UltraMemConfig) -> None:
+        super().__init__()
+        rank, heads = config.tucker_rank, config.heads
+        self.weight = nn.Parameter(torch.empty(config.cores, heads, rank, rank))
+        precise = torch.promote_types(self.weight.dtype, torch.float32)
+        self.register_buffer("u", torch.zeros(heads, rank, dtype=precise))
+        self.register_buffer("t", torch.zeros(heads, rank, dtype=precise))
+
+        self.spectrum: Tensor | None = None
+        """Singular values (H, R) at the last update of the filter, for reports."""
+
+    def forward(self, update_filter: bool = False) -> Tensor:
+        """The cores (C, H, R, R); `update_filter` first brings u and t up to date with them."""
+        if update_filter:
+            self._update_filter()
+        return self.weight
+
+    def total(self) -> Tensor:
+        """Sum of the cores, (H, R, R), at least float32."""
+        return at_least_float32(self.weight).sum(0)
+
+    def singular_values(self) -> Tensor:
+        """Singular values of the summed cores, (H, R), largest first; differentiable."""
+        return torch.linalg.svdvals(self.total())
+
+    @torch.no_grad()
+    def _update_filter(self) -> None:
+        """Recompute u and t from the cores; repeating it with the same cores changes nothing.
+
+        u and t are determined up to a common sign, which decides which quadrant of the grid is
+        shortlisted; the sign nearer to the stored pair (in L1) is kept, +1 on a tie.
+        """
+        left, self.spectrum, right = torch.linalg.svd(self.total())
+        u, t = left[..., :, 0], right[..., 0, :]
+        kept = _distance(u, t, self.u, self.t)
+        flipped = _distance(-u, -t, self.u, self.t)
+        sign = torch.where(flipped < kept, -1.0, 1.0).to(u.dtype).unsqueeze(-1)
+        self.u.copy_(sign * u)
+        self.t.copy_(sign * t)
+
+    def _apply(self, fn, recurse=True):
+        # Casting a model to half precision must not round the filter: it picks the shortlist.
+        before = {"u": self.u, "t": self.t}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            cast = getattr(self, name)
+            if torch.finfo(cast.dtype).bits < 32:
+                setattr(self, name, buffer.to(cast.device))
+        return self
+
+
+def _distance(u: Tensor, t: Tensor, old_u: Tensor, old_t: Tensor) -> Tensor:
+    return (u - old_u).abs().sum(-1) + (t - old_t).abs().sum(-1)
+
+
+def singular_value_penalty(singular_values: Tensor, margin: float) -> Tensor:
+    """Mean over heads of sum_{i>=2} max(0, lambda_i - margin)^2 / (R - 1) (eq. 11-12).
+
+    singular_values: (H, R). Zero for rank 1, where nothing is approximated.
+    """
+    if singular_values.shape[-1] == 1:
+        return singular_values.new_zeros(())
+    return (singular_values[..., 1:] - margin).relu().square().mean()

@@ -1,0 +1,1 @@
+"""Value tables, whole or cut over a group of ranks."""

@@ -1,0 +1,58 @@
+"""Dimension-wise partition (paper section 4, figure 8): every rank holds all rows, some columns.
+
+Addresses of all ranks' tokens are gathered, scores go only to the ranks that hold a core's columns;
+each rank pools all tokens on its columns, and the pooled slices go home. Perfectly balanced, and no
+size depends on the indices, so nothing waits for the host. All ranks bring equally many tokens.
+
+T tokens of this rank, G ranks, P picks per token, C cores, c cores of one rank, E expansion groups,
+V value dim, v columns of one rank.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultramem_megatron.communication.exchange import Transfer, all_to_all, gather_tokens
+from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
+from ultramem_megatron.memory.retrieval.addresses import split_address
+from ultramem_megatron.memory.tables.layout import TableLayout
+
+
+@dataclass(frozen=True)
+class DimensionWiseReader:
+    """Reads a table cut by columns over `group`."""
+
+    layout: TableLayout
+    num_groups: int
+    group: Any
+    pauses = 2
+
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+        """See TableReader.read."""
+        tokens = len(addresses)
+        gathering = gather_tokens(addresses.to(torch.int32), self.group, "addresses")
+        sending = self._send_scores(scores, part)
+        yield
+        rows, groups = split_address(gathering.wait().long(), self.layout.num_values)
+        pooled = lookup_reduce(part, rows, groups, sending.wait(), self.num_groups)
+        returning = all_to_all(pooled, self.group, "pooled values")
+        yield
+        home = returning.wait()  # (G*T, E, v), by owner of columns
+        by_rank = home.view(self.layout.size, tokens, self.num_groups, part.shape[1])
+        by_token = by_rank.permute(1, 2, 0, 3)
+        return by_token.reshape(tokens, self.num_groups, self.layout.value_dim)
+
+    def _send_scores(self, scores: Tensor, part: Tensor) -> Transfer:
+        """Scores (T, P, C) to (G*T, P, c): of all tokens, for the cores of this rank's columns."""
+        layout = self.layout
+        held = len(layout.cores_of(0))
+        # Made on the device: a list from the host would have to be waited for.
+        ranks = torch.arange(layout.size, device=scores.device)
+        first = ranks * layout.cores // layout.size
+        cores = first.unsqueeze(1) + torch.arange(held, device=scores.device)  # (G, c)
+        # Sent in the table's dtype, which the lookup computes in anyway.
+        by_rank = scores.to(part.dtype)[:, :, cores].permute(2, 0, 1, 3)  # (G, T, P, c)
+        return all_to_all(by_rank.flatten(0, 1), self.group, "scores")

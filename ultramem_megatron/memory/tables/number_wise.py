@@ -1,0 +1,148 @@
+"""Number-wise partition (paper section 4, figure 8): every rank holds some rows, all columns.
+
+Indices go to the owners of their rows. Back come either the rows, weighted and summed at home, or
+what the owner has already summed: one vector per (token, expansion group) that has a pick there.
+Which of the two moves fewer bytes is decided by sizes alone (`traffic.py`), once.
+
+How many indices go where depends on them, and the host must know it: it waits for the sizes, once
+for each read. What comes before that is enqueued without waiting.
+
+T tokens of this rank, G ranks, P picks per token, C cores, E expansion groups, V value dim; S picks
+that this rank serves, B sums that it sends.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ultramem_megatron.communication.exchange import Transfer, all_to_all
+from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
+from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.memory.retrieval.addresses import split_address
+from ultramem_megatron.memory.tables.layout import TableLayout
+
+
+class _Picks(NamedTuple):
+    """This rank's picks, ordered by the rank that owns the row, then by bucket."""
+
+    order: Tensor  # (T*P,) position of each among the unordered picks
+    rows: Tensor  # (T*P,) row within the owner's part
+    buckets: Tensor  # (T*P,) token * E + group: where the weighted value belongs
+    owners: Tensor  # (T*P,)
+
+
+_Sizes = tuple[list[int], list[int]]  # entries sent to, and received from, each rank
+_Exchanged = Generator[None, None, tuple[Tensor, Tensor]]  # values that came, and their buckets
+
+
+@dataclass(frozen=True)
+class NumberWiseReader:
+    """Reads a table cut by rows over `group`."""
+
+    layout: TableLayout
+    num_groups: int
+    group: Any
+    pool_at_owner: bool
+    pauses = 3
+
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+        """See TableReader.read."""
+        picks = self._by_owner(addresses)
+        weights = scores.flatten(0, 1)[picks.order].to(part.dtype)  # (T*P, C)
+        exchange = self._read_sums if self.pool_at_owner else self._read_rows
+        values, buckets = yield from exchange(part, picks, weights)
+        pooled = _sums(values, buckets, len(addresses) * self.num_groups)
+        return pooled.to(part.dtype).view(len(addresses), self.num_groups, part.shape[1])
+
+    def _by_owner(self, addresses: Tensor) -> _Picks:
+        layout = self.layout
+        rows, groups = split_address(addresses, layout.num_values)
+        # Made on the device: a list from the host would have to be waited for.
+        ranks = torch.arange(layout.size, device=rows.device)
+        first_rows = ranks * layout.num_values // layout.size
+        owners = torch.bucketize(rows.flatten(), first_rows, right=True) - 1
+        tokens = torch.arange(len(addresses), device=rows.device).unsqueeze(1)
+        buckets = (tokens * self.num_groups + groups).flatten()
+        order = (owners * (len(addresses) * self.num_groups) + buckets).argsort(stable=True)
+        owners, buckets = owners[order], buckets[order]
+        return _Picks(order, rows.flatten()[order] - first_rows[owners], buckets, owners)
+
+    def _read_rows(self, part: Tensor, picks: _Picks, weights: Tensor) -> _Exchanged:
+        """Rows come here; weighting is done at home."""
+        each = torch.ones_like(picks.owners)
+        [(send, receive)] = yield from self._exchange_sizes(picks.owners, each)
+        asking = self._send_integers(picks.rows, "addresses", send, receive)
+        yield
+        served = asking.wait().long()
+        rows = _read(part, served, part.new_ones(len(served), 1))  # (S, V)
+        returning = all_to_all(rows, self.group, "values", receive, send)
+        yield
+        return _weighted(returning.wait(), weights), picks.buckets  # (T*P, V)
+
+    def _read_sums(self, part: Tensor, picks: _Picks, weights: Tensor) -> _Exchanged:
+        """Owners weight and sum; one vector per owner and bucket comes here."""
+        # Every rank numbers its (owner, bucket) pairs in order, so the owner need not send them.
+        new_pair = torch.ones_like(picks.owners)
+        new_pair[1:] = (picks.owners.diff() != 0) | (picks.buckets.diff() != 0)
+        number = new_pair.cumsum(0) - 1
+        (send, receive), (sums_receive, sums_send) = yield from self._exchange_sizes(
+            picks.owners, torch.ones_like(picks.owners), new_pair
+        )
+        first_sum = torch.tensor([0, *sums_receive], device=number.device).cumsum(0)
+        local_number = number - first_sum[picks.owners]
+        buckets = number.new_empty(sum(sums_receive)).scatter_(0, number, picks.buckets)
+
+        asking = self._send_integers(picks.rows, "addresses", send, receive)
+        numbering = self._send_integers(local_number, "sum numbers", send, receive)
+        weighing = all_to_all(weights, self.group, "scores", send, receive)
+        yield
+        served, target = asking.wait().long(), numbering.wait().long()  # (S,)
+        offsets = torch.tensor([0, *sums_send], device=number.device).cumsum(0)
+        source = torch.repeat_interleave(
+            torch.arange(self.layout.size, device=number.device),
+            torch.tensor(receive, device=number.device),
+        )
+        values = _read(part, served, weighing.wait())
+        sums = _sums(values, target + offsets[source], sum(sums_send)).to(part.dtype)
+        returning = all_to_all(sums, self.group, "pooled values", sums_send, sums_receive)
+        yield
+        return returning.wait(), buckets
+
+    def _exchange_sizes(
+        self, owners: Tensor, *counted: Tensor
+    ) -> Generator[None, None, list[_Sizes]]:
+        """For each of `counted`, 0 or 1 per pick: the sums that go to, and come from, each rank."""
+        none = owners.new_zeros(self.layout.size)
+        counts = torch.stack([none.scatter_add(0, owners, kind) for kind in counted], dim=1)
+        counting = all_to_all(counts, self.group, "sizes")
+        yield
+        both = torch.stack([counts, counting.wait()]).permute(2, 0, 1)
+        return [(send, receive) for send, receive in both.tolist()]  # the host waits here
+
+    def _send_integers(
+        self, x: Tensor, purpose: str, send: Sequence[int], receive: Sequence[int]
+    ) -> Transfer:
+        return all_to_all(x.to(torch.int32), self.group, purpose, send, receive)
+
+
+def _read(part: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Rows (S,) of the table times the weight (S, C) of each core on its slice, (S, V)."""
+    rows = rows.unsqueeze(1)
+    return lookup_reduce(part, rows, torch.zeros_like(rows), weights.unsqueeze(1), 1).squeeze(1)
+
+
+def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """Values (S, V) times the weight (S, C) of each core on its slice, at least float32."""
+    cores = weights.shape[1]
+    by_core = at_least_float32(values).unflatten(1, (cores, values.shape[1] // cores))
+    return (by_core * weights.unsqueeze(-1)).flatten(1)
+
+
+def _sums(values: Tensor, buckets: Tensor, count: int) -> Tensor:
+    """Sum of the values (S, V) of each bucket 0..count-1, at least float32."""
+    values = at_least_float32(values)
+    return values.new_zeros(count, values.shape[1]).index_add(0, buckets, values)

@@ -1,0 +1,100 @@
+"""What was recorded, as lines of CSV."""
+
+import csv
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ultramem_megatron.tools.inspect.reads import Reads
+
+GRID_BINS = 128  # at most, on each side of the picture
+
+
+def fired(words: Sequence[str], reads: Reads, top: int) -> Iterator[dict[str, object]]:
+    """For each token the `top` values with the highest scores."""
+    best = reads.scores.topk(min(top, reads.scores.shape[1]), dim=1)
+    for position, word in enumerate(words):
+        for score, pick in zip(best.values[position], best.indices[position], strict=True):
+            yield {
+                "layer": reads.layer_number,
+                "position": position,
+                "token": word,
+                "value": int(reads.values[position, pick]),
+                "group": int(reads.groups[position, pick]),
+                "score": round(float(score), 4),
+            }
+
+
+def shared(words: Sequence[str], reads: Reads, values: int) -> Iterator[dict[str, object]]:
+    """For each of the most often read values, which tokens read it, the most frequent first.
+
+    A value that a token reads twice (in two heads or groups) counts twice.
+    """
+    readers: dict[int, Counter[str]] = {}
+    for word, row in zip(words, reads.values.tolist(), strict=True):
+        for value in row:
+            readers.setdefault(value, Counter())[word] += 1
+    ranked = sorted(readers.items(), key=lambda item: (-item[1].total(), item[0]))
+    for value, tokens in ranked[:values]:
+        for token, count in tokens.most_common():
+            yield {
+                "layer": reads.layer_number,
+                "value": value,
+                "reads": tokens.total(),
+                "token": token,
+                "token_reads": count,
+            }
+
+
+def grid_counts(reads: Reads) -> Tensor:
+    """Reads of the key grid, rows by columns, in at most GRID_BINS bins a side; int64."""
+    side = reads.keys_per_side
+    bins = min(side, GRID_BINS)
+    addresses = reads.grid.flatten()
+    row, column = addresses // side * bins // side, addresses % side * bins // side
+    return torch.bincount(row * bins + column, minlength=bins * bins).view(bins, bins)
+
+
+def grid(reads: Reads) -> Iterator[dict[str, object]]:
+    """The bins of the key grid that were read."""
+    counts = grid_counts(reads)
+    for row, column in counts.nonzero().tolist():
+        yield {
+            "layer": reads.layer_number,
+            "row_bin": row,
+            "column_bin": column,
+            "reads": int(counts[row, column]),
+        }
+
+
+def usage(tensorboard: Path) -> list[dict[str, object]]:
+    """Every logged metric of the memories over training steps; empty where nothing was logged."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not tensorboard.is_dir():
+        return []
+    events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0})
+    events.Reload()
+    lines: list[dict[str, object]] = []
+    for tag in events.Tags()["scalars"]:
+        group, _, rest = tag.partition("/")
+        metric, _, layer = rest.partition("/layer-")
+        if group == "ultramem" and layer:
+            lines += [
+                {"layer": int(layer), "metric": metric, "step": s.step, "value": s.value}
+                for s in events.Scalars(tag)
+            ]
+    return lines
+
+
+def write(lines: Iterable[dict[str, object]], file: Path) -> None:
+    """Writes lines with equal keys; nothing for none."""
+    lines = list(lines)
+    if lines:
+        with file.open("w", newline="", encoding="utf-8") as output:
+            writer = csv.DictWriter(output, list(lines[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)

@@ -1,0 +1,1 @@
+"""The paper's tables and computed figures, beside ours."""

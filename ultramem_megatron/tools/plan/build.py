@@ -1,0 +1,212 @@
+"""Models built from flags as training builds them, rank by rank, on the meta device.
+
+Tensors on the meta device have shapes and no storage, and collectives of a fake process group move
+nothing: any rank of any layout can be built in one process, whatever its size.
+"""
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.flags import machine_flags
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.tables.settings import TableSettings, settings_from_args
+from ultramem_megatron.patches import registry
+from ultramem_megatron.presets.__main__ import flags as preset_flags
+
+registry.apply_all()  # before anything of Megatron is built
+
+# Used where the flags do not say otherwise. 50277 is the GPT-NeoX tokenizer, which the paper uses.
+_DEFAULTS = {
+    "--micro-batch-size": "1", "--tokenizer-type": "NullTokenizer", "--vocab-size": "50277",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Flags, parsed and checked for a number of ranks, and what they make."""
+
+    args: Namespace
+    transformer: Any
+    """Megatron's TransformerConfig."""
+    ultramem: UltraMemConfig | None
+    tables: TableSettings
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages."""
+        return int(self.args.pipeline_model_parallel_size)
+
+
+def command_line(preset: str | None, given: Sequence[str]) -> list[str]:
+    """The preset's flags, the given ones, and defaults; of a flag given twice the last counts."""
+    words = preset_flags(preset, model=True, training=True) if preset else []
+    words = [*words, *given]
+    missing = {flag: value for flag, value in _DEFAULTS.items() if flag not in words}
+    return [*words, *(word for pair in missing.items() for word in pair)]
+
+
+def parse(words: Sequence[str], world_size: int | None = None) -> Run:
+    """Check flags as training does. world_size: ranks; None takes the flags as one rank's.
+
+    Raises UltraMemError for what we or Megatron refuse.
+    """
+    from megatron.training.argument_utils import core_transformer_config_from_args
+    from megatron.training.arguments import validate_args
+
+    from ultramem_megatron.megatron.checkpoint.design import refuse_unsupported_flags
+    from ultramem_megatron.megatron.flags.arguments import config_from_args
+    from ultramem_megatron.megatron.pipeline.layout import check_pipeline
+
+    args = _parse_only(words)
+    _without_transformer_engine(args)
+    args.rank, args.world_size = 0, world_size or 1
+    if world_size is None:
+        _on_one_rank(args)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(os.environ):
+            os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # a launcher's business, not a plan's
+            validate_args(args)
+        transformer = core_transformer_config_from_args(args)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise UltraMemError(f"Megatron refuses these flags: {error}") from error
+    transformer.init_model_with_meta_device = True
+    transformer.perform_initialization = False
+    if args.num_experts:
+        # Experts with equal numbers of tokens: shapes that do not depend on data.
+        transformer.moe_token_dispatcher_type = "alltoall"
+        transformer.moe_expert_capacity_factor = 1.0
+        transformer.moe_pad_expert_input_to_capacity = True
+    ultramem = config_from_args(args)
+    refuse_unsupported_flags(args, ultramem)
+    if ultramem is None:
+        return Run(args, transformer, None, TableSettings(args.expert_model_parallel_size))
+    check_pipeline(ultramem.spans, transformer)
+    return Run(args, transformer, ultramem, settings_from_args(args, ultramem))
+
+
+def smallest_world(words: Sequence[str]) -> int:
+    """Ranks that the flags need at least: what their groups divide without remainder."""
+    args = _parse_only(words)
+    return int(
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * math.lcm(args.expert_model_parallel_size, args.context_parallel_size)
+    )
+
+
+def _parse_only(words: Sequence[str]) -> Namespace:
+    """Unchecked. Flags of a bare machine come last, so that a plan is the same on every one."""
+    from megatron.training.arguments import parse_args
+
+    from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
+
+    bare = machine_flags.needed_flags(bare=True).items()
+    needed = [word for flag, values in bare for word in (flag, *values)]
+    # Megatron reads sys.argv itself, and prints every flag it has when one is wrong.
+    with (
+        mock.patch.object(sys, "argv", ["ultramem_megatron.tools.plan", *words, *needed]),
+        mock.patch.object(ArgumentParser, "error", _refuse_flag),
+    ):
+        args: Namespace = parse_args(add_ultramem_arguments)
+    return args
+
+
+def _refuse_flag(_: ArgumentParser, message: str) -> NoReturn:
+    raise UltraMemError(f"Wrong flags: {message}. Megatron's and --ultramem flags may follow.")
+
+
+def _without_transformer_engine(args: Namespace) -> None:
+    # These need Transformer Engine, and change neither sizes nor what is kept or sent.
+    args.moe_grouped_gemm = args.tp_comm_overlap = False
+
+
+def _on_one_rank(args: Namespace) -> None:
+    """Undo the layout: the whole model on one rank."""
+    args.tensor_model_parallel_size = args.pipeline_model_parallel_size = 1
+    args.expert_model_parallel_size, args.expert_tensor_parallel_size = 1, None
+    args.context_parallel_size = 1
+    args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
+    args.pipeline_model_parallel_layout = None
+    args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
+    args.sequence_parallel = False
+    args.ultramem_parallel_size = None
+
+
+@contextlib.contextmanager
+def built_stage(run: Run, stage: int = 0) -> Iterator[list[Any]]:
+    """Model chunks of the first rank of a pipeline stage, on the meta device.
+
+    Ranks of a stage hold parts of equal size (number-wise tables: to within a row).
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    world_size = run.args.world_size
+    rank = stage * (world_size // run.stages)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            run.args.tensor_model_parallel_size,
+            run.stages,
+            run.args.virtual_pipeline_model_parallel_size,
+            context_parallel_size=run.args.context_parallel_size,
+            expert_model_parallel_size=run.tables.size,
+            expert_tensor_parallel_size=1 if run.ultramem else run.args.expert_tensor_parallel_size,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(run.args.seed)
+        with (
+            mock.patch("torch.cuda.current_device", return_value="meta"),
+            mock.patch.dict(os.environ),  # Megatron leaves its choice of attention there
+        ):
+            yield _chunks(run)
+    finally:
+        destroy_moe_metrics_tracker()  # it remembers the number of layers
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _chunks(run: Run) -> list[Any]:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
+
+    config = gpt_config_from_args(
+        run.args, config=run.transformer, model_config_cls=UltraMemGPTModelConfig
+    )
+    config.ultramem, config.table_partition = run.ultramem, run.tables.partition
+    if run.ultramem is None:
+        config.transformer_layer_spec = _plain_spec
+    builder = config.get_builder_cls()(config)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    virtual = run.args.virtual_pipeline_model_parallel_size
+    with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
+        return [
+            builder.build_model(groups, vp_stage=vp_stage).to(run.transformer.params_dtype).train()
+            for vp_stage in ([None] if virtual is None else range(virtual))
+        ]
+
+
+def _plain_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """Megatron's own spec; its plain torch norms, which refuse sequence parallelism, are ours."""
+    from megatron.training.models.gpt import default_layer_spec
+
+    from ultramem_megatron.megatron.layer.specs import with_memory
+
+    nothing = UltraMemConfig(spans=(), num_keys=1, key_dim=1, value_dim=1)
+    return with_memory(default_layer_spec(config, vp_stage), nothing, config.transformer, vp_stage)

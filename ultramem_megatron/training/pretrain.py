@@ -1,0 +1,89 @@
+"""Pre-train a GPT with memory layers by Megatron's own `pretrain()`.
+
+    torchrun ... -m ultramem_megatron.training.pretrain <Megatron's flags> --ultramem-spans 3:5/6:8 ...
+
+Without --ultramem flags it is a plain GPT. Without torchrun (`python -m ...`) it is a run of one
+process.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Collection, Sequence
+
+from ultramem_megatron.errors import exit_on_user_error
+from ultramem_megatron.faults.orphans import end_with_launcher
+from ultramem_megatron.megatron.flags import machine_flags
+from ultramem_megatron.patches import registry
+
+
+def set_single_process_environment() -> None:
+    """Describe a world of one process in the environment, where no launcher did."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free_port = probe.getsockname()[1]
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port),
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    patches: Collection[str] | None = None,
+    before_training: Callable[[], None] | None = None,
+) -> None:
+    """Parse Megatron's command line, build the model configuration and train.
+
+    Args:
+        argv: flags; None takes them from the command line.
+        patches: names of the patches to apply; None applies all that this machine needs.
+        before_training: called when all is checked, just before Megatron takes over.
+
+    Raises UltraMemError for a wrong flag, size or combination, before anything is built.
+    """
+    end_with_launcher()
+    set_single_process_environment()
+    registry.apply_all(patches)
+    # Megatron reads sys.argv itself.
+    given = sys.argv[1:] if argv is None else list(argv)
+    sys.argv = [sys.argv[0], *machine_flags.complete(given)]
+
+    # Imported here, as Megatron takes seconds to import and the patches come first.
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from ultramem_megatron.data.check import check_data
+    from ultramem_megatron.faults.machine_errors import explained
+    from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
+    from ultramem_megatron.megatron.model_from_flags import model_config_from_args
+    from ultramem_megatron.training import gpt_datasets as gpt_task
+
+    args = parse_and_validate_args(extra_args_provider=add_ultramem_arguments)
+    gpt_task.refuse_other_tasks(args)
+    check_data(args)
+    model_config = model_config_from_args(args, gpt_task.get_embedding_ranks)
+    if before_training is not None:
+        before_training()
+    with explained(args, given):
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            gpt_task.train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            gpt_task.forward_step,
+            get_embedding_ranks=gpt_task.get_embedding_ranks,
+        )
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

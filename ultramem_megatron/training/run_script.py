@@ -1,0 +1,138 @@
+"""Run a script of Megatron-LM's unedited, with memory layers: its flags and ours.
+
+    torchrun ... -m ultramem_megatron.training.run_script path/to/pretrain_gpt.py <Megatron's flags> --ultramem-...
+
+Written for the pretrain_gpt.py of Megatron-LM 0.19: it parses its flags with
+`parse_and_validate_args`, makes a model config with `gpt_config_from_args` and hands it to
+`pretrain()`. The first two are replaced, where the script imports them from, while it runs.
+"""
+
+import contextlib
+import functools
+import runpy
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.faults.orphans import end_with_launcher
+from ultramem_megatron.megatron.flags import machine_flags
+from ultramem_megatron.patches import registry
+from ultramem_megatron.training.pretrain import set_single_process_environment
+
+_USAGE = "python -m ultramem_megatron.training.run_script path/to/pretrain_gpt.py <its flags> --ultramem-..."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script named first in `argv` (None: the command line) with the flags after it.
+
+    Raises UltraMemError for a missing script, a wrong flag, or a script that asks for memory layers
+    but trains a model that this package does not know to give them to.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    script = _script(given)
+    end_with_launcher()
+    set_single_process_environment()
+    registry.apply_all()
+    arguments = machine_flags.complete(given[1:])
+    # As for a script started by itself: its folder comes first, for its own imports.
+    sys.argv, sys.path[:0] = [str(script), *arguments], [str(script.parent)]
+    with _roads(script):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def _script(given: Sequence[str]) -> Path:
+    if not given or given[0].startswith("-"):
+        raise UltraMemError(f"no script is given. Use: {_USAGE}")
+    script = Path(given[0]).resolve()
+    if not script.is_file():
+        raise UltraMemError(f"{given[0]}: no such script. Use: {_USAGE}")
+    return script
+
+
+@contextlib.contextmanager
+def _roads(script: Path) -> Iterator[None]:
+    """While the script runs, its flags, model config and `pretrain()` are ours."""
+    from megatron import training
+    from megatron.training import argument_utils, arguments
+
+    places: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
+        (arguments, "parse_and_validate_args", _with_our_flags),
+        (argument_utils, "gpt_config_from_args", functools.partial(_with_memories, script)),
+        (training, "pretrain", functools.partial(_checked, script)),
+    )
+    before = [getattr(owner, name) for owner, name, _ in places]
+    try:
+        for (owner, name, wrap), original in zip(places, before, strict=True):
+            setattr(owner, name, wrap(original))
+        yield
+    finally:
+        for (owner, name, _), original in zip(places, before, strict=True):
+            setattr(owner, name, original)
+
+
+def _with_our_flags(original: Callable[..., Namespace]) -> Callable[..., Namespace]:
+    from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
+
+    @functools.wraps(original)
+    def parse_and_validate_args(extra_args_provider: Any = None, *rest: Any, **kw: Any) -> Any:
+        def both(parser: ArgumentParser) -> ArgumentParser:
+            parser = parser if extra_args_provider is None else extra_args_provider(parser)
+            return add_ultramem_arguments(parser)
+
+        return original(both, *rest, **kw)
+
+    return parse_and_validate_args
+
+
+def _with_memories(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
+    from ultramem_megatron.megatron.model_from_flags import model_config_from_args
+    from ultramem_megatron.training.gpt_datasets import get_embedding_ranks
+
+    @functools.wraps(original)
+    def gpt_config_from_args(args: Namespace, *rest: Any, **kw: Any) -> Any:
+        if not _asks_for_memories(args):
+            return original(args, *rest, **kw)
+        if rest or kw:
+            raise UltraMemError(
+                f"{script.name} builds its model from a config of its own "
+                f"({', '.join([*map(str, rest), *kw])}), which has no place for memory layers. See "
+                f"'With a script of your own' in README.md."
+            )
+        return model_config_from_args(args, get_embedding_ranks)
+
+    return gpt_config_from_args
+
+
+def _checked(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
+    from megatron.training import get_args
+
+    from ultramem_megatron.data.check import check_data
+    from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
+
+    @functools.wraps(original)
+    def pretrain(config: Any, *rest: Any, **kw: Any) -> Any:
+        model = getattr(config, "model", None)
+        if _asks_for_memories(get_args()) and not isinstance(model, UltraMemGPTModelConfig):
+            raise UltraMemError(
+                f"{script.name} asks for memory layers, but does not build its GPT from "
+                f"gpt_config_from_args, as pretrain_gpt.py of Megatron-LM 0.19 does. See 'With a "
+                f"script of your own' in README.md."
+            )
+        check_data(get_args())
+        return original(config, *rest, **kw)
+
+    return pretrain
+
+
+def _asks_for_memories(args: Namespace) -> bool:
+    from ultramem_megatron.megatron.flags.arguments import config_from_args
+
+    return config_from_args(args) is not None
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,1 +1,0 @@
-"""Do two parallel layouts train the same model? `python -m ultramem_megatron.verify_parallel`."""
