@@ -111,7 +111,7 @@ class Recipe:
         return min(120, int(self.model["seq-length"]) // 2)
 
     def arguments(self, data: Path, run: Path) -> list[str]:
-        """The command line of `ultramem_megatron.training.pretrain`, all but where it stops and starts."""
+        """The command line of `ultramem train`, all but where it stops and starts."""
         schedule: Flags = {
             "train-iters": self.steps,
             "eval-interval": self.eval_interval,

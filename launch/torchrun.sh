@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One training, on this node or on many: the same command on each of them.
-#   bash launch/torchrun.sh [--dry-run] <flags of ultramem_megatron.training.pretrain>
+#   bash launch/torchrun.sh [--dry-run] <flags of `ultramem train`>
 #
 #   NNODES=1            nodes
 #   NPROC=<GPUs, or 2>  ranks on each node
@@ -57,7 +57,7 @@ command=(
     # SIGTERM is for the ranks, which save; torchrun would end them while they do.
     --signals-to-handle "SIGINT,SIGHUP,SIGQUIT"
     --log-dir "${LOG_DIR:-logs}" --tee 3
-    -m ultramem_megatron.training.pretrain
+    -m ultramem_megatron train
     # Start-up may take longer than a step: at least a minute, Megatron counts whole ones.
     --distributed-timeout-minutes "$(((stall + 59) / 60))"
     --distributed-timeout-seconds-after-init "$stall"

@@ -1,4 +1,4 @@
-"""`python -m ultramem_megatron.patches`: what we change in Megatron, and what is needed here."""
+"""`ultramem patches`: what we change in Megatron, and what is needed here."""
 
 import textwrap
 from importlib.metadata import version

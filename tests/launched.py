@@ -130,8 +130,7 @@ class Launched:
         return [
             p
             for p in children(self.agent())
-            if "ultramem_megatron.training.pretrain" in command_of(p)
-            and "distributed.run" not in command_of(p)
+            if "ultramem_megatron train" in command_of(p) and "distributed.run" not in command_of(p)
         ]
 
     def wait_for_iteration(self, iteration: int, seconds: float = 120.0) -> None:

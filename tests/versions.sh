@@ -26,8 +26,8 @@ features=(
     "layer, retrieval, golden values|-m pytest tests/memory/test_layer.py tests/retrieval tests/memory/test_official_v1.py"
     "tables over ranks|-m pytest tests/partition"
     "a loop of your own: DP, TP, tables, checkpoints|-m pytest tests/launch/test_own_loop.py"
-    "\`ultramem_megatron.training.pretrain\`|-m ultramem_megatron.training.pretrain ${tiny[*]}"
-    "\`ultramem_megatron.tools.plan\`|-m ultramem_megatron.tools.plan ${tiny[*]}"
+    "\`ultramem train\`|-m ultramem_megatron train ${tiny[*]}"
+    "\`ultramem plan\`|-m ultramem_megatron plan ${tiny[*]}"
 )
 
 try() { # feature's command, version: prints works, refused or FAILED

@@ -3,7 +3,7 @@
     python -m launch.ablations table2 [--seeds 1 2 3] [--jobs 2] [-- MEGATRON FLAGS]
     python -m launch.ablations table2 --scale full -- <data, layout>      # prints the commands
 
-Small runs go through ultramem_megatron.training.pretrain on this machine. A finished run is never
+Small runs go through `ultramem train` on this machine. A finished run is never
 repeated, and the CSV is written anew after each one, so that a call that was interrupted goes on
 where it stopped. At full scale the models are the paper's, and one command line for each run is
 printed for a cluster's scheduler.
@@ -78,7 +78,7 @@ def full_commands(
     for model, seed in itertools.product(experiment.models, seeds):
         words = preset_flags(model.preset, model=True, training=True)
         words += [*as_arguments(model.full), "--seed", str(seed), *extra]
-        yield f"torchrun $LAUNCH -m ultramem_megatron.training.pretrain {shlex.join(words)}"
+        yield f"torchrun $LAUNCH -m ultramem_megatron train {shlex.join(words)}"
 
 
 def run_small(experiment: Experiment, seeds: Sequence[int], args: argparse.Namespace) -> int:

@@ -152,7 +152,7 @@ def _main(log: Path, function: Callable[..., None], args: tuple[Any, ...]) -> No
 def _train(arguments: list[str]) -> None:
     from ultramem_megatron.training.pretrain import main
 
-    print("$ python -m ultramem_megatron.training.pretrain", *arguments)
+    print("$ ultramem train", *arguments)
     main(arguments)
     from megatron.training.global_vars import get_tensorboard_writer
 

@@ -1,4 +1,4 @@
-"""Train as `ultramem_megatron.training.pretrain` does, and write how long each step took.
+"""Train as `ultramem train` does, and write how long each step took.
 
     python -m launch.benchmarks.training_steps FILE <flags>
 

@@ -1,5 +1,5 @@
 # What the recipes share: the plan, then the training. Sourced where PRESET and LAYOUT are set.
-#   bash launch/recipes/NAME.sh [--dry-run] [more flags of ultramem_megatron.training.pretrain]
+#   bash launch/recipes/NAME.sh [--dry-run] [more flags of `ultramem train`]
 #
 #   DATA=prefix       Megatron's indexed data set (DATA.bin, DATA.idx); none: random mock data
 #   TOKENIZER=folder  of a Hugging Face tokenizer; needed with DATA
@@ -18,7 +18,7 @@ if [[ ${1:-} == --dry-run ]]; then
     shift
 fi
 
-read -ra preset <<<"$("$python" -m ultramem_megatron.presets "$PRESET" --model --training)"
+read -ra preset <<<"$("$python" -m ultramem_megatron presets "$PRESET" --model --training)"
 if [[ -n ${DATA:-} ]]; then
     data=(--data-path "$DATA" --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER")
 else
@@ -31,6 +31,6 @@ flags=(
     "$@"
 )
 if ((${#dry_run[@]} > 0)) || [[ ${SLURM_NODEID:-0} == 0 ]]; then # once, not on every node
-    "$python" -m ultramem_megatron.tools.plan "$PRESET" --gpus "${GPUS:-8}" "${LAYOUT[@]}" "$@"
+    "$python" -m ultramem_megatron plan "$PRESET" --gpus "${GPUS:-8}" "${LAYOUT[@]}" "$@"
 fi
 exec bash "$root/launch/torchrun.sh" "${dry_run[@]}" "${flags[@]}"

@@ -1,4 +1,4 @@
-"""`python -m ultramem_megatron.patches.megatron_lm --check PATH`: which patch fits a checkout.
+"""`ultramem patches megatron-lm --check PATH`: which patch fits a checkout.
 
 The patches here are for people who keep a fork of Megatron-LM: one per version, a few lines in
 pretrain_gpt.py, to be applied with `git apply`. They change no other file.
@@ -32,13 +32,13 @@ def fitting_patch(checkout: Path) -> Path:
         reasons.append(f"{patch.name}: {' '.join(tried.stderr.split())}")
     raise UltraMemError(
         f"{checkout}: no patch applies ({'; '.join(reasons)}). Make the changes of the nearest one "
-        f"by hand, or run the script unedited with python -m ultramem_megatron.training.run_script."
+        f"by hand, or run the script unedited with ultramem run."
     )
 
 
 def main() -> None:
     """Print the command that applies the fitting patch; exit with status 2 if none fits."""
-    parser = argparse.ArgumentParser(prog="python -m ultramem_megatron.patches.megatron_lm")
+    parser = argparse.ArgumentParser(prog="ultramem patches megatron-lm")
     parser.add_argument("--check", metavar="PATH", type=Path, required=True, help="a checkout")
     checkout = parser.parse_args().check.resolve()
     patch = fitting_patch(checkout)

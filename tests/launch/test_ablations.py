@@ -119,7 +119,7 @@ def test_full_scale_prints_the_papers_models(name: str, capsys: pytest.CaptureFi
         assert model.preset in PRESETS
     for line in printed:
         words = shlex.split(line)
-        assert words[:4] == ["torchrun", "$LAUNCH", "-m", "ultramem_megatron.training.pretrain"]
+        assert words[:5] == ["torchrun", "$LAUNCH", "-m", "ultramem_megatron", "train"]
         assert words[-1] == "--bf16"
 
 

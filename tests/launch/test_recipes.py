@@ -57,8 +57,8 @@ def test_there_is_a_recipe_for_each_model_and_its_twins():
 def test_a_recipe_prints_its_plan_and_a_command_that_parses(name):
     plan, command = _dry_run(name, "--log-interval", "7")
     assert re.search(r"parameters", plan), plan
-    start = command.index("ultramem_megatron.training.pretrain")
-    assert command[start - 1] == "-m"
+    start = command.index("ultramem_megatron") + 1
+    assert command[start - 2] == "-m"
     assert command[command.index("--nproc-per-node") + 1] == str(_GPUS)
     (args,) = run_on_ranks(1, _parsed, command[start + 1 :])
     preset = find_preset(name)

@@ -62,7 +62,7 @@ def test_patches_beyond_the_cpu_change_nothing() -> None:
         run_pretrain(1, tiny_gpt(), gradients_at=3, parameters=True, patches=patches)
         for patches in ([*_CPU_PATCHES, "defects.dataset_helpers"], None)
     ]
-    # The warm-up that "cpu.jit_warmup" removes shifts the initial weights, so start from equal ones.
+    # The warm-up that cpu.jit_warmup removes shifts the initial weights, so start from equal ones.
     assert runs[0].iterations != runs[1].iterations
     few, all_patches = (
         run_pretrain(1, tiny_gpt(), gradients_at=3, parameters=True, patches=patches)

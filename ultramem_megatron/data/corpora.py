@@ -1,6 +1,6 @@
 """Fetches real text from Debian's archive: two dictionaries, some 30 MB of prose and definitions.
 
-    python -m ultramem_megatron.data.corpora --output DIR
+    ultramem data corpora --output DIR
 
 DIR then holds `text/` (gcide.txt: Webster's dictionary of 1913 with additions; wordnet.txt: glosses
 and examples; stdlib.txt: the Python standard library) for `data.prepare --text DIR/text`, and
@@ -174,7 +174,7 @@ def noun_definitions(glosses: Sequence[tuple[list[str], str, str]]) -> Iterator[
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m ultramem_megatron.data.corpora",
+        prog="ultramem data corpora",
         description="Fetch dictionaries from Debian's archive as text to train on.",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to fill")

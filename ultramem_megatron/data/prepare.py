@@ -1,6 +1,6 @@
 """Prepares text for training: tokenizer, Megatron datasets and a manifest, in one folder.
 
-    python -m ultramem_megatron.data.prepare [--text PATH] --output DIR --vocab-size N
+    ultramem data prepare [--text PATH] --output DIR --vocab-size N
 
 DIR then holds `tokenizer/`, `train.{bin,idx}`, `valid.{bin,idx}` and `data.json`. A second call
 with the same text and vocabulary finds them and returns at once. The folder is built beside DIR
@@ -224,9 +224,9 @@ def _say(line: str) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of `python -m ultramem_megatron.data.prepare`."""
+    """The command line of `ultramem data prepare`."""
     parser = argparse.ArgumentParser(
-        prog="python -m ultramem_megatron.data.prepare",
+        prog="ultramem data prepare",
         description="Turn text into a tokenizer and Megatron datasets.",
     )
     parser.add_argument(

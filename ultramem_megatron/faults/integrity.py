@@ -5,7 +5,7 @@ all files are there and before latest_checkpointed_iteration.txt names the itera
 are checked before the first file is opened, on several threads, and once for each start; a damaged
 checkpoint is refused with the newest older one that is whole.
 
-    python -m ultramem_megatron.faults.integrity CHECKPOINTS     # every iteration: whole, damaged, no sums
+    ultramem integrity CHECKPOINTS     # every iteration: whole, damaged, no sums
 """
 
 import argparse
@@ -179,7 +179,7 @@ def _described(checkpoints: Path, iteration: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the state of every iteration. Raises UltraMemError where there is none."""
-    parser = argparse.ArgumentParser(prog="ultramem_megatron.faults.integrity", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ultramem integrity", description=__doc__)
     parser.add_argument("checkpoints", type=Path, help="the folder given as --save")
     checkpoints = parser.parse_args(argv).checkpoints
     found = iterations(checkpoints)

@@ -71,11 +71,11 @@ def _plan(world_size: int, flags: Sequence[str]) -> str:
             command, env=alone, capture_output=True, text=True, timeout=_PLAN_SECONDS
         )
     except (OSError, subprocess.SubprocessError) as error:
-        return f"No estimate could be made ({error}); python -m ultramem_megatron.tools.plan makes one."
+        return f"No estimate could be made ({error}); ultramem plan makes one."
     if made.returncode != 0:
         return f"No estimate could be made: {made.stderr.strip().splitlines()[-1:]}"
     start = made.stdout.find(f"{world_size} GPUs:")
-    return f"The estimate of ultramem_megatron.tools.plan:\n{made.stdout[start:].rstrip()}"
+    return f"The estimate of ultramem plan:\n{made.stdout[start:].rstrip()}"
 
 
 def _is_failed_write(error: BaseException) -> bool:

@@ -1,6 +1,6 @@
 """Sample text from a trained checkpoint, with a KV cache.
 
-    python -m ultramem_megatron.inference.generate --load DIR --prompt "def main():" --tokens 100
+    ultramem generate --load DIR --prompt "def main():" --tokens 100
 
 Prints prompt and continuation to standard output; everything else goes to standard error. Under
 torchrun the ranks share the model (--tensor-parallel-size), and each tensor-parallel group takes
@@ -29,9 +29,7 @@ from ultramem_megatron.memory.tables.settings import PARTITIONS
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(
-        prog="ultramem_megatron.inference.generate", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="ultramem generate", description=__doc__)
     parser.add_argument("--load", required=True, help="Checkpoint folder (training's --save).")
     parser.add_argument("--ckpt-step", type=int, help="Iteration to load; default: the latest.")
     parser.add_argument(

@@ -335,7 +335,7 @@ def _initialize(args: Namespace, tables: TableSettings) -> None:
 
 
 def _has_cuda() -> bool:
-    return not registry.is_applied("cpu_devices") and torch.cuda.is_available()
+    return not registry.is_applied("cpu.devices") and torch.cuda.is_available()
 
 
 def _build(args: Namespace, ultramem: UltraMemConfig | None, tables: TableSettings) -> Any:

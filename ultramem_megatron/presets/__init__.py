@@ -1,8 +1,8 @@
 """The paper's models by name: Megatron's flags, the memory design, the training, and sources.
 
-    python -m ultramem_megatron.presets                       # the names
-    python -m ultramem_megatron.presets NAME                  # every setting and where it is from
-    $(python -m ultramem_megatron.presets NAME --model --training)      # spliced into a command
+    ultramem presets                       # the names
+    ultramem presets NAME                  # every setting and where it is from
+    $(ultramem presets NAME --model --training)      # spliced into a command
 
 `--ultramem-preset NAME` takes the memory design alone and leaves the transformer to your flags.
 """

@@ -330,7 +330,7 @@ def refuse_other_tasks(args: Namespace) -> None:
     for flag, is_set in foreign.items():
         if is_set:
             raise UltraMemError(
-                f"{flag} is not supported by ultramem_megatron.training.pretrain (plain GPT pre-training); "
+                f"{flag} is not supported by ultramem train (plain GPT pre-training); "
                 f"remove the flag."
             )
 

@@ -1,6 +1,6 @@
 """Pre-train a GPT with memory layers by Megatron's own `pretrain()`.
 
-    torchrun ... -m ultramem_megatron.training.pretrain <Megatron's flags> --ultramem-spans 3:5/6:8 ...
+    torchrun ... -m ultramem_megatron train <Megatron's flags> --ultramem-spans 3:5/6:8 ...
 
 Without --ultramem flags it is a plain GPT. Without torchrun (`python -m ...`) it is a run of one
 process.

@@ -1,6 +1,6 @@
 """Run a script of Megatron-LM's unedited, with memory layers: its flags and ours.
 
-    torchrun ... -m ultramem_megatron.training.run_script path/to/pretrain_gpt.py <Megatron's flags> --ultramem-...
+    torchrun ... -m ultramem_megatron run path/to/pretrain_gpt.py <its flags> --ultramem-...
 
 Written for the pretrain_gpt.py of Megatron-LM 0.19: it parses its flags with
 `parse_and_validate_args`, makes a model config with `gpt_config_from_args` and hands it to
@@ -22,7 +22,7 @@ from ultramem_megatron.megatron.flags import machine_flags
 from ultramem_megatron.patches import registry
 from ultramem_megatron.training.pretrain import set_single_process_environment
 
-_USAGE = "python -m ultramem_megatron.training.run_script path/to/pretrain_gpt.py <its flags> --ultramem-..."
+_USAGE = "ultramem run path/to/pretrain_gpt.py <its flags> --ultramem-..."
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -99,7 +99,8 @@ class MemoryLayerMixin:
         if isinstance(norm, IdentityOp):
             raise UltraMemError(
                 f"Layer {self.layer_number} fuses its pre-MLP norm into the MLP, so the memory has "
-                f"no tensor to read. Build the spec with ultramem_megatron.megatron.layer.specs.with_memory."
+                f"no tensor to read. Build the spec with with_memory of "
+                f"ultramem_megatron.megatron.layer.specs."
             )
         norm.register_forward_hook(self._keep_memory_input)
         # Selective recomputation would free the norm's output after the MLP, while the memory

@@ -1,7 +1,7 @@
 """Bytes that each partition moves, the choice between them, and the paper's figure 9.
 
-    python -m ultramem_megatron.memory.tables.traffic --topk 84 --value-dim 1024     # table
-    python -m ultramem_megatron.memory.tables.traffic --plot figure9.png             # figure 9
+    ultramem traffic --topk 84 --value-dim 1024     # table
+    ultramem traffic --plot figure9.png             # figure 9
 
 All volumes are bytes that one rank receives from others per token of its own, in one memory layer,
 for uniform use of the values. The paper's formulas (section 4, appendix D) leave out the value
@@ -147,7 +147,7 @@ def table(x: Exchange, sizes: Sequence[int]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ultramem_megatron.memory.tables.traffic",
+    parser = argparse.ArgumentParser(prog="ultramem traffic",
                                      description=__doc__.split("\n")[0])  # fmt: skip
     add = parser.add_argument
     add("--sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256, 512], help="P")
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ranks_per_node=options.ranks_per_node,
     )  # fmt: skip
     print(table(exchange, options.sizes))
-    from ultramem_megatron.partition import figure9  # which computes with this file
+    from ultramem_megatron.tools.paper import figure9  # which computes with this file
 
     if options.plot:
         figure9.draw(options.plot, figure9.equal_traffic())

@@ -1,7 +1,7 @@
 """Perplexity on indexed data, or tasks of lm-evaluation-harness.
 
-    python -m ultramem_megatron.tools.evaluate --load DIR --data PREFIX [PREFIX ...]
-    python -m ultramem_megatron.tools.evaluate --load DIR --tasks lambada_openai my_task [--task-folder F]
+    ultramem evaluate --load DIR --data PREFIX [PREFIX ...]
+    ultramem evaluate --load DIR --tasks lambada_openai my_task [--task-folder F]
 
 Prints one line of JSON for each data set or task. Under torchrun the ranks share the model.
 """
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ultramem_megatron.tools.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ultramem evaluate", description=__doc__)
     add = parser.add_argument
     add("--load", required=True, help="Checkpoint folder (training's --save).")
     add("--ckpt-step", type=int, help="Iteration to load; default: the latest.")

@@ -1,10 +1,10 @@
 """Export a checkpoint to plain safetensors and JSON, or make a checkpoint of an export.
 
-    python -m ultramem_megatron.tools.export --load DIR --to OUT
-    python -m ultramem_megatron.tools.export --from OUT --save DIR
+    ultramem export --load DIR --to OUT
+    ultramem export --from OUT --save DIR
 
-OUT loads without Megatron: `ultramem_megatron.tools.export.load_plain(OUT)`. Both directions compare the
-logits of the two models before anything is written.
+OUT loads without Megatron: `ultramem_megatron.tools.export.load_plain(OUT)`. Both directions
+compare the logits of the two models before anything is written.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ultramem_megatron.tools.export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ultramem export", description=__doc__)
     add = parser.add_argument
     add("--load", metavar="DIR", help="Checkpoint folder (training's --save).")
     add("--ckpt-step", type=int, help="Iteration to load; default: the latest.")

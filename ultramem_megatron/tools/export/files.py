@@ -60,7 +60,7 @@ def read_config(folder: str | Path) -> tuple[PlainConfig, dict[str, Any]]:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UltraMemError(
-            f"{file} cannot be read: {error}. Give a folder that ultramem_megatron.tools.export wrote."
+            f"{file} cannot be read: {error}. Give a folder that ultramem export wrote."
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UltraMemError(f"{file} is not of the format {FORMAT!r}.")

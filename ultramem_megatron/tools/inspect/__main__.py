@@ -1,6 +1,6 @@
 """What do the memories of a trained model read?
 
-    python -m ultramem_megatron.tools.inspect --load DIR --text FILE --out DIR
+    ultramem inspect --load DIR --text FILE --out DIR
 
 Writes fired.csv (the best values of each token), shared.csv (the tokens that share a value),
 grid.csv and grid.png (reads over row and column keys), and from the TensorBoard events of training
@@ -17,7 +17,7 @@ from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(prog="ultramem_megatron.tools.inspect", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ultramem inspect", description=__doc__)
     add = parser.add_argument
     add("--load", required=True, help="checkpoint folder (training's --save)")
     add("--ckpt-step", type=int, help="iteration to load (default: the latest)")

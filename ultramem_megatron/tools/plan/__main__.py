@@ -1,11 +1,11 @@
 """What a model costs before it is run: sizes, FLOPs, weights read, memory and traffic of layouts.
 
-    python -m ultramem_megatron.tools.plan ultramem-1.6b-x12
-    python -m ultramem_megatron.tools.plan ultramem-1.6b-x12 --gpus 8 64 --use-distributed-optimizer \\
+    ultramem plan ultramem-1.6b-x12
+    ultramem plan ultramem-1.6b-x12 --gpus 8 64 --use-distributed-optimizer \\
         --tensor-model-parallel-size 2 --sequence-parallel
-    python -m ultramem_megatron.tools.plan --num-layers 4 ... --ultramem-spans 2:3 ...     # no preset
-    python -m ultramem_megatron.tools.plan --tables             # the paper's tables beside ours, markdown
-    python -m ultramem_megatron.tools.plan --figure figure1c.png --csv figure1c.csv
+    ultramem plan --num-layers 4 ... --ultramem-spans 2:3 ...     # no preset
+    ultramem plan --tables             # the paper's tables beside ours, markdown
+    ultramem plan --figure figure1c.png --csv figure1c.csv
 
 All of Megatron's flags and ours may follow; they override the preset's. Nothing is trained, no
 memory is taken: the model is built without storage, for each rank that differs.
@@ -28,7 +28,7 @@ from ultramem_megatron.presets import find_preset
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="ultramem_megatron.tools.plan",
+        prog="ultramem plan",
         usage="%(prog)s [PRESET] [--gpus N ...] [--json] [Megatron's and --ultramem flags]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if preset is None and not flags:
         raise UltraMemError(
-            "Nothing to plan: give a preset (python -m ultramem_megatron.presets lists them) or "
-            "Megatron's flags."
+            "Nothing to plan: give a preset (ultramem presets lists them) or Megatron's flags."
         )
     if options.gpus and min(options.gpus) < 1:
         raise UltraMemError(f"--gpus has {min(options.gpus)}; numbers of ranks must be at least 1.")

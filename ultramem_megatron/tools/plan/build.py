@@ -116,7 +116,7 @@ def _parse_only(words: Sequence[str]) -> Namespace:
     needed = [word for flag, values in bare for word in (flag, *values)]
     # Megatron reads sys.argv itself, and prints every flag it has when one is wrong.
     with (
-        mock.patch.object(sys, "argv", ["ultramem_megatron.tools.plan", *words, *needed]),
+        mock.patch.object(sys, "argv", ["ultramem plan", *words, *needed]),
         mock.patch.object(ArgumentParser, "error", _refuse_flag),
     ):
         args: Namespace = parse_args(add_ultramem_arguments)

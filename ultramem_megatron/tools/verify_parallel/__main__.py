@@ -1,6 +1,6 @@
 """Train one model in two parallel layouts and report the largest differences.
 
-    python -m ultramem_megatron.tools.verify_parallel --ranks 1 4 <common flags> \\
+    ultramem verify --ranks 1 4 <common flags> \\
         -- <flags of the first layout> -- <flags of the second layout>
 
 Both start from one checkpoint (made by one step of the first layout, weights and optimizer state)
@@ -44,7 +44,7 @@ class Difference(NamedTuple):
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[list[str]]]:
     """Our options, the common Megatron flags, and those of the two layouts."""
     parser = argparse.ArgumentParser(
-        prog="ultramem_megatron.tools.verify_parallel",
+        prog="ultramem verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -90,8 +90,8 @@ def launch(ranks: int, flags: Sequence[str], record_to: Path) -> None:
     """Train with `flags` on `ranks` processes of this machine, recording into a new folder."""
     record_to.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node", str(ranks), "-m", "ultramem_megatron.tools.verify_parallel.record",
-               *flags]  # fmt: skip
+               "--nproc-per-node", str(ranks),
+               "-m", "ultramem_megatron.tools.verify_parallel.record", *flags]  # fmt: skip
     environment = {**os.environ, FOLDER: str(record_to)}
     if not torch.cuda.is_available():
         environment.setdefault("OMP_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""Train as `ultramem_megatron.training.pretrain` does, and keep what a comparison needs, rank by rank.
+"""Train as `ultramem train` does, and keep what a comparison needs, rank by rank.
 
     ULTRAMEM_RECORD_TO=FOLDER torchrun ... -m ultramem_megatron.tools.verify_parallel.record <flags>
 

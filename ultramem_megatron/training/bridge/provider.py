@@ -4,8 +4,9 @@
     cfg.model = UltraMemGPTModelProvider(num_layers=12, ..., ultramem=UltraMemConfig(...))
 
 Written against Megatron-Bridge 0.6.2. Bridge also takes megatron.training's model configs, so
-`ultramem_megatron.megatron.model.UltraMemGPTModelConfig` can be `cfg.model` too, and is what Bridge's
-deprecation of providers leads to; its builder's hook for the auxiliary loss is overwritten there.
+`UltraMemGPTModelConfig` (ultramem_megatron/megatron/model.py) can be `cfg.model` too, and is what
+Bridge's deprecation of providers leads to; its builder's hook for the auxiliary loss is overwritten
+there.
 """
 
 import functools
@@ -29,7 +30,7 @@ try:
 except ImportError as error:
     raise UltraMemError(
         f"Megatron-Bridge cannot be imported ({error}). Install megatron-bridge with Transformer "
-        f"Engine, or train with ultramem_megatron.training.pretrain, which needs neither."
+        f"Engine, or train with ultramem train, which needs neither."
     ) from error
 
 

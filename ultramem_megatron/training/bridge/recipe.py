@@ -42,7 +42,7 @@ _OPTIMIZER = ("lr", "min_lr", "adam_beta1", "adam_beta2", "adam_eps", "weight_de
 def ultramem_pretrain_config(preset: str = "ultramem-151m-x12") -> Any:
     """A ConfigContainer: Bridge's plain GPT recipe with the model and training of a preset.
 
-    preset: of `python -m ultramem_megatron.presets` with memory layers. Raises UltraMemError for
+    preset: of `ultramem presets` with memory layers. Raises UltraMemError for
     another one. Layout, data, tokenizer and folders are the caller's to set.
     """
     from megatron.bridge.recipes.gpt.vanilla_gpt import vanilla_gpt_pretrain_config

@@ -1,0 +1,82 @@
+"""Every command of this package: `ultramem COMMAND`, or `python -m ultramem_megatron COMMAND`.
+
+ultramem                                    lists the commands
+ultramem plan ultramem-1.6b-x12             runs one
+torchrun ... -m ultramem_megatron train     the same on every rank
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+
+
+class Command(NamedTuple):
+    """Where a command's `main()` is, and what it does in a line."""
+
+    module: str
+    about: str
+
+
+_PACKAGE = "ultramem_megatron"
+COMMANDS = {
+    "train": Command("training.pretrain", "train a GPT with memory layers, by Megatron's flags"),
+    "run": Command("training.run_script", "run Megatron-LM's own pretrain_gpt.py with memories"),
+    "generate": Command("inference.generate", "continue prompts from a checkpoint"),
+    "evaluate": Command("tools.evaluate.__main__", "perplexity of data, tasks of lm-eval"),
+    "inspect": Command("tools.inspect.__main__", "which values fire for which tokens"),
+    "export": Command("tools.export.__main__", "a checkpoint as plain safetensors, and back"),
+    "presets": Command("presets.__main__", "models of the paper as flags"),
+    "plan": Command("tools.plan.__main__", "sizes, memory and traffic of a layout, before it runs"),
+    "traffic": Command("memory.tables.traffic", "bytes that each partition of a table moves"),
+    "verify": Command("tools.verify_parallel.__main__", "do two layouts train the same model?"),
+    "integrity": Command("faults.integrity", "which checkpoints of a folder are whole"),
+    "data prepare": Command("data.prepare", "text to tokenizer and Megatron's datasets"),
+    "data corpora": Command("data.corpora", "public texts to try things on"),
+    "patches": Command("patches.__main__", "what is changed in Megatron at run time, and why"),
+    "patches megatron-lm": Command("patches.megatron_lm.__main__", "the patch for a fork of yours"),
+}  # fmt: skip
+"""By the words that call it."""
+
+
+def listing(first: str = "") -> str:
+    """A line for each command, or for those that begin with the word `first`."""
+    names = [name for name in COMMANDS if not first or name.split()[0] == first]
+    width = max(map(len, names))
+    lines = [f"  {name:<{width}}  {COMMANDS[name].about}" for name in names]
+    return "\n".join(["usage: ultramem COMMAND ...   (ultramem COMMAND --help says more)", *lines])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (None: the command line) begins with; the exit status.
+
+    A wrong command, flag or size ends the process with status 2 and one message.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    with exit_on_user_error():
+        if not words or words[0] in ("-h", "--help"):
+            print(listing())
+            return 0
+        name, rest = _split(words)
+        # What a command's own parser shows as usage, and where Megatron looks for its flags.
+        sys.argv = [f"ultramem {name}", *rest]
+        command = importlib.import_module(f"{_PACKAGE}.{COMMANDS[name].module}")
+        return command.main() or 0
+    return 0
+
+
+def _split(words: Sequence[str]) -> tuple[str, Sequence[str]]:
+    for count in (2, 1):
+        name = " ".join(words[:count])
+        if name in COMMANDS:
+            return name, words[count:]
+    first = words[0]
+    if any(name.split()[0] == first for name in COMMANDS):
+        raise UltraMemError(f"'{' '.join(words[:2])}' is no command.\n{listing(first)}")
+    raise UltraMemError(f"'{first}' is no command.\n{listing()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
