@@ -12,7 +12,11 @@ from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import RankRun, Trained, TrainingRun, run_pretrain, tiny_gpt
 from ultramem_megatron.patches.registry import PATCH_MODULES
 
-_CPU_PATCHES = tuple(name for name in PATCH_MODULES if name.startswith("cpu_"))
+_CPU_PATCHES = tuple(
+    name
+    for name in PATCH_MODULES
+    if name.startswith("cpu.") and name not in ("cpu.jit_warmup", "cpu.context_parallel_attention")
+)
 _RELATIVE_TOLERANCE = 2e-6
 """Other orders of summation in float32: a few units in the last place of a loss near 6."""
 

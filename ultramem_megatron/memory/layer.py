@@ -84,17 +84,12 @@ class UltraMemLayer(nn.Module):
         addresses = self.shuffle(retrieved.addresses)
         if self.premultiplied is not None:
             return self.premultiplied(addresses, retrieved.scores).view(x.shape)
-        pooled = yield from self.read_values(addresses, retrieved.scores)
+        pooled = yield from self.values(addresses, retrieved.scores)
         out = self.value_proj(pooled.flatten(1)).view(x.shape)
         if self.training and torch.is_grad_enabled():
             rows, _ = split_address(addresses, self.config.num_values)
             self.statistics.record(rows, retrieved.scores, out, self.config.topk)
         return out
-
-    def read_values(self, addresses: Tensor, scores: Tensor) -> Steps:
-        """Pooled values (T, E, Dv) for shuffled addresses (T, P) and scores (T, P, C)."""
-        reading: Steps = self.values(addresses, scores)
-        return (yield from reading)
 
     @property
     def pauses(self) -> int:

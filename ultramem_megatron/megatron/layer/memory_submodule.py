@@ -3,6 +3,8 @@
 S sequence, B batch, D hidden; under sequence and context parallelism S is this rank's share.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,10 +17,8 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ultramem_megatron.communication.branch import Branch
-from ultramem_megatron.communication.exchange import gather_shares, take_share
 from ultramem_megatron.communication.pausing import Steps, run
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.layer.query_history import (
@@ -65,6 +65,8 @@ class TransformerMemory(UltraMemLayer):
         self.tensor_group = pg_collection.tp
         self.context_group = pg_collection.cp
         self.sequence_parallel = config.sequence_parallel
+        if groups is not None and not self.sequence_parallel and self.tensor_group.size() > 1:
+            self.values.share_tokens(self.tensor_group)
         self._tag_parameters()
 
     def _tag_parameters(self) -> None:
@@ -125,39 +127,6 @@ class TransformerMemory(UltraMemLayer):
             return neighbours_history(x, taps, shares, self.context_group)
         return None
 
-    def read_values(self, addresses: Tensor, scores: Tensor) -> Steps:
-        """As UltraMemLayer.read_values, every token being read by one rank only.
-
-        Without sequence parallelism all tensor-parallel ranks hold the same tokens; each reads its
-        share, and the pooled values are gathered. What comes before and after is computed on all of
-        them alike, so gradients of the small parameters need no reduction.
-        """
-        if not self._shares_tokens:
-            return (yield from super().read_values(addresses, scores))
-        ranks = self.tensor_group.size()
-        tokens = len(addresses)
-        missing = -tokens % ranks  # shares must be equal: fill up with tokens that weigh nothing
-        share = (tokens + missing) // ranks
-        start = self.tensor_group.rank() * share
-        own_addresses = pad(addresses, (0, 0, 0, missing))[start : start + share]
-        padded = pad(scores, (0, 0, 0, 0, 0, missing))
-        own_scores = take_share(padded, self.tensor_group, "shared scores").wait()
-        pooled = yield from super().read_values(own_addresses, own_scores)
-        gathering = gather_shares(pooled, self.tensor_group, "shared values")
-        yield
-        return gathering.wait()[:tokens]
-
-    @property
-    def _shares_tokens(self) -> bool:
-        """Whether several ranks hold the same tokens and read a share each."""
-        shared = self.groups is not None and not self.sequence_parallel
-        return shared and self.tensor_group.size() > 1
-
-    @property
-    def pauses(self) -> int:
-        """How often `steps` pauses."""
-        return super().pauses + self._shares_tokens
-
     def sharded_state_dict(
         self,
         prefix: str = "",
@@ -211,14 +180,12 @@ def _parameter_device(config: TransformerConfig) -> torch.device:
     return torch.device(torch.cuda.current_device())
 
 
-class _parameter_dtype:  # noqa: N801 - used as a context manager
-    """Make torch create floating parameters in `dtype` for a while."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.before = dtype, torch.get_default_dtype()
-
-    def __enter__(self) -> None:
-        torch.set_default_dtype(self.dtype)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_default_dtype(self.before)
+@contextlib.contextmanager
+def _parameter_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it torch creates floating parameters in `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

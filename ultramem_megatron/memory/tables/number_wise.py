@@ -22,6 +22,7 @@ from ultramem_megatron.communication.exchange import Transfer, all_to_all
 from ultramem_megatron.communication.pausing import Steps
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.kernels.shapes import kept_for_backward
 from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.memory.tables.layout import TableLayout
 
@@ -51,12 +52,23 @@ class NumberWiseReader:
 
     def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
         """See TableReader.read."""
+        if part.is_meta:
+            return (yield from self._read_shapes(part, addresses, scores))
         picks = self._by_owner(addresses)
         weights = scores.flatten(0, 1)[picks.order].to(part.dtype)  # (T*P, C)
         exchange = self._read_sums if self.pool_at_owner else self._read_rows
         values, buckets = yield from exchange(part, picks, weights)
         pooled = _sums(values, buckets, len(addresses) * self.num_groups)
         return pooled.to(part.dtype).view(len(addresses), self.num_groups, part.shape[1])
+
+    def _read_shapes(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+        """Without numbers nobody knows how much goes where: as if all picked rows were at home."""
+        for _ in range(self.pauses):
+            yield
+        rows = part.new_empty(addresses.numel(), part.shape[1]).requires_grad_()
+        picked = kept_for_backward((1,), part.dtype, rows)
+        own, groups = split_address(addresses, self.layout.num_values)
+        return lookup_reduce(part, own, groups, scores, self.num_groups) + picked
 
     def _by_owner(self, addresses: Tensor) -> _Picks:
         layout = self.layout

@@ -14,15 +14,15 @@ from ultramem_megatron.memory.tables.lockstep import LockstepReader
 from ultramem_megatron.memory.tables.number_wise import NumberWiseReader
 from ultramem_megatron.memory.tables.replicated import ReplicatedReader
 from ultramem_megatron.memory.tables.settings import exchange_of
+from ultramem_megatron.memory.tables.shared_tokens import SharedTokensReader
 from ultramem_megatron.memory.tables.traffic import pools_at_owner
+
+VALUES_TAG = "ultramem_values"
+"""Attribute of a value table's parameter, by which the optimizer gives it a rate of its own."""
 
 
 class ValueTable(nn.Module):
-    """N values of width Dv, of which this rank allocates its part only.
-
-    The parameter carries `ultramem_values = True`, by which the optimizer gives it a learning rate
-    of its own.
-    """
+    """N values of width Dv, of which this rank allocates its part only; tagged `VALUES_TAG`."""
 
     def __init__(
         self, config: UltraMemConfig, layout: TableLayout | None = None, group: Any = None
@@ -45,6 +45,10 @@ class ValueTable(nn.Module):
     def forward(self, addresses: Tensor, scores: Tensor) -> Steps:
         """Pooled values (T, E, Dv) for shuffled virtual addresses (T, P) and scores (T, P, C)."""
         return self._reader.read(self.weight, addresses, scores)
+
+    def share_tokens(self, group: Any) -> None:
+        """The ranks of `group` hold the same tokens: let each read a share of them."""
+        self._reader = SharedTokensReader(self._reader, group)
 
     def read_in_lockstep(self) -> None:
         """Let ranks of the group bring different numbers of tokens, or none; for inference."""
@@ -71,4 +75,9 @@ def _reader(
 
 def mark_as_values(parameter: nn.Parameter) -> None:
     """Tag a parameter as a value table."""
-    parameter.ultramem_values = True  # type: ignore[attr-defined]  # our tag
+    setattr(parameter, VALUES_TAG, True)
+
+
+def is_value_table(parameter: Tensor) -> bool:
+    """Whether a parameter is (a part of) a value table."""
+    return bool(getattr(parameter, VALUES_TAG, False))

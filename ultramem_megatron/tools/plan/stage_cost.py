@@ -145,8 +145,8 @@ def _transfers(run: Run, stage: int, chunks: int) -> int:
 
 def _micro_batch(run: Run, chunks: list[Any]) -> tuple[int, dict[str, int]]:
     """Bytes kept for the backward, and bytes received, in one micro-batch through all chunks."""
-    kept, received = 0, _Received(run)
-    with shapes_only(chunks) as attended, received:
+    kept, received, attended = 0, _Received(run), shapes_only(chunks)
+    with received:
         for chunk in chunks:
             output, bytes_kept = _forward(run, chunk)
             output.backward(torch.empty_like(output))
