@@ -12,23 +12,25 @@ from torch import Tensor, nn
 from ultramem_megatron.communication.pausing import Steps, run
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
-from ultramem_megatron.memory.initialization import reset_parameters
-from ultramem_megatron.memory.linear import Linear
+from ultramem_megatron.memory.initialization import INITIALISATIONS
+from ultramem_megatron.memory.initialization.draws import Draw
+from ultramem_megatron.memory.modules import Linear
 from ultramem_megatron.memory.observations import MemoryStatistics
 from ultramem_megatron.memory.premultiplied import PremultipliedValues
 from ultramem_megatron.memory.query import QueryProjection
+from ultramem_megatron.memory.retrieval import RETRIEVALS
 from ultramem_megatron.memory.retrieval.addresses import GridShuffle, split_address
-from ultramem_megatron.memory.retrieval.product_key import ProductKeyRetrieval
 from ultramem_megatron.memory.retrieval.retrieved import Retrieved
-from ultramem_megatron.memory.retrieval.tdqkr import TuckerRetrieval
-from ultramem_megatron.memory.retrieval.tucker_core import TuckerCores, singular_value_penalty
 from ultramem_megatron.memory.tables.value_table import ValueTable
+from ultramem_megatron.memory.validation import validate
+
+_CALIBRATION_TOKENS = 256
 
 
 class UltraMemLayer(nn.Module):
     """One memory layer, (..., D) -> (..., D).
 
-    In training call `update_filter()` once after each optimizer step, before the next forward
+    In training call `after_step()` once after each optimizer step, before the next forward
     (Megatron layers built by this package do); evaluation uses the filter as it was left.
     """
 
@@ -50,15 +52,11 @@ class UltraMemLayer(nn.Module):
         this rank's part of it; by default the layer has one of its own. Raises UltraMemError.
         """
         super().__init__()
-        config.validate(hidden_size=hidden_size, num_layers=num_layers)
+        validate(config, hidden_size=hidden_size, num_layers=num_layers)
         self.config = config
         self.layer_number = layer_number
         self.query = QueryProjection(config, hidden_size, eps)
-        self.retrieval: TuckerRetrieval | ProductKeyRetrieval = (
-            TuckerRetrieval(config, eps)
-            if config.retrieval == "tdqkr"
-            else ProductKeyRetrieval(config, eps)
-        )
+        self.retrieval = RETRIEVALS[config.retrieval].build(config, eps)
         self.shuffle: nn.Module = (
             GridShuffle(config.keys_per_side) if config.value_expansion > 1 else nn.Identity()
         )
@@ -72,7 +70,7 @@ class UltraMemLayer(nn.Module):
         self.statistics = MemoryStatistics(config.num_values)
         self.register_load_state_dict_post_hook(_refuse_non_finite_values)
         if not self.values.weight.is_meta:
-            reset_parameters(self, num_layers=num_layers)
+            self.reset_parameters(num_layers)
 
     def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
         """x: (..., D); with a query convolution (S, B, D) and its `history` (see query.py)."""
@@ -105,15 +103,9 @@ class UltraMemLayer(nn.Module):
         per_head = retrieved.scores.view(tokens, self.config.heads, self.config.topk, cores)
         return retrieved._replace(scores=per_head.softmax(2).view_as(retrieved.scores))
 
-    @property
-    def cores(self) -> TuckerCores | None:
-        """The Tucker cores; None with product-key retrieval."""
-        return self.retrieval.cores if isinstance(self.retrieval, TuckerRetrieval) else None
-
-    def update_filter(self) -> None:
-        """Bring the rank-1 filter up to date with the cores."""
-        if self.cores is not None:
-            self.cores(update_filter=True)
+    def after_step(self) -> None:
+        """What an optimizer step makes necessary, such as a filter that follows the cores."""
+        self.retrieval.after_step()
 
     def prepare_for_inference(self, premultiply: bool = False) -> None:
         """Do once what every forward would repeat, until `train()`; the weights must stay.
@@ -147,14 +139,47 @@ class UltraMemLayer(nn.Module):
         return super().train(mode)
 
     def auxiliary_loss(self) -> Tensor | None:
-        """alpha * penalty on the cores' small singular values (eq. 11-12); None if there is none.
+        """The retrieval's penalty on its parameters, weighted; None if there is none.
 
         A function of parameters only: add it once per optimizer step, not once per micro-batch.
         """
-        if self.cores is None or self.config.aux_loss_weight == 0 or self.config.tucker_rank == 1:
-            return None
-        penalty = singular_value_penalty(self.cores.singular_values(), self.config.aux_loss_margin)
-        return self.config.aux_loss_weight * penalty
+        return self.retrieval.penalty()
+
+    @torch.no_grad()
+    def reset_parameters(self, num_layers: int) -> None:
+        """Initial values in a model with `num_layers` transformer layers."""
+        config, draw = self.config, Draw(self.config.seed, self.layer_number)
+        initialisation = INITIALISATIONS[config.init]
+        scales = initialisation.scales(config, self.query.proj.in_features, num_layers)
+        self.query.reset(draw, scales)
+        self.retrieval.reset(draw, scales)
+        self.values.reset(draw, scales.values)
+        if isinstance(self.value_proj, Linear):
+            draw.normal_(self.value_proj.weight, scales.value_projection, "value_proj")
+        if isinstance(self.shuffle, GridShuffle):
+            self.shuffle.reset(draw.generator("shuffle", torch.device("cpu")))
+        self.after_step()
+        if scales.calibrated:
+            self.calibrate(draw.generator("calibration", self.values.weight.device))
+
+    @torch.no_grad()
+    def calibrate(self, generator: torch.Generator) -> float:
+        """Scale the queries once so that the weights of values average 1; the mean before.
+
+        Inputs are drawn as a norm leaves them, with unit variance; the top-m scores of the real
+        keys are averaged over tokens, picks and cores.
+        """
+        weight = self.query.proj.weight
+        drawn = torch.randn(
+            _CALIBRATION_TOKENS, 1, weight.shape[1], generator=generator, device=weight.device,
+            dtype=torch.float32,
+        )  # fmt: skip
+        mean = float(self.retrieval(self.query(drawn.to(weight.dtype))).scores.mean())
+        if not mean > 0:
+            return mean
+        gain = getattr(self.query.norm, "weight", None)
+        (weight if gain is None else gain).mul_(mean ** (-1 / self.retrieval.score_power))
+        return mean
 
 
 def _refuse_non_finite_values(layer: nn.Module, _incompatible: object) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.retrieval import RETRIEVALS
 
 
 def reference_layer(
@@ -113,19 +114,8 @@ def _retrieve(
     row = _rank_scores(query[:, 0], _keys(head, 0, state, config, eps), config)
     column = _rank_scores(query[:, 1], _keys(head, 1, state, config, eps), config)
     side, topk = config.keys_per_side, config.topk
-    if config.retrieval == "pkm":  # eq. 1-3: additive, shortlist exact
-        rows, columns = row[:, 0].topk(topk).indices, column[:, 0].topk(topk).indices
-        grids = [row[:, 0].gather(1, rows)[:, :, None] + column[:, 0].gather(1, columns)[:, None]]
-    else:
-        u, t = state["retrieval.cores.u"][head], state["retrieval.cores.t"][head]
-        rows = torch.einsum("tan,a->tn", row, u).topk(topk).indices  # eq. 8: rank-1 filter
-        columns = torch.einsum("tan,a->tn", column, t).topk(topk).indices
-        row_m = row.gather(2, rows[:, None].expand(-1, config.tucker_rank, -1))
-        column_m = column.gather(2, columns[:, None].expand(-1, config.tucker_rank, -1))
-        grids = [  # eq. 9 and 16: exact scores of the m x m candidates, one grid per core
-            row_m.transpose(1, 2) @ core[head] @ column_m
-            for core in state["retrieval.cores.weight"]
-        ]
+    kind = RETRIEVALS[config.retrieval]
+    rows, columns, grids = kind.reference(row, column, head, state, config)
     best = torch.stack(grids).sum(0).flatten(1).topk(topk).indices
     addresses = rows.gather(1, best // topk) * side + columns.gather(1, best % topk)
     scores = torch.stack([grid.flatten(1).gather(1, best) for grid in grids], dim=2)

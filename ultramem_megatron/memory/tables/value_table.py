@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ultramem_megatron.communication.pausing import Steps
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.tables.contract import TableReader
 from ultramem_megatron.memory.tables.dimension_wise import DimensionWiseReader
 from ultramem_megatron.memory.tables.layout import TableLayout
@@ -45,6 +46,12 @@ class ValueTable(nn.Module):
     def forward(self, addresses: Tensor, scores: Tensor) -> Steps:
         """Pooled values (T, E, Dv) for shuffled virtual addresses (T, P) and scores (T, P, C)."""
         return self._reader.read(self.weight, addresses, scores)
+
+    @torch.no_grad()
+    def reset(self, draw: Draw, std: float) -> None:
+        """Initial values of this rank's part."""
+        layout = self.layout
+        draw.table_(self.weight, layout.rows(), layout.columns(), layout.value_dim, std, "values")
 
     def share_tokens(self, group: Any) -> None:
         """The ranks of `group` hold the same tokens: let each read a share of them."""
