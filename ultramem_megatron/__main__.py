@@ -30,7 +30,7 @@ COMMANDS = {
     "export": Command("tools.export.__main__", "a checkpoint as plain safetensors, and back"),
     "presets": Command("presets.__main__", "models of the paper as flags"),
     "plan": Command("tools.plan.__main__", "sizes, memory and traffic of a layout, before it runs"),
-    "traffic": Command("memory.tables.traffic", "bytes that each partition of a table moves"),
+    "traffic": Command("tools.traffic", "bytes that each partition of a table moves"),
     "verify": Command("tools.verify_parallel.__main__", "do two layouts train the same model?"),
     "integrity": Command("faults.integrity", "which checkpoints of a folder are whole"),
     "data prepare": Command("data.prepare", "text to tokenizer and Megatron's datasets"),
