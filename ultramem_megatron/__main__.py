@@ -30,6 +30,7 @@ COMMANDS = {
     "export": Command("tools.export.__main__", "a checkpoint as plain safetensors, and back"),
     "presets": Command("presets.__main__", "models of the paper as flags"),
     "plan": Command("tools.plan.__main__", "sizes, memory and traffic of a layout, before it runs"),
+    "paper": Command("tools.paper.__main__", "the paper's tables, figures 1c and 9, beside ours"),
     "traffic": Command("tools.traffic", "bytes that each partition of a table moves"),
     "verify": Command("tools.verify_parallel.__main__", "do two layouts train the same model?"),
     "integrity": Command("faults.integrity", "which checkpoints of a folder are whole"),

@@ -1,14 +1,13 @@
 """Bytes that each partition of a value table moves, by the number of ranks that share it.
 
-    ultramem traffic --topk 84 --value-dim 1024     # table
-    ultramem traffic --plot figure9.png             # figure 9
+    ultramem traffic --topk 84 --value-dim 1024
 
-The formulas are those by which `--ultramem-partition auto` chooses: memory/tables/traffic.py.
+The formulas are those by which `--ultramem-partition auto` chooses: memory/tables/traffic.py. With
+the paper's own formulas `ultramem paper figure9` draws where both move the same.
 """
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 from ultramem_megatron.memory.tables.traffic import (
@@ -18,7 +17,6 @@ from ultramem_megatron.memory.tables.traffic import (
     number_wise_rows,
     number_wise_sums,
 )
-from ultramem_megatron.tools.paper import figure9
 
 
 def table(x: Exchange, sizes: Sequence[int]) -> str:
@@ -53,13 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--cores", type=int, default=2, help="h (default 2)")
     add("--number-bytes", type=int, default=2, help="bytes per score and element (default 2: bf16)")
     add("--ranks-per-node", type=int, default=8, help="(default 8)")
-    add("--plot", type=Path, help="also draw the paper's figure 9 into this file")
-    add("--csv", type=Path, help="also write the numbers of figure 9 into this file")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table; draw the figure if asked to."""
+    """Print the table. Raises UltraMemError for sizes below one."""
     options = _parser().parse_args(argv)
     for name in ("topk", "value_dim", "value_expansion", "cores", "number_bytes", "ranks_per_node"):
         if getattr(options, name) < 1:
@@ -73,12 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         ranks_per_node=options.ranks_per_node,
     )  # fmt: skip
     print(table(exchange, options.sizes))
-    if options.plot:
-        figure9.draw(options.plot, figure9.equal_traffic())
-        print(f"figure 9: {options.plot}")
-    if options.csv:
-        figure9.write_csv(options.csv)
-        print(f"numbers of figure 9: {options.csv}")
 
 
 if __name__ == "__main__":
