@@ -1,7 +1,4 @@
-"""Bytes that each partition moves, the choice between them, and the paper's figure 9.
-
-    ultramem traffic --topk 84 --value-dim 1024     # table
-    ultramem traffic --plot figure9.png             # figure 9
+"""Bytes that each partition moves, and the choice between them; `ultramem traffic` prints them.
 
 All volumes are bytes that one rank receives from others per token of its own, in one memory layer,
 for uniform use of the values. The paper's formulas (section 4, appendix D) leave out the value
@@ -10,18 +7,12 @@ expansion: pooled values come home as E vectors, not one. Here they are counted.
 P ranks, M picks per token (m*H), Dv value dim, E expansion, h cores, b bytes per number.
 """
 
-import argparse
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.tables.layout import dimension_wise_fits
 
 ADDRESS_BYTES = 4  # int32
-SIZE_BYTES = 8  # int64, number-wise: how many entries go to each rank
 
 
 class Volume(NamedTuple):
@@ -123,73 +114,3 @@ def paper_crossover(size: int, picks: int) -> float:
     v* = M(3P-2)/(M-1): 84 picks give 22 for 8 ranks, 192 for 64, 775 for 256.
     """
     return picks * (3 * size - 2) / (picks - 1)
-
-
-def table(x: Exchange, sizes: Sequence[int]) -> str:
-    """One line per group size: bytes per token and the verdict."""
-    lines = [
-        f"bytes per token and layer: M={x.picks} picks, Dv={x.value_dim}, E={x.expansion}, "
-        f"h={x.cores}, {x.number_bytes} bytes per number",
-        f"{'P':>5}"
-        + "".join(
-            f" | {name:^23}"
-            for name in ("dimension-wise", "number-wise, rows", "number-wise, sums")
-        )
-        + " |",
-        " " * 5 + (" | " + f"{'forward':>11} {'backward':>11}") * 3 + " | cheaper",
-    ]
-    for size in sizes:
-        at = Exchange(**{**x.__dict__, "size": size})
-        volumes = dimension_wise(at), number_wise_rows(at), number_wise_sums(at)
-        cells = [f"{volume.forward:11.0f} {volume.backward:11.0f}" for volume in volumes]
-        lines.append(f"{size:>5} | " + " | ".join(cells) + f" | {choose(at)}")
-    return "\n".join(lines)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ultramem traffic",
-                                     description=__doc__.split("\n")[0])  # fmt: skip
-    add = parser.add_argument
-    add("--sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256, 512], help="P")
-    add("--topk", type=int, default=84, help="picks per token over all heads, m*H (default 84)")
-    add("--value-dim", type=int, default=1024, help="Dv (default 1024)")
-    add("--value-expansion", type=int, default=4, help="E (default 4)")
-    add("--cores", type=int, default=2, help="h (default 2)")
-    add("--number-bytes", type=int, default=2, help="bytes per score and element (default 2: bf16)")
-    add("--ranks-per-node", type=int, default=8, help="(default 8)")
-    add("--plot", type=Path, help="also draw the paper's figure 9 into this file")
-    add("--csv", type=Path, help="also write the numbers of figure 9 into this file")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table; draw the figure if asked to."""
-    options = _parser().parse_args(argv)
-    for name in ("topk", "value_dim", "value_expansion", "cores", "number_bytes", "ranks_per_node"):
-        if getattr(options, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UltraMemError(f"{flag} is {getattr(options, name)}; it must be at least 1.")
-    if min(options.sizes) < 1:
-        raise UltraMemError(f"--sizes has {min(options.sizes)}; sizes must be at least 1.")
-    exchange = Exchange(
-        size=1, picks=options.topk, value_dim=options.value_dim, cores=options.cores,
-        expansion=options.value_expansion, number_bytes=options.number_bytes,
-        ranks_per_node=options.ranks_per_node,
-    )  # fmt: skip
-    print(table(exchange, options.sizes))
-    from ultramem_megatron.tools.paper import figure9  # which computes with this file
-
-    if options.plot:
-        figure9.draw(options.plot, figure9.equal_traffic())
-        print(f"figure 9: {options.plot}")
-    if options.csv:
-        figure9.write_csv(options.csv)
-        print(f"numbers of figure 9: {options.csv}")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UltraMemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
