@@ -83,7 +83,7 @@ def load_model(
 
     local_layers: build Megatron's own layers even where Transformer Engine is installed.
     """
-    from ultramem_megatron.megatron.checkpoint.design import checkpoint_folder, stored_args
+    from ultramem_megatron.megatron.checkpoint.folder import checkpoint_folder, stored_args
     from ultramem_megatron.training.pretrain import set_single_process_environment
 
     set_single_process_environment()

@@ -11,12 +11,12 @@ from megatron.training.argument_utils import (
 )
 
 from ultramem_megatron.faults.integrity import check_before_loading
-from ultramem_megatron.megatron.checkpoint.design import (
-    check_checkpoint,
+from ultramem_megatron.megatron.checkpoint.design import check_checkpoint
+from ultramem_megatron.megatron.flags.arguments import config_from_args
+from ultramem_megatron.megatron.flags.refusals import (
     refuse_unsupported_flags,
     require_eval_interval,
 )
-from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
 from ultramem_megatron.megatron.pipeline.layout import check_pipeline
 from ultramem_megatron.megatron.table_groups import initialize_model_parallel

@@ -65,22 +65,25 @@ def main(
     from ultramem_megatron.data.check import check_data
     from ultramem_megatron.faults.machine_errors import explained
     from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
+    from ultramem_megatron.megatron.flags.embedding_ranks import get_embedding_ranks
+    from ultramem_megatron.megatron.flags.refusals import refuse_other_tasks
     from ultramem_megatron.megatron.model_from_flags import model_config_from_args
-    from ultramem_megatron.training import gpt_datasets as gpt_task
+    from ultramem_megatron.training.gpt_datasets import train_valid_test_datasets_provider
+    from ultramem_megatron.training.gpt_step import forward_step
 
     args = parse_and_validate_args(extra_args_provider=add_ultramem_arguments)
-    gpt_task.refuse_other_tasks(args)
+    refuse_other_tasks(args)
     check_data(args)
-    model_config = model_config_from_args(args, gpt_task.get_embedding_ranks)
+    model_config = model_config_from_args(args, get_embedding_ranks)
     if before_training is not None:
         before_training()
     with explained(args, given):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
-            gpt_task.train_valid_test_datasets_provider,
+            train_valid_test_datasets_provider,
             ModelType.encoder_or_decoder,
-            gpt_task.forward_step,
-            get_embedding_ranks=gpt_task.get_embedding_ranks,
+            forward_step,
+            get_embedding_ranks=get_embedding_ranks,
         )
 
 

@@ -88,8 +88,8 @@ def _with_our_flags(original: Callable[..., Namespace]) -> Callable[..., Namespa
 
 
 def _with_memories(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
+    from ultramem_megatron.megatron.flags.embedding_ranks import get_embedding_ranks
     from ultramem_megatron.megatron.model_from_flags import model_config_from_args
-    from ultramem_megatron.training.gpt_datasets import get_embedding_ranks
 
     @functools.wraps(original)
     def gpt_config_from_args(args: Namespace, *rest: Any, **kw: Any) -> Any:

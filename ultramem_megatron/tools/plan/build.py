@@ -65,8 +65,8 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import validate_args
 
-    from ultramem_megatron.megatron.checkpoint.design import refuse_unsupported_flags
     from ultramem_megatron.megatron.flags.arguments import config_from_args
+    from ultramem_megatron.megatron.flags.refusals import refuse_unsupported_flags
     from ultramem_megatron.megatron.pipeline.layout import check_pipeline
 
     args = _parse_only(words)
