@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 def implementation(device: torch.device) -> Implementation:
     """The implementation for tensors on `device`.
 
-    Triton on NVIDIA GPUs, PyTorch's own kernels elsewhere, shapes alone on the meta device; the
-    environment variable ULTRAMEM_KERNELS (triton, torch or reference) forces one of the others. On a
-    CPU `triton` needs Triton's interpreter (TRITON_INTERPRET=1). Raises UltraMemError for another
+    Triton on NVIDIA GPUs, PyTorch's own kernels elsewhere, shapes alone on the meta device. The
+    environment variable ULTRAMEM_KERNELS (triton, torch or reference) forces one of the others; on
+    a CPU `triton` needs Triton's interpreter (TRITON_INTERPRET=1). Raises UltraMemError for another
     value of the variable.
     """
     return _choose(device.type, os.environ.get(VARIABLE, ""))

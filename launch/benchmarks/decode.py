@@ -161,7 +161,7 @@ def _picks(args: argparse.Namespace) -> int:
     from ultramem_megatron.megatron.flags.arguments import config_from_args
 
     ultramem = config_from_args(args)
-    return ultramem.heads * ultramem.topk if ultramem else 0
+    return ultramem.picks if ultramem else 0
 
 
 def _parameters(model: Any) -> int:

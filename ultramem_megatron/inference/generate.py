@@ -24,7 +24,7 @@ from ultramem_megatron.inference.loading import (
     load_for_inference,
     serve_until_all_finish,
 )
-from ultramem_megatron.memory.tables.settings import PARTITIONS
+from ultramem_megatron.memory.tables.partitions import shared_partitions
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,7 +72,7 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
         "parallel group).",
     )  # fmt: skip
     parser.add_argument(
-        "--ultramem-partition", choices=PARTITIONS, default="auto",
+        "--ultramem-partition", choices=("auto", *shared_partitions()), default="auto",
         help="How they share it, as in training. Default: auto, by bytes moved.",
     )  # fmt: skip
 

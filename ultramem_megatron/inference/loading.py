@@ -263,7 +263,7 @@ def _check_cuda_graphs(args: Namespace, tables: TableSettings) -> None:
         (tables.size > args.tensor_model_parallel_size,
          "ranks that decode different prompts agree on each read of the tables they share. Use "
          f"--ultramem-parallel-size {args.tensor_model_parallel_size}"),
-        (tables.size > 1 and tables.partition == "number",
+        (tables.kind.waits_for_host,
          "number-wise, the host learns how much ranks exchange. Use --ultramem-partition "
          "dimension, or --ultramem-parallel-size 1"),
     )  # fmt: skip

@@ -95,7 +95,7 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
         layers = [layer for model in models for layer in memory_layers(model)]
         monitor = MemoryMonitor(
             {layer.layer_number: layer for layer in layers},
-            ultramem.spans,
+            ultramem,
             # Under sequence parallelism tensor-parallel ranks, too, see other tokens.
             data_group=groups.tp_dp_cp if transformer.sequence_parallel else groups.dp_cp,
             pipeline_group=groups.pp,

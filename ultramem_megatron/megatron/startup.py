@@ -9,8 +9,8 @@ import torch.distributed as dist
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.tables.layout import TableLayout
+from ultramem_megatron.memory.tables.partitions import choose, shared_partitions
 from ultramem_megatron.memory.tables.settings import TableSettings, exchange_of
-from ultramem_megatron.memory.tables.traffic import choose, dimension_wise, number_wise
 
 _GIGABYTE = 1e9
 _SHOWN_RANKS = 8
@@ -78,8 +78,8 @@ def _parts(config: UltraMemConfig, settings: TableSettings) -> list[str]:
 
 def _traffic(config: UltraMemConfig, settings: TableSettings, number_bytes: int) -> list[str]:
     exchange = exchange_of(config, settings.size, number_bytes)
-    volumes = {"dimension": dimension_wise(exchange), "number": number_wise(exchange)}
-    cheaper = choose(exchange)
+    volumes = {name: kind.volume(exchange) for name, kind in shared_partitions().items()}
+    cheaper = choose(exchange, config.num_values)
     own = volumes[settings.partition]
     verdict = (
         "the cheaper partition" if cheaper == settings.partition else f"{cheaper}-wise is cheaper"

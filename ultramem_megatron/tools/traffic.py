@@ -2,21 +2,17 @@
 
     ultramem traffic --topk 84 --value-dim 1024
 
-The formulas are those by which `--ultramem-partition auto` chooses: memory/tables/traffic.py. With
-the paper's own formulas `ultramem paper figure9` draws where both move the same.
+The formulas are those by which `--ultramem-partition auto` chooses, each beside its reader in
+memory/tables. With the paper's own `ultramem paper figure9` draws where both move the same.
 """
 
 import argparse
 from collections.abc import Sequence
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
-from ultramem_megatron.memory.tables.traffic import (
-    Exchange,
-    choose,
-    dimension_wise,
-    number_wise_rows,
-    number_wise_sums,
-)
+from ultramem_megatron.memory.tables import dimension_wise, number_wise
+from ultramem_megatron.memory.tables.partitions import choose
+from ultramem_megatron.memory.tables.traffic import Exchange
 
 
 def table(x: Exchange, sizes: Sequence[int]) -> str:
@@ -34,7 +30,11 @@ def table(x: Exchange, sizes: Sequence[int]) -> str:
     ]
     for size in sizes:
         at = Exchange(**{**x.__dict__, "size": size})
-        volumes = dimension_wise(at), number_wise_rows(at), number_wise_sums(at)
+        volumes = (
+            dimension_wise.volume(at),
+            number_wise.volume_of_rows(at),
+            number_wise.volume_of_sums(at),
+        )
         cells = [f"{volume.forward:11.0f} {volume.backward:11.0f}" for volume in volumes]
         lines.append(f"{size:>5} | " + " | ".join(cells) + f" | {choose(at)}")
     return "\n".join(lines)

@@ -27,6 +27,8 @@ def _read(reader: Any, tokens: int) -> dict[str, torch.Tensor]:
     scores.requires_grad_()
     pooled = run(reader.read(table, addresses, scores))
     pooled.backward(grad)
+    assert table.grad is not None
+    assert scores.grad is not None
     return {"pooled": pooled.detach(), "table": table.grad, "scores": scores.grad}
 
 

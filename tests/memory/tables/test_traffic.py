@@ -2,15 +2,13 @@
 
 import pytest
 
+from ultramem_megatron.memory.tables import dimension_wise, number_wise
+from ultramem_megatron.memory.tables.number_wise import pools_at_owner
+from ultramem_megatron.memory.tables.partitions import choose
 from ultramem_megatron.memory.tables.traffic import (
     Exchange,
-    choose,
-    dimension_wise,
     distinct,
-    number_wise,
-    number_wise_rows,
     paper_crossover,
-    pools_at_owner,
     seconds_per_token,
 )
 
@@ -31,15 +29,19 @@ def test_crossover_is_where_the_papers_volumes_are_equal(size, picks):
 
 def test_volumes_are_the_papers_where_values_are_not_expanded():
     x = Exchange(size=16, picks=84, value_dim=1024, expansion=1, cores=1)
-    assert dimension_wise(x).forward == pytest.approx(6 * 84 * 15 + 2 * 1024 * 15 / 16)
+    assert dimension_wise.volume(x).forward == pytest.approx(6 * 84 * 15 + 2 * 1024 * 15 / 16)
     rows = 4 * 84 * 15 / 16 + 2 * 84 * 1024 * 15 / 16
-    assert number_wise_rows(x).forward == pytest.approx(rows)
+    assert number_wise.volume_of_rows(x).forward == pytest.approx(rows)
 
 
 def test_nothing_moves_on_one_rank():
     x = Exchange(size=1, picks=84, value_dim=1024)
-    assert dimension_wise(x).total == number_wise(x).total == seconds_per_token(number_wise(x), x)
-    assert number_wise(x).total == 0
+    assert (
+        dimension_wise.volume(x).total
+        == number_wise.volume(x).total
+        == seconds_per_token(number_wise.volume(x), x)
+    )
+    assert number_wise.volume(x).total == 0
 
 
 def test_one_node_is_dimension_wise_and_many_ranks_number_wise():
@@ -51,6 +53,8 @@ def test_one_node_is_dimension_wise_and_many_ranks_number_wise():
 def test_only_what_the_sizes_allow_is_chosen():
     assert choose(Exchange(size=3, picks=84, value_dim=1024)) == "number"
     assert choose(Exchange(size=6, picks=84, value_dim=1536, cores=4)) == "number"
+    assert choose(Exchange(size=512, picks=84, value_dim=1024), num_values=400) == "dimension"
+    assert choose(Exchange(size=1, picks=84, value_dim=1024)) == "replicated"
 
 
 def test_owners_sum_where_many_picks_meet():

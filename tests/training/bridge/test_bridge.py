@@ -122,8 +122,8 @@ def _auxiliary_gradients():
     for chunk in models:
         chunk.zero_grad_buffer()
         for layer in memory_layers(chunk):
-            (expected,) = torch.autograd.grad(layer.auxiliary_loss(), layer.cores.weight)
-            found.append((layer.cores.weight, expected))
+            (expected,) = torch.autograd.grad(layer.auxiliary_loss(), layer.retrieval.cores.weight)
+            found.append((layer.retrieval.cores.weight, expected))
     provider.finalize_model_grads_func(models)
     return [(weight.main_grad.clone(), expected) for weight, expected in found]
 

@@ -29,7 +29,6 @@ from ultramem_megatron.megatron.layer.query_history import (
 from ultramem_megatron.megatron.table_groups import TableGroups, table_groups
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import UltraMemLayer
-from ultramem_megatron.memory.tables.settings import Partition, TableSettings
 from ultramem_megatron.memory.tables.value_table import ValueTable
 
 _TABLE = "values.weight"
@@ -45,7 +44,7 @@ class TransformerMemory(UltraMemLayer):
         ultramem: UltraMemConfig,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        partition: Partition = "dimension",
+        partition: str = "dimension",
     ) -> None:
         """config: sizes, norm epsilon, parameter dtype and device are taken from it.
 
@@ -164,12 +163,11 @@ class TransformerMemory(UltraMemLayer):
 
 
 def _value_table(
-    ultramem: UltraMemConfig, groups: TableGroups | None, partition: Partition
+    ultramem: UltraMemConfig, groups: TableGroups | None, partition: str
 ) -> ValueTable:
     if groups is None:
         return ValueTable(ultramem)
-    settings = TableSettings(groups.table.size(), partition)
-    return ValueTable(ultramem, settings.layout(ultramem, groups.table.rank()), groups.table)
+    return ValueTable(ultramem, partition, groups.table)
 
 
 def _parameter_device(config: TransformerConfig) -> torch.device:

@@ -1,4 +1,4 @@
-"""The auxiliary loss of the Tucker cores (paper eq. 11-12), applied exactly once per step.
+"""The auxiliary loss of memories (paper eq. 11-12: of the Tucker cores), exactly once per step.
 
 It depends on parameters only, so it needs no forward pass. Its gradient is added after Megatron has
 finished the gradients of a step (reduced them over ranks, averaged them, divided them by tokens)
@@ -42,22 +42,27 @@ def memory_layers(model: torch.nn.Module) -> Iterable[UltraMemLayer]:
 
 
 def add_auxiliary_gradients(layers: Iterable[UltraMemLayer], loss_scale: float) -> None:
-    """Add loss_scale * d(auxiliary loss)/d(cores) to the cores' main_grad (or grad)."""
+    """Add loss_scale * d(auxiliary loss)/d(parameter) to each main_grad (or grad)."""
     for layer in layers:
-        if layer.cores is None or not layer.cores.weight.requires_grad:
-            continue
         with torch.enable_grad():
             loss = layer.auxiliary_loss()
-        if loss is None:
+        if loss is None or not loss.requires_grad:
             continue
-        weight = layer.cores.weight
-        (gradient,) = torch.autograd.grad(loss, weight)
-        target = getattr(weight, "main_grad", None)
-        if target is None:
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            target = weight.grad
-        # Scaled before the cast: too large a loss scale must show as infinity, and skip the step.
-        target.add_((at_least_float32(gradient) * loss_scale).to(target.dtype))
+        trained = [p for p in layer.retrieval.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None:
+                _add(parameter, at_least_float32(gradient) * loss_scale)
+
+
+def _add(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+    target = getattr(parameter, "main_grad", None)
+    if target is None:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        target = parameter.grad
+    # Scaled before the cast: too large a loss scale must show as infinity, and skip the step.
+    target.add_(gradient.to(target.dtype))
 
 
 def _loss_scale(config: Any) -> float:

@@ -21,8 +21,6 @@ class Retrieval(nn.Module):
 
     score_power: float
     """Scores grow with this power of the query's gain."""
-    reports: tuple[str, ...] = ()
-    """Names of the figures that `report` gives."""
 
     def __init__(self, config: UltraMemConfig, eps: float) -> None:
         """eps: of the keys' norm."""
@@ -49,7 +47,7 @@ class Retrieval(nn.Module):
         return None
 
     def report(self) -> dict[str, float]:
-        """Figures for the log, by `reports`; what does not apply is NaN."""
+        """Figures for the log, by the kind's `reports`, in order; what does not apply is NaN."""
         return {}
 
 
@@ -61,10 +59,11 @@ Grids = tuple[Tensor, Tensor, list[Tensor]]
 class RetrievalKind:
     """One retrieval in the list.
 
-    name, about: the flag's value and a line of help. defaults: fields of the config that it needs
-    other than the config's own, where they are not given. check: raises UltraMemError for a config
-    it cannot serve. reference: the plain form for one head, from rank scores row and column
-    (T, r, N), the layer's state dict and the config; it shares no code with `build`.
+    name, about: the flag's value and a line of help. check: raises UltraMemError for a config that
+    it cannot serve. reference: the plain form for one head, of rank scores row and column
+    (T, r, N), the layer's state dict and the config; it shares no code with `build`. defaults:
+    fields of the config that it needs other than the config's own, where they are not given.
+    reports: names of what `Retrieval.report` gives.
     """
 
     name: str
@@ -73,3 +72,4 @@ class RetrievalKind:
     check: Callable[[UltraMemConfig], None]
     reference: Callable[[Tensor, Tensor, int, Mapping[str, Tensor], UltraMemConfig], Grids]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    reports: tuple[str, ...] = ()

@@ -15,6 +15,8 @@ from ultramem_megatron.memory.retrieval.contract import Grids, Retrieval, Retrie
 from ultramem_megatron.memory.retrieval.retrieved import Retrieved
 from ultramem_megatron.memory.retrieval.tucker_core import TuckerCores, singular_value_penalty
 
+_REPORTS = ("lambda 1", "lambda 2", "aux loss")
+
 
 class TuckerRetrieval(Retrieval):
     """Shortlist each side by the rank-1 filter, then score the m x m candidates exactly.
@@ -24,7 +26,6 @@ class TuckerRetrieval(Retrieval):
     """
 
     score_power = 2.0
-    reports = ("lambda 1", "lambda 2", "aux loss")
 
     def __init__(self, config: UltraMemConfig, eps: float) -> None:
         super().__init__(config, eps)
@@ -60,10 +61,10 @@ class TuckerRetrieval(Retrieval):
         """
         spectrum = self.cores.spectrum
         if spectrum is None:
-            return dict.fromkeys(self.reports, math.nan)
+            return dict.fromkeys(_REPORTS, math.nan)
         first, second = [*spectrum.mean(0).tolist(), math.nan][:2]
         weighted = float(self._penalty(spectrum)) if self.config.aux_loss_weight else math.nan
-        return {"lambda 1": first, "lambda 2": second, "aux loss": weighted}
+        return dict(zip(_REPORTS, (first, second, weighted), strict=True))
 
     @property
     def _is_penalised(self) -> bool:
@@ -103,4 +104,5 @@ KIND = RetrievalKind(
     build=TuckerRetrieval,
     check=_check,
     reference=_reference,
+    reports=_REPORTS,
 )

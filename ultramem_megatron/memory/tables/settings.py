@@ -3,37 +3,41 @@
 import os
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import Literal
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
-from ultramem_megatron.memory.tables.layout import TableLayout, check_layout
-from ultramem_megatron.memory.tables.traffic import Exchange, choose
-
-Partition = Literal["number", "dimension"]
-
-PARTITIONS = ("auto", "number", "dimension")
+from ultramem_megatron.memory.tables.contract import Partition
+from ultramem_megatron.memory.tables.layout import TableLayout
+from ultramem_megatron.memory.tables.partitions import PARTITIONS, choose
+from ultramem_megatron.memory.tables.traffic import Exchange
 
 
 @dataclass(frozen=True)
 class TableSettings:
-    """size: P, ranks that share each table. partition: how they share it."""
+    """size: P, ranks that share each table. partition: a name of PARTITIONS, how they share it."""
 
     size: int = 1
-    partition: Partition = "dimension"
+    partition: str = "dimension"
+
+    @property
+    def kind(self) -> Partition:
+        """The partition; a table of one rank is whole."""
+        return PARTITIONS["replicated" if self.size == 1 else self.partition]
 
     def layout(self, config: UltraMemConfig, rank: int = 0) -> TableLayout:
         """The part of one rank."""
-        return TableLayout(
-            "replicated" if self.size == 1 else self.partition,
-            config.num_values, config.value_dim, config.cores, self.size, rank,
-        )  # fmt: skip
+        sizes = (config.num_values, config.value_dim, config.cores)
+        return self.kind.layout(*sizes, self.size, rank)
+
+    def check(self, config: UltraMemConfig) -> None:
+        """Raise UltraMemError for a table that cannot be cut this way, naming what would work."""
+        self.kind.check(self.layout(config))
 
 
 def exchange_of(config: UltraMemConfig, size: int, number_bytes: int) -> Exchange:
     """The cost model's view of a memory layer whose table is shared by `size` ranks."""
     return Exchange(
-        size=size, picks=config.topk * config.heads, value_dim=config.value_dim,
+        size=size, picks=config.picks, value_dim=config.value_dim,
         expansion=config.value_expansion, cores=config.cores, number_bytes=number_bytes,
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "8")),
     )  # fmt: skip
@@ -53,9 +57,9 @@ def settings_from_args(args: Namespace, config: UltraMemConfig) -> TableSettings
     partition = args.ultramem_partition or "auto"
     if partition == "auto":
         number_bytes = args.params_dtype.itemsize
-        partition = choose(exchange_of(config, size, number_bytes)) if size > 1 else "dimension"
-    settings = TableSettings(size, "number" if partition == "number" else "dimension")
-    check_layout(settings.layout(config))
+        partition = choose(exchange_of(config, size, number_bytes), config.num_values)
+    settings = TableSettings(size, partition)
+    settings.check(config)
     return settings
 
 

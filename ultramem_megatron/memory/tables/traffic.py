@@ -1,4 +1,6 @@
-"""Bytes that each partition moves, and the choice between them; `ultramem traffic` prints them.
+"""What the reads of a table are measured by: bytes that move, and the seconds they take.
+
+Each partition's own formula stands beside its reader; `ultramem traffic` prints them.
 
 All volumes are bytes that one rank receives from others per token of its own, in one memory layer,
 for uniform use of the values. The paper's formulas (section 4, appendix D) leave out the value
@@ -9,8 +11,6 @@ P ranks, M picks per token (m*H), Dv value dim, E expansion, h cores, b bytes pe
 
 from dataclasses import dataclass
 from typing import NamedTuple
-
-from ultramem_megatron.memory.tables.layout import dimension_wise_fits
 
 ADDRESS_BYTES = 4  # int32
 
@@ -47,43 +47,6 @@ class Exchange:
     """bytes/s of one rank to other nodes (400 Gb/s InfiniBand)."""
 
 
-def dimension_wise(x: Exchange) -> Volume:
-    """Addresses and scores of all tokens come in, pooled slices go home."""
-    others = x.size - 1
-    cores = max(1, x.cores // x.size)  # cores whose columns one rank holds
-    addresses = ADDRESS_BYTES * x.picks * others
-    scores = x.number_bytes * cores * x.picks * others
-    pooled = x.number_bytes * x.expansion * x.value_dim * others / x.size
-    return Volume(addresses + scores + pooled, scores + pooled)
-
-
-def number_wise_rows(x: Exchange) -> Volume:
-    """Addresses go to the owners, rows come back."""
-    away = (x.size - 1) / x.size
-    addresses = ADDRESS_BYTES * x.picks * away
-    rows = x.number_bytes * x.picks * x.value_dim * away
-    return Volume(addresses + rows, rows)
-
-
-def number_wise_sums(x: Exchange) -> Volume:
-    """Addresses and scores go to the owners, one sum per owner and group comes back."""
-    away = (x.size - 1) / x.size
-    addresses = 2 * ADDRESS_BYTES * x.picks * away  # the row, and the number of its sum
-    scores = x.number_bytes * x.cores * x.picks * away
-    sums = x.number_bytes * x.value_dim * distinct(x.size * x.expansion, x.picks) * away
-    return Volume(addresses + scores + sums, scores + sums)
-
-
-def number_wise(x: Exchange) -> Volume:
-    """The cheaper of the two ways to bring values home."""
-    return min(number_wise_rows(x), number_wise_sums(x), key=lambda volume: volume.total)
-
-
-def pools_at_owner(x: Exchange) -> bool:
-    """Whether sums move fewer bytes than rows."""
-    return number_wise_sums(x).total < number_wise_rows(x).total
-
-
 def distinct(buckets: int, draws: int) -> float:
     """Expected number of different buckets in `draws` uniform draws."""
     return buckets * (1 - (1 - 1 / buckets) ** draws)
@@ -98,14 +61,6 @@ def seconds_per_token(volume: Volume, x: Exchange) -> float:
     return volume.total * (
         share_inside / x.node_bandwidth + (1 - share_inside) / x.network_bandwidth
     )
-
-
-def choose(x: Exchange) -> str:
-    """ "dimension" or "number": the cheaper of those that the sizes allow."""
-    if not dimension_wise_fits(x.value_dim, x.cores, x.size):
-        return "number"
-    cheaper = seconds_per_token(dimension_wise(x), x) <= seconds_per_token(number_wise(x), x)
-    return "dimension" if cheaper else "number"
 
 
 def paper_crossover(size: int, picks: int) -> float:

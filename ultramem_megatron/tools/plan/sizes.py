@@ -139,7 +139,7 @@ def _read_sizes(run: Run, mlp: int, all_experts: int) -> ReadSizes:
         memory_layers=len(memory.spans) if memory else 0,
         values=memory.num_values if memory else 0,
         value_dim=memory.value_dim if memory else 0,
-        picks=memory.topk * memory.heads if memory else 0,
+        picks=memory.picks if memory else 0,
     )
 
 

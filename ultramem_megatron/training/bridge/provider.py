@@ -25,6 +25,7 @@ from ultramem_megatron.megatron.optimizer.auxiliary_loss import finalize_then_au
 from ultramem_megatron.megatron.pipeline.carrier import widen_pipeline_tensors
 from ultramem_megatron.megatron.pipeline.layout import spans_cross_stages
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.validation import validate
 
 try:
     from megatron.bridge.models.gpt_provider import GPTModelProvider
@@ -53,7 +54,7 @@ class UltraMemGPTModelProvider(GPTModelProvider):
     def finalize(self) -> None:
         """Check the design, then everything else as GPTModelProvider does."""
         if self.ultramem is not None:
-            self.ultramem.validate(hidden_size=self.hidden_size, num_layers=self.num_layers)
+            validate(self.ultramem, hidden_size=self.hidden_size, num_layers=self.num_layers)
             # Layers with and without memory differ, so checkpoint keys must name the layer.
             self.hetereogenous_dist_checkpoint = True
             refuse_unsupported_settings(vars(self))
