@@ -41,6 +41,8 @@ class UltraMemConfig:
     """split: each rank has a slice Dk/r of the keys (paper); full: each has all Dk (official)."""
     cores: int = 2
     """h: multi-core scoring, one core and one score per slice of Dv/h (section 3.5); 1 with pkm."""
+    values: str = "pooled"
+    """A name of memory/values: what is read for the addresses (eq. 3)."""
     value_expansion: int = 4
     """E: virtual values per physical value, a square (implicit value expansion, section 3.4)."""
     value_projection: bool = True

@@ -4,7 +4,7 @@ T tokens, D hidden, H heads, m top-m, C cores, E expansion, V value dim. The lay
 torch module: it knows nothing of Megatron, ranks or groups.
 """
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from ultramem_megatron.memory.query import QueryProjection
 from ultramem_megatron.memory.retrieval import RETRIEVALS
 from ultramem_megatron.memory.retrieval.addresses import GridShuffle, split_address
 from ultramem_megatron.memory.retrieval.retrieved import Retrieved
-from ultramem_megatron.memory.tables.value_table import ValueTable
+from ultramem_megatron.memory.tables.value_table import value_tables
 from ultramem_megatron.memory.validation import validate
+from ultramem_megatron.memory.values import VALUES
+from ultramem_megatron.memory.values.pooled import PooledValues
 
 _CALIBRATION_TOKENS = 256
 
@@ -42,25 +44,31 @@ class UltraMemLayer(nn.Module):
         num_layers: int,
         layer_number: int = 1,
         eps: float = 1e-5,
-        values: ValueTable | None = None,
+        values: nn.Module | None = None,
+        table_number: int | None = None,
     ) -> None:
         """Build and initialise in the default dtype and on the default device.
 
         hidden_size: D. num_layers: L of the whole model (for the initial output variance).
         layer_number: 1-based; with the config it determines the initial values, whatever else has
-        drawn random numbers before. eps: of the query and key norms. values: the table, or
-        this rank's part of it; by default the layer has one of its own. Raises UltraMemError.
+        drawn random numbers before. eps: of the query and key norms. values: built by a kind of
+        VALUES, whole or this rank's part; by default the layer has its own. table_number: the
+        layer after which the values it reads are named, by default this one; layers that read the
+        same values agree on it. Raises UltraMemError.
         """
         super().__init__()
         validate(config, hidden_size=hidden_size, num_layers=num_layers)
         self.config = config
         self.layer_number = layer_number
+        self.table_number = layer_number if table_number is None else table_number
         self.query = QueryProjection(config, hidden_size, eps)
         self.retrieval = RETRIEVALS[config.retrieval].build(config, eps)
         self.shuffle: nn.Module = (
             GridShuffle(config.keys_per_side) if config.value_expansion > 1 else nn.Identity()
         )
-        self.values = ValueTable(config) if values is None else values
+        if values is None:
+            values = VALUES[config.values].build(config, "replicated", None)
+        self.values: Any = values
         self.value_proj: nn.Module = (
             Linear(config.value_expansion * config.value_dim, hidden_size, bias=False)
             if config.value_projection
@@ -82,7 +90,7 @@ class UltraMemLayer(nn.Module):
         addresses = self.shuffle(retrieved.addresses)
         if self.premultiplied is not None:
             return self.premultiplied(addresses, retrieved.scores).view(x.shape)
-        pooled = yield from self.values(addresses, retrieved.scores)
+        pooled = yield from self.values(addresses, retrieved.scores, x.view(-1, x.shape[-1]))
         out = self.value_proj(pooled.flatten(1)).view(x.shape)
         if self.training and torch.is_grad_enabled():
             rows, _ = split_address(addresses, self.config.num_values)
@@ -124,6 +132,11 @@ class UltraMemLayer(nn.Module):
                 "--premultiply-values: the values of this model have no projection "
                 "(--no-ultramem-value-projection). Decode without it."
             )
+        if not isinstance(self.values, PooledValues):
+            raise UltraMemError(
+                f"--premultiply-values: values of the kind {self.config.values} are not pooled by "
+                f"their scores alone. Decode without it."
+            )
         ranks = self.values.layout.size
         if ranks > 1:
             raise UltraMemError(
@@ -153,7 +166,7 @@ class UltraMemLayer(nn.Module):
         scales = initialisation.scales(config, self.query.proj.in_features, num_layers)
         self.query.reset(draw, scales)
         self.retrieval.reset(draw, scales)
-        self.values.reset(draw, scales.values)
+        self.values.reset(Draw(config.seed, self.table_number), scales)
         if isinstance(self.value_proj, Linear):
             draw.normal_(self.value_proj.weight, scales.value_projection, "value_proj")
         if isinstance(self.shuffle, GridShuffle):
@@ -184,13 +197,14 @@ class UltraMemLayer(nn.Module):
 
 def _refuse_non_finite_values(layer: nn.Module, _incompatible: object) -> None:
     assert isinstance(layer, UltraMemLayer)
-    table = layer.values.weight
-    if table.is_meta or bool(torch.isfinite(table.sum(dtype=torch.float32))):
-        return
-    bad = int((~torch.isfinite(table)).any(dim=1).sum())
-    if bad:
-        raise UltraMemError(
-            f"The loaded value table of memory layer {layer.layer_number} holds NaN or infinity in "
-            f"{bad} of its {len(table)} rows. The checkpoint is damaged or the run that wrote it "
-            f"had diverged: load an earlier one (--load with --ckpt-step)."
-        )
+    for table in value_tables(layer).values():
+        weight = table.weight
+        if weight.is_meta or bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+            continue
+        bad = int((~torch.isfinite(weight)).any(dim=1).sum())
+        if bad:
+            raise UltraMemError(
+                f"The loaded value table of memory layer {layer.layer_number} holds NaN or "
+                f"infinity in {bad} of its {len(weight)} rows. The checkpoint is damaged or the "
+                f"run that wrote it had diverged: load an earlier one (--load with --ckpt-step)."
+            )

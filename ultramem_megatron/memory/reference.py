@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.retrieval import RETRIEVALS
+from ultramem_megatron.memory.values import VALUES
 
 
 def reference_layer(
@@ -23,6 +24,7 @@ def reference_layer(
     state: the layer's `state_dict()` (tensors may require grad). eps: of the norms.
     """
     sequence, batch, hidden = x.shape
+    inputs = x.reshape(sequence * batch, hidden)
     u = x if "query.conv.weight" not in state else _conv(x, state["query.conv.weight"])
     u = u.reshape(sequence * batch, hidden)
     queries = (u @ state["query.proj.weight"].T).view(len(u), -1, 2, config.key_dim)
@@ -37,12 +39,8 @@ def reference_layer(
         shuffled = permutation[addresses]  # (T, m)
         rows = shuffled % config.num_values
         groups = shuffled // config.num_values
-        # eq. 17: slice i of a value is weighted by the score of core i.
-        weights = scores.repeat_interleave(config.value_dim // config.cores, dim=2)
-        weighted = state["values.weight"][rows] * weights
-        for group in range(config.value_expansion):  # eq. 15: pool per group, project later
-            in_group = (groups == group).unsqueeze(-1)
-            pooled[:, group] = pooled[:, group] + (weighted * in_group).sum(1)
+        kind = VALUES[config.values]
+        pooled = pooled + kind.reference(rows, groups, scores, inputs, state, config)
     out = pooled.flatten(1)
     if config.value_projection:
         out = out @ state["value_proj.weight"].T

@@ -8,11 +8,13 @@ from ultramem_megatron.memory.config import Norm, RankLayout, UltraMemConfig, fl
 from ultramem_megatron.memory.initialization import INITIALISATIONS
 from ultramem_megatron.memory.retrieval import RETRIEVALS
 from ultramem_megatron.memory.spans import check_spans
+from ultramem_megatron.memory.values import VALUES
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "retrieval": tuple(RETRIEVALS),
     "rank_layout": get_args(RankLayout),
     "qk_norm": get_args(Norm),
+    "values": tuple(VALUES),
     "init": tuple(INITIALISATIONS),
 }
 """Fields of the config that take one of a few words."""

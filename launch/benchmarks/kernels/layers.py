@@ -86,7 +86,7 @@ def _layer(shape: Shape, device: torch.device) -> UltraMemLayer:
     with torch.device(device), _default_dtype(shape.dtype):
         layer = UltraMemLayer(shape.config(), hidden_size=shape.hidden, num_layers=_LAYERS)
     table = layer.values.weight
-    table.main_grad = torch.zeros(table.shape, device=device)  # type: ignore[attr-defined]  # Megatron's tag
+    table.main_grad = torch.zeros(table.shape, device=device)
     return layer
 
 

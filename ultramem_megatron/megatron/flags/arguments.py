@@ -12,6 +12,7 @@ from ultramem_megatron.memory.retrieval import RETRIEVALS
 from ultramem_megatron.memory.spans import parse_spans
 from ultramem_megatron.memory.tables.partitions import shared_partitions
 from ultramem_megatron.memory.validation import CHOICES, validate
+from ultramem_megatron.memory.values import VALUES
 from ultramem_megatron.presets import MEMORY_PRESETS, preset_fields
 
 
@@ -43,6 +44,7 @@ _CHOICE_HELP = {
     "rank_layout": "split: each rank has a slice of the key (paper); full: each has all of it "
     "(authors' code).",
     "qk_norm": "Norm of queries and keys.",
+    "values": f"What is read: {_named(VALUES)}.",
     "init": f"Initial values: {_named(INITIALISATIONS)}.",
 }
 _SWITCH_HELP = {

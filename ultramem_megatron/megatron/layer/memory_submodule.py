@@ -29,9 +29,9 @@ from ultramem_megatron.megatron.layer.query_history import (
 from ultramem_megatron.megatron.table_groups import TableGroups, table_groups
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import UltraMemLayer
-from ultramem_megatron.memory.tables.value_table import ValueTable
-
-_TABLE = "values.weight"
+from ultramem_megatron.memory.placement import Placement
+from ultramem_megatron.memory.tables.value_table import ValueTable, value_tables
+from ultramem_megatron.memory.values import VALUES
 
 
 class TransformerMemory(UltraMemLayer):
@@ -44,28 +44,42 @@ class TransformerMemory(UltraMemLayer):
         ultramem: UltraMemConfig,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
+        placement: Placement,
+        values_by_table: dict[int, torch.nn.Module],
         partition: str = "dimension",
     ) -> None:
         """config: sizes, norm epsilon, parameter dtype and device are taken from it.
 
-        partition: how the table is cut over the expert-parallel group, if that has several ranks.
+        placement: of this memory. values_by_table: of the memories built before on this stage, in
+        which one that reads another's values finds them. partition: how tables are cut over the
+        expert-parallel group, if that has several ranks. Raises UltraMemError.
         """
         groups = table_groups(pg_collection)
         with _parameter_dtype(config.params_dtype), _parameter_device(config):
+            if placement.table == placement.reads:
+                values_by_table[placement.table] = _values(ultramem, groups, partition)
+            elif placement.table not in values_by_table:
+                raise UltraMemError(
+                    f"The memory of layer {placement.reads} reads the values of layer "
+                    f"{placement.table}, which is on another pipeline stage. Choose a pipeline "
+                    f"layout that keeps the two together."
+                )
             super().__init__(
                 ultramem,
                 hidden_size=config.hidden_size,
                 num_layers=config.num_layers,
                 layer_number=layer_number,
                 eps=config.layernorm_epsilon,
-                values=_value_table(ultramem, groups, partition),
+                values=values_by_table[placement.table],
+                table_number=placement.table,
             )
         self.groups = groups
         self.tensor_group = pg_collection.tp
         self.context_group = pg_collection.cp
         self.sequence_parallel = config.sequence_parallel
         if groups is not None and not self.sequence_parallel and self.tensor_group.size() > 1:
-            self.values.share_tokens(self.tensor_group)
+            for table in value_tables(self).values():
+                table.share_tokens(self.tensor_group)
         self._tag_parameters()
 
     def _tag_parameters(self) -> None:
@@ -73,11 +87,13 @@ class TransformerMemory(UltraMemLayer):
         for parameter in self.parameters():
             # Seen by each tensor-parallel rank with other tokens: summed over them.
             parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]  # Megatron's tag
-        if self.groups is not None:
-            table = self.values.weight
-            table.sequence_parallel = False  # type: ignore[attr-defined]  # Megatron's tag
+        if self.groups is None:
+            return
+        for table in value_tables(self).values():
+            weight = table.weight
+            weight.sequence_parallel = False  # type: ignore[attr-defined]  # Megatron's tag
             # An "expert" parameter: reduced over the ranks that hold the same part.
-            table.allreduce = False  # type: ignore[attr-defined]  # Megatron's tag
+            weight.allreduce = False  # type: ignore[attr-defined]  # Megatron's tag
 
     def forward(
         self, x: Tensor, inference_context: Any = None, packed_seq_params: Any = None
@@ -144,30 +160,33 @@ class TransformerMemory(UltraMemLayer):
         )
         if self.groups is not None:
             assert not sharded_offsets, "layers with memory are not homogeneous"
-            state[prefix + _TABLE] = self._sharded_table(prefix + _TABLE)
+            for name, table in value_tables(self).items():
+                key = f"{prefix}{name}.weight"
+                state[key] = _sharded_table(table, key, self.groups)
         return state
 
-    def _sharded_table(self, key: str) -> ShardedTensor:
-        assert self.groups is not None
-        layout, table = self.values.layout, self.values.weight
-        return ShardedTensor(
-            key,
-            table,
-            table.dtype,
-            tuple(table.shape),
-            (layout.num_values, layout.value_dim),
-            (layout.rows().start, layout.columns().start),
-            None,  # parts may differ in size by a row: no regular grid
-            replica_id=(0, 0, self.groups.replicas.rank()),
-        )
+
+def _sharded_table(table: ValueTable, key: str, groups: TableGroups) -> ShardedTensor:
+    layout, weight = table.layout, table.weight
+    return ShardedTensor(
+        key,
+        weight,
+        weight.dtype,
+        tuple(weight.shape),
+        (layout.num_values, layout.value_dim),
+        (layout.rows().start, layout.columns().start),
+        None,  # parts may differ in size by a row: no regular grid
+        replica_id=(0, 0, groups.replicas.rank()),
+    )
 
 
-def _value_table(
+def _values(
     ultramem: UltraMemConfig, groups: TableGroups | None, partition: str
-) -> ValueTable:
+) -> torch.nn.Module:
+    kind = VALUES[ultramem.values]
     if groups is None:
-        return ValueTable(ultramem)
-    return ValueTable(ultramem, partition, groups.table)
+        return kind.build(ultramem, "replicated", None)
+    return kind.build(ultramem, partition, groups.table)
 
 
 def _parameter_device(config: TransformerConfig) -> torch.device:

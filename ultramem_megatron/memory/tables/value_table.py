@@ -41,15 +41,15 @@ class ValueTable(nn.Module):
         """How often a read pauses for other ranks."""
         return self._reader.pauses
 
-    def forward(self, addresses: Tensor, scores: Tensor) -> Steps:
+    def read(self, addresses: Tensor, scores: Tensor) -> Steps:
         """Pooled values (T, E, Dv) for shuffled virtual addresses (T, P) and scores (T, P, C)."""
         return self._reader.read(self.weight, addresses, scores)
 
     @torch.no_grad()
-    def reset(self, draw: Draw, std: float) -> None:
-        """Initial values of this rank's part."""
+    def draw(self, draw: Draw, std: float, name: str) -> None:
+        """Fill this rank's part from a normal distribution; `name` tells a layer's tables apart."""
         layout = self.layout
-        draw.table_(self.weight, layout.rows(), layout.columns(), layout.value_dim, std, "values")
+        draw.table_(self.weight, layout.rows(), layout.columns(), layout.value_dim, std, name)
 
     def share_tokens(self, group: Any) -> None:
         """The ranks of `group` hold the same tokens: let each read a share of them."""
@@ -74,3 +74,8 @@ def mark_as_values(parameter: nn.Parameter) -> None:
 def is_value_table(parameter: Tensor) -> bool:
     """Whether a parameter is (a part of) a value table."""
     return bool(getattr(parameter, VALUES_TAG, False))
+
+
+def value_tables(module: nn.Module) -> dict[str, ValueTable]:
+    """The value tables in a module, by the names of their modules."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, ValueTable)}
