@@ -1,5 +1,7 @@
 """Where memories stand, and memories that read the same values."""
 
+from typing import Any
+
 import torch
 
 from tests.layers import HIDDEN, small_config
@@ -8,7 +10,7 @@ from ultramem_megatron.memory.placement import Placement, placements
 from ultramem_megatron.memory.spans import Span
 
 
-def _layer(number: int, **changes: object) -> UltraMemLayer:
+def _layer(number: int, **changes: Any) -> UltraMemLayer:
     return UltraMemLayer(
         small_config(), hidden_size=HIDDEN, num_layers=4, layer_number=number, **changes
     ).double()
