@@ -25,11 +25,11 @@ from launch.ablations import recall, table
 from launch.ablations.experiments import EXPERIMENTS, Experiment, find_experiment
 from launch.ablations.models import SMALL_TRAINING, SMALL_TRANSFORMER, sizes
 from launch.ablations.training import Training, train
-from launch.recipe import as_arguments
 from launch.stage import StageError
 from ultramem_megatron.data import corpora, prepare
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.presets.__main__ import flags as preset_flags
+from ultramem_megatron.presets.flags import as_words
+from ultramem_megatron.presets.flags import flags as preset_flags
 
 VOCAB_SIZE = 2048
 RESULTS = Path(__file__).parents[1] / "results"
@@ -77,7 +77,7 @@ def full_commands(
     """One shell command for each run of the paper's size; of a flag given twice the last counts."""
     for model, seed in itertools.product(experiment.models, seeds):
         words = preset_flags(model.preset, model=True, training=True)
-        words += [*as_arguments(model.full), "--seed", str(seed), *extra]
+        words += [*as_words(model.full), "--seed", str(seed), *extra]
         yield f"torchrun $LAUNCH -m ultramem_megatron train {shlex.join(words)}"
 
 
