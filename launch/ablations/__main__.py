@@ -20,8 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from launch import plots
-from launch.ablations import recall, table
+from launch.ablations import pictures, recall, table
 from launch.ablations.experiments import EXPERIMENTS, Experiment, find_experiment
 from launch.ablations.models import SMALL_TRAINING, SMALL_TRANSFORMER, sizes
 from launch.ablations.training import Training, train
@@ -30,6 +29,7 @@ from ultramem_megatron.data import corpora, prepare
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.presets.flags import as_words
 from ultramem_megatron.presets.flags import flags as preset_flags
+from ultramem_megatron.tools import rows
 
 VOCAB_SIZE = 2048
 RESULTS = Path(__file__).parents[1] / "results"
@@ -111,7 +111,8 @@ def run_small(experiment: Experiment, seeds: Sequence[int], args: argparse.Names
             print(_progress(number, len(work), waiting[key], records[key], left), flush=True)
             finished = [training for training in planned if training.key() in records]
             write_results(experiment, finished, records, args.results)
-    plots.main([experiment.name, "--results", str(args.results)])
+    if records:
+        pictures.show(args.results / f"{experiment.name}.csv")
     return 1 if failed else 0
 
 
@@ -143,8 +144,8 @@ def write_results(
         counted = sizes(model.name, (*model.small_arguments(), *training.extra))
         runs.append(table.run_line(experiment.name, model.name, counted, record))
         curves += table.curve_lines(experiment.name, model.name, tokens, record)
-    table.write(runs, results / f"{experiment.name}.csv")
-    table.write(curves, results / f"{experiment.name}_curves.csv")
+    rows.write(results / f"{experiment.name}.csv", runs)
+    rows.write(results / f"{experiment.name}_curves.csv", curves)
 
 
 def _progress(
