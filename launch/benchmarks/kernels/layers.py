@@ -17,6 +17,7 @@ from ultramem_megatron.patches import registry
 
 _LAYERS = 12  # of the imagined model: it sets initial variances only
 _COMPARED_ROWS = 4096
+_ULTRA_MEM_CORES = 2  # what the package calls heads, by default
 MOE_EXPERTS = 32
 
 
@@ -71,6 +72,12 @@ def others(shape: Shape, device: torch.device) -> list[Candidate]:
             continue
         found.append(_other(name, module, x))
     return found
+
+
+def widths_of_others(shape: Shape) -> list[int]:
+    """Numbers in a row of the tables that `others` may build, each with as many rows as ours."""
+    ultra_mem, product_key_memory = _ULTRA_MEM_CORES * shape.value_dim, shape.hidden
+    return [ultra_mem, product_key_memory]
 
 
 def _other(name: str, module: nn.Module, x: Tensor) -> Candidate:

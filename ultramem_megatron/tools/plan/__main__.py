@@ -95,8 +95,8 @@ _MOVED = {
 
 
 def _refuse_moved(flags: Sequence[str]) -> None:
-    for flag in flags:
-        if command := _MOVED.get(flag.partition("=")[0]):
+    for flag in (word.partition("=")[0] for word in flags):
+        if command := _MOVED.get(flag):
             raise UltraMemError(f"{flag} of plan is a command of its own now: {command}")
 
 

@@ -23,7 +23,7 @@ from ultramem_megatron.megatron.flags import machine_flags
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.tables.settings import TableSettings, settings_from_args
 from ultramem_megatron.patches import registry
-from ultramem_megatron.presets.__main__ import flags as preset_flags
+from ultramem_megatron.presets.flags import flags as preset_flags
 
 registry.apply_all()  # before anything of Megatron is built
 
