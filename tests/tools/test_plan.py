@@ -463,6 +463,18 @@ def test_figure_and_csv(paper):
     assert (folder / "f.png").stat().st_size > 1000
 
 
+def _patched_by_import():
+    import ultramem_megatron.tools.paper.tables
+    import ultramem_megatron.tools.plan.stage_cost  # noqa: F401 - imports are what is tried
+    from ultramem_megatron.patches import registry
+
+    return [patch.name for patch in registry.all_patches() if registry.is_applied(patch.name)]
+
+
+def test_importing_a_plan_patches_nothing():
+    assert _run(_patched_by_import) == []
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
