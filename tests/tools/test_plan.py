@@ -339,6 +339,18 @@ def test_text_names_what_is_inferred_and_what_the_paper_prints():
     assert "Et*17|t*15L" in text
 
 
+def _patched_by_import():
+    import ultramem_megatron.tools.paper.tables
+    import ultramem_megatron.tools.plan.stage_cost  # noqa: F401 - imports are what is tried
+    from ultramem_megatron.patches import registry
+
+    return [patch.name for patch in registry.all_patches() if registry.is_applied(patch.name)]
+
+
+def test_importing_a_plan_patches_nothing():
+    assert _run(_patched_by_import) == []
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -18,6 +18,7 @@ import torch
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.faults.integrity import check_before_reading
 from ultramem_megatron.kernels.dispatch import implementation
+from ultramem_megatron.megatron.flags.process import open_process
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.tables.settings import TableSettings
 from ultramem_megatron.patches import registry
@@ -84,10 +85,8 @@ def load_model(
     local_layers: build Megatron's own layers even where Transformer Engine is installed.
     """
     from ultramem_megatron.megatron.checkpoint.folder import checkpoint_folder, stored_args
-    from ultramem_megatron.training.pretrain import set_single_process_environment
 
-    set_single_process_environment()
-    registry.apply_all()
+    open_process()
     if cuda_graphs and not _has_cuda():
         raise UltraMemError("--cuda-graphs: there is no NVIDIA GPU here. Decode without them.")
     folder = checkpoint_folder(load, ckpt_step)

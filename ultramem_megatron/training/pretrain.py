@@ -6,33 +6,11 @@ Without --ultramem flags it is a plain GPT. Without torchrun (`python -m ...`) i
 process.
 """
 
-import os
-import socket
 import sys
 from collections.abc import Callable, Collection, Sequence
 
 from ultramem_megatron.errors import exit_on_user_error
-from ultramem_megatron.faults.orphans import end_with_launcher
-from ultramem_megatron.megatron.flags import machine_flags
-from ultramem_megatron.patches import registry
-
-
-def set_single_process_environment() -> None:
-    """Describe a world of one process in the environment, where no launcher did."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free_port = probe.getsockname()[1]
-    for name, value in {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port),
-    }.items():
-        os.environ.setdefault(name, value)
+from ultramem_megatron.megatron.flags.process import open_process
 
 
 def main(
@@ -49,12 +27,8 @@ def main(
 
     Raises UltraMemError for a wrong flag, size or combination, before anything is built.
     """
-    end_with_launcher()
-    set_single_process_environment()
-    registry.apply_all(patches)
-    # Megatron reads sys.argv itself.
     given = sys.argv[1:] if argv is None else list(argv)
-    sys.argv = [sys.argv[0], *machine_flags.complete(given)]
+    open_process(given, patches=patches)
 
     # Imported here, as Megatron takes seconds to import and the patches come first.
     from megatron.core.enums import ModelType

@@ -12,8 +12,8 @@ from launch.benchmarks.kernels.candidate import Candidate
 from launch.benchmarks.kernels.lookups import table_gradient
 from launch.benchmarks.kernels.plain_layer import plain_layer
 from launch.benchmarks.kernels.shapes import Shape
+from ultramem_megatron.megatron.flags.process import open_process
 from ultramem_megatron.memory.layer import UltraMemLayer
-from ultramem_megatron.patches import registry
 
 _LAYERS = 12  # of the imagined model: it sets initial variances only
 _COMPARED_ROWS = 4096
@@ -138,13 +138,10 @@ def _initialize_megatron() -> None:
 
     if dist.is_initialized():
         return
-    registry.apply_all()
+    open_process()
     from megatron.core import parallel_state, tensor_parallel
 
-    dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        store=dist.HashStore(), rank=0, world_size=1,
-    )  # fmt: skip
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 

@@ -9,10 +9,9 @@ import dataclasses
 import io
 import math
 import os
-import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 from unittest import mock
 
 import torch
@@ -20,12 +19,11 @@ import torch.distributed as dist
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags import machine_flags
+from ultramem_megatron.megatron.flags.parse import parse_words
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.tables.settings import TableSettings, settings_from_args
 from ultramem_megatron.patches import registry
 from ultramem_megatron.presets.flags import flags as preset_flags
-
-registry.apply_all()  # before anything of Megatron is built
 
 # Used where the flags do not say otherwise. 50277 is the GPT-NeoX tokenizer, which the paper uses.
 _DEFAULTS = {
@@ -108,23 +106,9 @@ def smallest_world(words: Sequence[str]) -> int:
 
 def _parse_only(words: Sequence[str]) -> Namespace:
     """Unchecked. Flags of a bare machine come last, so that a plan is the same on every one."""
-    from megatron.training.arguments import parse_args
-
-    from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
-
+    registry.apply_all()  # before anything of Megatron is built
     bare = machine_flags.needed_flags(bare=True).items()
-    needed = [word for flag, values in bare for word in (flag, *values)]
-    # Megatron reads sys.argv itself, and prints every flag it has when one is wrong.
-    with (
-        mock.patch.object(sys, "argv", ["ultramem plan", *words, *needed]),
-        mock.patch.object(ArgumentParser, "error", _refuse_flag),
-    ):
-        args: Namespace = parse_args(add_ultramem_arguments)
-    return args
-
-
-def _refuse_flag(_: ArgumentParser, message: str) -> NoReturn:
-    raise UltraMemError(f"Wrong flags: {message}. Megatron's and --ultramem flags may follow.")
+    return parse_words([*words, *(word for flag, values in bare for word in (flag, *values))])
 
 
 def _without_transformer_engine(args: Namespace) -> None:
