@@ -13,8 +13,8 @@ from launch.benchmarks.kernels.candidate import check
 from launch.benchmarks.kernels.plain_layer import plain_layer
 from launch.benchmarks.kernels.ratios import ratios
 from launch.benchmarks.kernels.shapes import Shape
-from tests.closeness import assert_close
-from tests.layers import HIDDEN, small_layer
+from tests.closeness import assert_close, rounding
+from tests.layers import HIDDEN, small_layer, sum_lengths
 from tests.ranks import run_on_ranks
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.reference import reference_layer
@@ -28,7 +28,8 @@ def test_the_plain_baseline_computes_the_layer(changes):
     layer = small_layer(**changes)
     x = torch.randn(6, HIDDEN, dtype=torch.float64)
     expected = reference_layer(x.unsqueeze(1), layer.state_dict(), layer.config, eps=1e-5)
-    assert_close(plain_layer(layer, x), expected.squeeze(1), 1e-11)
+    tolerance = rounding(x.dtype, sum_lengths(layer.config))
+    assert_close(plain_layer(layer, x), expected.squeeze(1), tolerance)
 
 
 def test_what_is_wrong_is_not_timed():
