@@ -42,7 +42,7 @@ class NumberTokenizer:
 def random_model(kind: str) -> tuple[Any, Any]:
     """A model of that kind and its flags; convolutions, which start inert, mix their taps."""
     from ultramem_megatron.inference.untrained import untrained_model
-    from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+    from ultramem_megatron.memory.layer import memory_layers
 
     model, args = untrained_model(flags_of(kind))
     for layer in memory_layers(model):

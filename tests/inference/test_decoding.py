@@ -44,7 +44,7 @@ def _logits(model):
 def _save(folder):
     """Save an untrained model of each kind; what it computes."""
     from ultramem_megatron.megatron.checkpoint.weights import save_weights
-    from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+    from ultramem_megatron.memory.layer import memory_layers
 
     make_saving_fast()
     results = {}

@@ -47,7 +47,7 @@ def _train_by_hand(through_builder):
 
     from ultramem_megatron.megatron.layer.specs import with_memory
     from ultramem_megatron.megatron.model import UltraMemGPTModelBuilder, UltraMemGPTModelConfig
-    from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+    from ultramem_megatron.memory.layer import memory_layers
 
     config = _transformer_config()
     if through_builder:

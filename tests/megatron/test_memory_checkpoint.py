@@ -116,7 +116,7 @@ def test_a_checkpoint_with_memory_is_refused_by_a_plain_gpt(saved):
 
 
 def _poison(trained):
-    from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+    from ultramem_megatron.memory.layer import memory_layers
 
     layer = next(iter(memory_layers(trained.model[0])))
     layer.values.weight.data[5, 1] = float("nan")

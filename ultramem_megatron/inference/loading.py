@@ -105,7 +105,7 @@ def prepare_for_inference(model: Any, premultiply_values: bool = False) -> None:
 
     premultiply_values: see UltraMemLayer.prepare_for_inference.
     """
-    from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+    from ultramem_megatron.memory.layer import memory_layers
 
     model.eval()
     for layer in memory_layers(model):
@@ -137,7 +137,7 @@ def build_model(
     _initialize(args, tables)
     model = _build(args, ultramem, tables)
     if tables.size > args.tensor_model_parallel_size:
-        from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+        from ultramem_megatron.memory.layer import memory_layers
 
         for layer in memory_layers(model):
             layer.values.read_in_lockstep()
@@ -196,7 +196,7 @@ def serve_until_all_finish(model: Any) -> None:
     """
     from megatron.core import parallel_state
 
-    from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+    from ultramem_megatron.memory.layer import memory_layers
 
     tables = [layer.values for layer in memory_layers(model)]
     if not tables or (

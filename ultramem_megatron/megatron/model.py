@@ -18,7 +18,6 @@ from ultramem_megatron.megatron.layer.specs import with_memory
 from ultramem_megatron.megatron.metrics import MemoryMonitor
 from ultramem_megatron.megatron.optimizer.auxiliary_loss import (
     finalize_with_auxiliary_loss,
-    memory_layers,
 )
 from ultramem_megatron.megatron.pipeline.carrier import widen_pipeline_tensors
 from ultramem_megatron.megatron.pipeline.layout import most_on_one_stage, spans_cross_stages
@@ -27,6 +26,7 @@ from ultramem_megatron.megatron.table_groups import table_groups
 from ultramem_megatron.megatron.train_only import train_only_memory
 from ultramem_megatron.megatron.upcycle import start_from_dense
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.layer import memory_layers
 from ultramem_megatron.memory.size import memory_size
 from ultramem_megatron.memory.tables.settings import TableSettings
 

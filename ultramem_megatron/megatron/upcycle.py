@@ -24,8 +24,7 @@ from ultramem_megatron.megatron.checkpoint.folder import (
     stored_args,
 )
 from ultramem_megatron.megatron.flags.arguments import config_from_args
-from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
-from ultramem_megatron.memory.layer import UltraMemLayer
+from ultramem_megatron.memory.layer import UltraMemLayer, memory_layers
 
 UPCYCLE_FLAG = "--ultramem-upcycle"
 

@@ -4,6 +4,7 @@ T tokens, D hidden, H heads, m top-m, C cores, E expansion, V value dim. The lay
 torch module: it knows nothing of Megatron, ranks or groups.
 """
 
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
@@ -193,6 +194,11 @@ class UltraMemLayer(nn.Module):
         gain = getattr(self.query.norm, "weight", None)
         (weight if gain is None else gain).mul_(mean ** (-1 / self.retrieval.score_power))
         return mean
+
+
+def memory_layers(model: nn.Module) -> Iterable[UltraMemLayer]:
+    """The memory layers of a model, wrapped or not."""
+    return (module for module in model.modules() if isinstance(module, UltraMemLayer))
 
 
 def _refuse_non_finite_values(layer: nn.Module, _incompatible: object) -> None:

@@ -69,7 +69,7 @@ def _same_as_spec():
 
     from launch.own_loop import ULTRAMEM
     from ultramem_megatron.megatron.layer.specs import with_memory
-    from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+    from ultramem_megatron.memory.layer import memory_layers
 
     results = []
     for by_hand in (False, True):
@@ -105,7 +105,7 @@ def _auxiliary_gradients():
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 
     from launch.own_loop import ULTRAMEM
-    from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+    from ultramem_megatron.memory.layer import memory_layers
 
     strong = functools.partial(type(ULTRAMEM), **{**vars(ULTRAMEM), "aux_loss_weight": 1.0})
     provider = _provider(groups, ultramem=strong(aux_loss_margin=0.0))

@@ -14,7 +14,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
 
 from ultramem_megatron.kernels.precision import at_least_float32
-from ultramem_megatron.memory.layer import UltraMemLayer
+from ultramem_megatron.memory.layer import UltraMemLayer, memory_layers
 
 
 def finalize_with_auxiliary_loss(model: list[Any], *args: Any, **kwargs: Any) -> None:
@@ -34,11 +34,6 @@ def finalize_then_auxiliary_loss(
     loss_scale = _loss_scale(get_model_config(model[0]))
     for chunk in model:
         add_auxiliary_gradients(memory_layers(chunk), loss_scale)
-
-
-def memory_layers(model: torch.nn.Module) -> Iterable[UltraMemLayer]:
-    """The memory layers of a model, wrapped or not."""
-    return (module for module in model.modules() if isinstance(module, UltraMemLayer))
 
 
 def add_auxiliary_gradients(layers: Iterable[UltraMemLayer], loss_scale: float) -> None:
