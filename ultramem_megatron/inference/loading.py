@@ -18,6 +18,7 @@ import torch
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.faults.integrity import check_before_reading
 from ultramem_megatron.kernels.dispatch import implementation
+from ultramem_megatron.megatron.flags.layout_flags import lay_on_one_rank
 from ultramem_megatron.megatron.flags.process import open_process
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.tables.settings import TableSettings
@@ -216,17 +217,9 @@ def _describe_ranks(
     ranks = int(os.environ["WORLD_SIZE"])
     tensor_parallel = layout.tensor_parallel or ranks
     _check_tensor_parallel(args, tensor_parallel, ranks)
+    lay_on_one_rank(args)
     args.world_size, args.tensor_model_parallel_size = ranks, tensor_parallel
-    args.pipeline_model_parallel_size = args.context_parallel_size = 1
-    for name in ("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout",
-                 "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
-                 "recompute_granularity", "recompute_method", "tensor_parallel_num_weight_shards",
-                 "expert_tensor_parallel_num_weight_shards"):  # fmt: skip
-        setattr(args, name, None)
-    args.sequence_parallel = args.account_for_embedding_in_pipeline_split = False
-    args.account_for_loss_in_pipeline_split = args.use_tp_pp_dp_mapping = False
-    args.num_distributed_optimizer_instances = 1
-    args.gtp_weight_remat_size = args.expert_gtp_weight_remat_size = 1
+    args.recompute_granularity = args.recompute_method = None  # nothing is kept for a backward pass
     return _describe_experts_and_tables(args, ultramem, layout)
 
 
@@ -298,7 +291,7 @@ def _describe_experts_and_tables(
     from ultramem_megatron.memory.tables.settings import settings_from_args
 
     tensor_parallel = args.tensor_model_parallel_size
-    args.expert_model_parallel_size = args.expert_tensor_parallel_size = 1
+    args.expert_tensor_parallel_size = 1
     if ultramem is None:
         args.expert_tensor_parallel_size = tensor_parallel
         return TableSettings()
@@ -340,18 +333,12 @@ def _has_cuda() -> bool:
 def _build(args: Namespace, ultramem: UltraMemConfig | None, tables: TableSettings) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.module import Float16Module
-    from megatron.training.argument_utils import (
-        core_transformer_config_from_args,
-        gpt_config_from_args,
-    )
+    from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
+    from ultramem_megatron.megatron.model_from_flags import fill
 
     config = core_transformer_config_from_args(args)
-    model_config = gpt_config_from_args(
-        args, config=config, model_config_cls=UltraMemGPTModelConfig
-    )
-    model_config.ultramem, model_config.table_partition = ultramem, tables.partition
+    model_config = fill(args, config, ultramem, tables)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = model_config.get_builder_cls()(model_config).build_model(groups)
     model = model.cuda()

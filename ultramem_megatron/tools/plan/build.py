@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags import machine_flags
+from ultramem_megatron.megatron.flags.layout_flags import lay_on_one_rank
 from ultramem_megatron.megatron.flags.parse import parse_words
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.tables.settings import TableSettings, settings_from_args
@@ -71,7 +72,7 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
     _without_transformer_engine(args)
     args.rank, args.world_size = 0, world_size or 1
     if world_size is None:
-        _on_one_rank(args)
+        lay_on_one_rank(args)
     try:
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(os.environ):
             os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # a launcher's business, not a plan's
@@ -114,18 +115,7 @@ def _parse_only(words: Sequence[str]) -> Namespace:
 def _without_transformer_engine(args: Namespace) -> None:
     # These need Transformer Engine, and change neither sizes nor what is kept or sent.
     args.moe_grouped_gemm = args.tp_comm_overlap = False
-
-
-def _on_one_rank(args: Namespace) -> None:
-    """Undo the layout: the whole model on one rank."""
-    args.tensor_model_parallel_size = args.pipeline_model_parallel_size = 1
-    args.expert_model_parallel_size, args.expert_tensor_parallel_size = 1, None
-    args.context_parallel_size = 1
-    args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
-    args.pipeline_model_parallel_layout = None
-    args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
-    args.sequence_parallel = False
-    args.ultramem_parallel_size = None
+    args.ultramem_overlap = False  # sends the same at other times
 
 
 @contextlib.contextmanager
@@ -166,14 +156,10 @@ def built_stage(run: Run, stage: int = 0) -> Iterator[list[Any]]:
 
 def _chunks(run: Run) -> list[Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args
 
-    from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
+    from ultramem_megatron.megatron.model_from_flags import fill
 
-    config = gpt_config_from_args(
-        run.args, config=run.transformer, model_config_cls=UltraMemGPTModelConfig
-    )
-    config.ultramem, config.table_partition = run.ultramem, run.tables.partition
+    config = fill(run.args, run.transformer, run.ultramem, run.tables)
     if run.ultramem is None:
         config.transformer_layer_spec = _plain_spec
     builder = config.get_builder_cls()(config)
