@@ -91,7 +91,7 @@ class UltraMemLayer(nn.Module):
         addresses = self.shuffle(retrieved.addresses)
         if self.premultiplied is not None:
             return self.premultiplied(addresses, retrieved.scores).view(x.shape)
-        pooled = yield from self.values(addresses, retrieved.scores, x.view(-1, x.shape[-1]))
+        pooled = yield from self.values(addresses, retrieved.scores, x)
         out = self.value_proj(pooled.flatten(1)).view(x.shape)
         if self.training and torch.is_grad_enabled():
             rows, _ = split_address(addresses, self.config.num_values)

@@ -27,7 +27,7 @@ class Values(Protocol):
         ...
 
     def __call__(self, addresses: Tensor, scores: Tensor, x: Tensor) -> Steps:
-        """(T, E, V) for shuffled virtual addresses (T, P), scores (T, P, C) and inputs (T, D)."""
+        """(T, E, V) for shuffled virtual addresses (T, P), scores (T, P, C), inputs (..., D)."""
         ...
 
     def reset(self, draw: Draw, scales: Scales) -> None:
