@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ultramem_megatron.communication.pausing import Steps, run
+from ultramem_megatron.communication.pausing import Pausing, run
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization import INITIALISATIONS
@@ -85,7 +85,7 @@ class UltraMemLayer(nn.Module):
         """x: (..., D); with a query convolution (S, B, D) and its `history` (see query.py)."""
         return run(self.steps(x, history))
 
-    def steps(self, x: Tensor, history: Tensor | None = None) -> Steps:
+    def steps(self, x: Tensor, history: Tensor | None = None) -> Pausing:
         """As forward, pausing whenever other ranks have to answer."""
         retrieved = self.retrieve(self.query(x, history))
         addresses = self.shuffle(retrieved.addresses)

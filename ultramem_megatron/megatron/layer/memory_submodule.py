@@ -19,7 +19,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from ultramem_megatron.communication.branch import Branch
-from ultramem_megatron.communication.pausing import Steps, run
+from ultramem_megatron.communication.pausing import Pausing, run
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.layer.query_history import (
     decoding_history,
@@ -103,7 +103,7 @@ class TransformerMemory(UltraMemLayer):
 
     def steps(
         self, x: Tensor, inference_context: Any = None, packed_seq_params: Any = None
-    ) -> Steps:
+    ) -> Pausing:
         """As forward, pausing whenever other ranks have to answer."""
         return (yield from super().steps(x, self._history(x, inference_context, packed_seq_params)))
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.tables.layout import TableLayout
 from ultramem_megatron.memory.tables.traffic import Exchange, Volume
@@ -23,7 +23,7 @@ class TableReader(Protocol):
         """How often a read pauses for the other ranks."""
         ...
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """Pooled values of this rank's tokens, differentiable in `part` and `scores`; in steps.
 
         part: this rank's part of the table, `TableLayout.shape`. addresses: (T, P) int64, shuffled

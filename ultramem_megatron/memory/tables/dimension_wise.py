@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.communication.exchange import Transfer, all_to_all, gather_tokens
-from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.memory.retrieval.addresses import split_address
@@ -33,7 +33,7 @@ class DimensionWiseReader:
     group: Any
     pauses = 2
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """See TableReader.read."""
         tokens = len(addresses)
         gathering = gather_tokens(addresses.to(torch.int32), self.group, "addresses")

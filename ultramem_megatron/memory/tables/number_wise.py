@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.communication.exchange import Transfer, all_to_all
-from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.kernels.precision import at_least_float32
@@ -53,7 +53,7 @@ class NumberWiseReader:
     pool_at_owner: bool
     pauses = 3
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """See TableReader.read."""
         if part.is_meta:
             return (yield from self._read_shapes(part, addresses, scores))
@@ -64,7 +64,7 @@ class NumberWiseReader:
         pooled = _sums(values, buckets, len(addresses) * self.num_groups)
         return pooled.to(part.dtype).view(len(addresses), self.num_groups, part.shape[1])
 
-    def _read_shapes(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+    def _read_shapes(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """Without numbers nobody knows how much goes where: as if all picked rows were at home."""
         for _ in range(self.pauses):
             yield

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.memory.retrieval.addresses import split_address
@@ -21,7 +21,7 @@ class ReplicatedReader:
     num_groups: int
     pauses = 0
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """See TableReader.read."""
         yield from ()
         rows, groups = split_address(addresses, self.num_values)

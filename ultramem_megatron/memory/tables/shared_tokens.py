@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ultramem_megatron.communication.exchange import gather_shares, take_share
-from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.memory.tables.contract import TableReader
 
 
@@ -30,7 +30,7 @@ class SharedTokensReader:
         """See TableReader.pauses."""
         return self.reader.pauses + 1
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """See TableReader.read."""
         tokens = len(addresses)
         missing = (

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.tables.contract import TableReader
@@ -41,7 +41,7 @@ class ValueTable(nn.Module):
         """How often a read pauses for other ranks."""
         return self._reader.pauses
 
-    def read(self, addresses: Tensor, scores: Tensor) -> Steps:
+    def read(self, addresses: Tensor, scores: Tensor) -> Pausing:
         """Pooled values (T, E, Dv) for shuffled virtual addresses (T, P) and scores (T, P, C)."""
         return self._reader.read(self.weight, addresses, scores)
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
@@ -26,7 +26,7 @@ class Values(Protocol):
         """How often a read pauses for other ranks."""
         ...
 
-    def __call__(self, addresses: Tensor, scores: Tensor, x: Tensor) -> Steps:
+    def __call__(self, addresses: Tensor, scores: Tensor, x: Tensor) -> Pausing:
         """(T, E, V) for shuffled virtual addresses (T, P), scores (T, P, C), inputs (..., D)."""
         ...
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
@@ -16,7 +16,7 @@ from ultramem_megatron.memory.values.contract import ValuesKind
 class PooledValues(ValueTable):
     """Sums of scores times values, one for each expansion group."""
 
-    def forward(self, addresses: Tensor, scores: Tensor, x: Tensor) -> Steps:
+    def forward(self, addresses: Tensor, scores: Tensor, x: Tensor) -> Pausing:
         """See Values; x is not looked at."""
         return self.read(addresses, scores)
 
