@@ -10,8 +10,9 @@ import torch
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.dispatch import implementation
 from ultramem_megatron.megatron.flags.layout_flags import lay_on_one_rank
+from ultramem_megatron.megatron.flags.table_flags import settings_from_args
 from ultramem_megatron.memory.config import UltraMemConfig
-from ultramem_megatron.memory.tables.settings import TableSettings, settings_from_args
+from ultramem_megatron.memory.tables.settings import TableSettings
 from ultramem_megatron.patches import registry
 
 
