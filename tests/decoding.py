@@ -101,7 +101,7 @@ def dynamic_logits(model: Any, tokens: torch.Tensor, prefill: int) -> torch.Tens
     from megatron.core.inference.sampling_params import SamplingParams
     from megatron.core.inference.utils import InferenceMode
 
-    from ultramem_megatron.inference.loading import dynamic_context
+    from ultramem_megatron.inference.dynamic_batching import dynamic_context
 
     batch, length = tokens.shape
     context = dynamic_context(model, batch, length, block_tokens=4)

@@ -175,9 +175,9 @@ def test_throughput_and_parameter_reports_count_the_memory(capfd):
 
 
 def test_start_up_prints_the_plan():
-    from ultramem_megatron.megatron.model import plan
+    from ultramem_megatron.megatron.startup import describe_memories
 
-    assert plan(_ultramem(), 32) == (
+    assert describe_memories(_ultramem(), 32) == (
         " > UltraMem: 2 memory layers at spans 1:2/3:4, 144 values x 16 each; parameters: 4608 "
         "sparse (value tables), 9312 dense; 19392 FLOPs per token forward"
     )

@@ -4,7 +4,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from ultramem_megatron.inference.loading import InferenceLayout, build_model
+from ultramem_megatron.inference.layout import InferenceLayout
+from ultramem_megatron.inference.loading import build_model
 from ultramem_megatron.megatron.flags.parse import args_from_flags
 
 

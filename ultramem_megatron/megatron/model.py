@@ -21,13 +21,17 @@ from ultramem_megatron.megatron.optimizer.auxiliary_loss import (
 )
 from ultramem_megatron.megatron.pipeline.carrier import widen_pipeline_tensors
 from ultramem_megatron.megatron.pipeline.layout import most_on_one_stage, spans_cross_stages
-from ultramem_megatron.megatron.startup import Storage, check_agreement, describe_tables
+from ultramem_megatron.megatron.startup import (
+    Storage,
+    check_agreement,
+    describe_memories,
+    describe_tables,
+)
 from ultramem_megatron.megatron.table_groups import table_groups
 from ultramem_megatron.megatron.train_only import train_only_memory
 from ultramem_megatron.megatron.upcycle import start_from_dense
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import memory_layers
-from ultramem_megatron.memory.size import memory_size
 from ultramem_megatron.memory.tables.settings import TableSettings
 
 
@@ -121,7 +125,7 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
             parameter_bytes, 4 if in_fp32 else parameter_bytes, replicas if sharded else 1
         )
         tables = most_on_one_stage(ultramem.spans, transformer)
-        print_rank_0(plan(ultramem, transformer.hidden_size))
+        print_rank_0(describe_memories(ultramem, transformer.hidden_size))
         print_rank_0(describe_tables(ultramem, settings, storage, tables))
         if self._model_config.memory_overlap:
             print_rank_0(describe_overlap(ultramem.spans, transformer))
@@ -130,18 +134,6 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
 def _table_ranks(groups: ProcessGroupCollection) -> int:
     """Ranks that share each value table."""
     return int(groups.ep.size()) if table_groups(groups) is not None else 1
-
-
-def plan(ultramem: UltraMemConfig, hidden_size: int) -> str:
-    """The memory layers in one line: places, sizes, parameters, FLOPs."""
-    size = memory_size(ultramem, hidden_size)
-    spans = "/".join(map(str, ultramem.spans))
-    return (
-        f" > UltraMem: {len(ultramem.spans)} memory layers at spans {spans}, "
-        f"{ultramem.num_values} values x {ultramem.value_dim} each; parameters: "
-        f"{size.sparse} sparse (value tables), {size.dense} dense; "
-        f"{size.flops_per_token} FLOPs per token forward"
-    )
 
 
 def _spec_with_memory(config: UltraMemGPTModelConfig) -> Any:

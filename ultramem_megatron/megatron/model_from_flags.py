@@ -17,12 +17,13 @@ from ultramem_megatron.megatron.flags.refusals import (
     refuse_unsupported_flags,
     require_eval_interval,
 )
+from ultramem_megatron.megatron.flags.table_flags import settings_from_args
 from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
 from ultramem_megatron.megatron.pipeline.layout import check_pipeline
 from ultramem_megatron.megatron.table_groups import initialize_model_parallel
 from ultramem_megatron.megatron.upcycle import dense_checkpoint
 from ultramem_megatron.memory.config import UltraMemConfig
-from ultramem_megatron.memory.tables.settings import TableSettings, settings_from_args
+from ultramem_megatron.memory.tables.settings import TableSettings
 
 
 def model_config_from_args(

@@ -21,8 +21,9 @@ from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags import machine_flags
 from ultramem_megatron.megatron.flags.layout_flags import lay_on_one_rank
 from ultramem_megatron.megatron.flags.parse import parse_words
+from ultramem_megatron.megatron.flags.table_flags import settings_from_args
 from ultramem_megatron.memory.config import UltraMemConfig
-from ultramem_megatron.memory.tables.settings import TableSettings, settings_from_args
+from ultramem_megatron.memory.tables.settings import TableSettings
 from ultramem_megatron.patches import registry
 from ultramem_megatron.presets.flags import flags as preset_flags
 
