@@ -20,8 +20,6 @@ def exit_on_user_error() -> Iterator[None]:
     """
     try:
         yield
-    except UltraMemError as error:
-        _refuse(str(error))
     except ImportError as error:
         if not (error.name or "").startswith("megatron.") or not _has_older_megatron():
             raise
@@ -29,6 +27,20 @@ def exit_on_user_error() -> Iterator[None]:
             f"this command needs megatron-core 0.19, {version('megatron-core')} is installed. With "
             f"0.17 and 0.18 memory layers run in a training loop of your own: launch/own_loop.py."
         )
+    except BaseException as error:
+        found = user_error(error)
+        if found is None:
+            raise
+        _refuse(str(found))
+
+
+def user_error(error: BaseException) -> UltraMemError | None:
+    """The UltraMemError that `error` is or, as torch's CheckpointException, has from some rank."""
+    if isinstance(error, UltraMemError):
+        return error
+    failures: dict[int, tuple[BaseException, object]] = getattr(error, "failures", {})
+    found = (user_error(failure) for failure, _ in failures.values())
+    return next((one for one in found if one is not None), None)
 
 
 def _has_older_megatron() -> bool:

@@ -8,6 +8,7 @@ from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron.faults import integrity
 from ultramem_megatron.faults.integrity import DamagedCheckpointError
+from ultramem_megatron.megatron.checkpoint.source import check_sums, source_of_weights
 
 _FLAGS = {
     "ultramem_spans": "1:2", "ultramem_num_keys": 12, "ultramem_topk": 6,
@@ -53,7 +54,8 @@ _DAMAGES = [
 def _check(folder, **changes):
     args = {"load": str(folder), "verify_integrity": True, "ckpt_format": "torch_dist",
             "ckpt_step": None}  # fmt: skip
-    integrity.check_before_loading(Namespace(**{**args, **changes}))
+    args = Namespace(**{**args, **changes})
+    check_sums(source_of_weights(args), args)
 
 
 def test_every_damage_is_named_and_the_previous_checkpoint_offered(saved):

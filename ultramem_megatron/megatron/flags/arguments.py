@@ -101,6 +101,12 @@ def _add_start_arguments(group: Any) -> None:
         "have no effect at first. Where --load holds a checkpoint already, that one is resumed.",
     )
     group.add_argument(
+        "--load-or-start",
+        action="store_true",
+        help="Start from the beginning where --load, the same folder as --save, has no checkpoint "
+        "yet. Without it that is an error.",
+    )
+    group.add_argument(
         "--ultramem-train-only",
         choices=("memory",),
         help="memory: freeze everything but the memory layers.",
