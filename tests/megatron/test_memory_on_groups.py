@@ -33,6 +33,7 @@ def _on_rank(tp, cp, size, partition, sequence_parallel, tokens_per_rank, config
     from megatron.core.transformer import TransformerConfig
 
     from ultramem_megatron.megatron.layer.memory_submodule import TransformerMemory
+    from ultramem_megatron.memory.placement import Placement
     from ultramem_megatron.patches import registry
 
     registry.apply_all()
@@ -48,6 +49,7 @@ def _on_rank(tp, cp, size, partition, sequence_parallel, tokens_per_rank, config
     memory = TransformerMemory(
         transformer, ultramem=config, layer_number=1, partition=partition,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        placement=Placement(1, 1, 1), values_by_table={},
     )  # fmt: skip
     holders = world if sequence_parallel else world // tp  # ranks with tokens of their own
     x, grad = _tokens(holders * tokens_per_rank)

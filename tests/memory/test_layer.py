@@ -126,12 +126,14 @@ def test_filter_is_used_as_stored_and_updated_on_request():
     layer = small_layer()
     before = layer(_input()).detach()
     with torch.no_grad():
-        layer.cores.weight.copy_(torch.randn(layer.cores.weight.shape, dtype=torch.float64))
-    stored = layer.cores.u.clone()
+        layer.retrieval.cores.weight.copy_(
+            torch.randn(layer.retrieval.cores.weight.shape, dtype=torch.float64)
+        )
+    stored = layer.retrieval.cores.u.clone()
     layer(_input())
-    assert torch.equal(layer.cores.u, stored)
-    layer.update_filter()
-    assert not torch.equal(layer.cores.u, stored)
+    assert torch.equal(layer.retrieval.cores.u, stored)
+    layer.after_step()
+    assert not torch.equal(layer.retrieval.cores.u, stored)
     assert relative_error(layer(_input()), before) > 1e-3
 
 
@@ -146,11 +148,11 @@ def test_loading_refuses_a_table_with_nan():
 
 def test_casting_to_half_precision_keeps_the_filter_exact():
     layer = small_layer(torch.float32)
-    u = layer.cores.u.clone()
-    assert layer.bfloat16().cores.u.dtype == torch.float32
-    assert torch.equal(layer.cores.u, u)
+    u = layer.retrieval.cores.u.clone()
+    assert layer.bfloat16().retrieval.cores.u.dtype == torch.float32
+    assert torch.equal(layer.retrieval.cores.u, u)
     assert layer.values.weight.dtype == torch.bfloat16
-    assert layer.double().cores.u.dtype == torch.float64
+    assert layer.double().retrieval.cores.u.dtype == torch.float64
 
 
 def test_statistics_are_recorded_in_training_forwards_only():

@@ -104,7 +104,9 @@ def test_a_filter_that_was_never_computed_is_computed():
     state["tucker_core_u"] = torch.zeros_like(state["tucker_core_u"])
     state["tucker_core_v"] = torch.zeros_like(state["tucker_core_v"])
     layer = _load(state)
-    assert_close(layer.cores.u.norm(dim=-1), torch.ones(2).double(), rounding(torch.float64, 2))
+    assert_close(
+        layer.retrieval.cores.u.norm(dim=-1), torch.ones(2).double(), rounding(torch.float64, 2)
+    )
 
 
 def test_the_given_tensors_are_not_shared():

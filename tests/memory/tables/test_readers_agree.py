@@ -12,15 +12,15 @@ from tests.ranks import init_gloo, run_on_ranks
 from ultramem_megatron.communication.exchange import count_bytes
 from ultramem_megatron.communication.pausing import run
 from ultramem_megatron.memory.tables.dimension_wise import DimensionWiseReader
-from ultramem_megatron.memory.tables.layout import TableLayout, dimension_wise_fits
-from ultramem_megatron.memory.tables.number_wise import NumberWiseReader
-from ultramem_megatron.memory.tables.replicated import ReplicatedReader
-from ultramem_megatron.memory.tables.traffic import (
-    Exchange,
-    dimension_wise,
-    number_wise_rows,
-    number_wise_sums,
+from ultramem_megatron.memory.tables.layout import TableLayout
+from ultramem_megatron.memory.tables.number_wise import (
+    NumberWiseReader,
+    volume_of_rows,
+    volume_of_sums,
 )
+from ultramem_megatron.memory.tables.partitions import PARTITIONS
+from ultramem_megatron.memory.tables.replicated import ReplicatedReader
+from ultramem_megatron.memory.tables.traffic import Exchange
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,8 @@ class Case:
         return len(self.tokens)
 
     def layout(self, rank: int = 0) -> TableLayout:
-        sizes = (self.num_values, self.value_dim, self.cores, self.size, rank)
-        if self.partition == "dimension":
-            return TableLayout("dimension", *sizes)
-        return TableLayout("number", *sizes)
+        kind = PARTITIONS["dimension" if self.partition == "dimension" else "number"]
+        return kind.layout(self.num_values, self.value_dim, self.cores, self.size, rank)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Table, addresses, scores and output gradient of all tokens, the same in each process."""
@@ -168,7 +166,8 @@ def _cases(draw, size):
     partition = draw(st.sampled_from(["rows", "sums", "dimension"]))
     cores = draw(st.sampled_from([1, 2, 3, 4]))
     value_dim = cores * draw(st.integers(1, 6)) * size
-    if not dimension_wise_fits(value_dim, cores, size) and partition == "dimension":
+    straddles = size % cores and cores % size
+    if partition == "dimension" and (value_dim % size or straddles):
         cores = 1
     tokens = draw(st.lists(st.integers(0, 6), min_size=size, max_size=size))
     if partition == "dimension":
@@ -201,7 +200,7 @@ def _received(case):
 def test_dimension_wise_moves_the_bytes_of_the_formula(size, cores):
     case = Case("dimension", (10,) * size, cores=cores, dtype=torch.float32)
     exchange = Exchange(size, case.picks, case.value_dim, case.groups, cores, number_bytes=4)
-    expected = dimension_wise(exchange)
+    expected = PARTITIONS["dimension"].volume(exchange)
     for forward, backward in _received(case):
         assert forward == 10 * expected.forward
         assert backward == 10 * expected.backward
@@ -211,7 +210,7 @@ def test_dimension_wise_moves_the_bytes_of_the_formula(size, cores):
 def test_number_wise_moves_the_bytes_of_the_formula(partition):
     case = Case(partition, (400,) * 4, num_values=1024, picks=12, dtype=torch.float32)
     exchange = Exchange(4, case.picks, case.value_dim, case.groups, case.cores, number_bytes=4)
-    formula = number_wise_rows if partition == "rows" else number_wise_sums
+    formula = volume_of_rows if partition == "rows" else volume_of_sums
     received = _received(case)
     # What one rank receives as owner depends on the draw; over all ranks it evens out.
     forward, backward = (sum(column) / len(received) for column in zip(*received, strict=True))
