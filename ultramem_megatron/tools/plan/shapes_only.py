@@ -100,9 +100,9 @@ def _largest(values: Tensor, topk: int) -> Tensor:
 
 
 _KERNELS: dict[str, Any] = {
-    "partition.dimension_wise.lookup_reduce": _lookup_reduce,
-    "partition.replicated.lookup_reduce": _lookup_reduce,
-    "retrieval.keys.side_topk": _side_topk,
+    "memory.tables.dimension_wise.lookup_reduce": _lookup_reduce,
+    "memory.tables.replicated.lookup_reduce": _lookup_reduce,
+    "memory.retrieval.keys.side_topk": _side_topk,
     "kernels.tucker_topk.eager.largest": _largest,
 }
 
