@@ -3,8 +3,8 @@
     ultramem generate --load DIR --prompt "def main():" --tokens 100
 
 Prints prompt and continuation to standard output; everything else goes to standard error. Under
-torchrun the ranks share the model (--tensor-parallel-size), and each tensor-parallel group takes
-its share of the prompts.
+torchrun the ranks share the model (--tensor-model-parallel-size), and each tensor-parallel group
+takes its share of the prompts.
 """
 
 import argparse
@@ -14,22 +14,22 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
-from ultramem_megatron.inference.loading import (
-    InferenceLayout,
-    LoadedModel,
-    dynamic_context,
-    load_for_inference,
-    serve_until_all_finish,
-)
 from ultramem_megatron.memory.tables.settings import PARTITIONS
+
+if TYPE_CHECKING:  # imported where it is used: --help and a wrong flag need no torch
+    from ultramem_megatron.inference.loading import InferenceLayout, LoadedModel
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(prog="ultramem generate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ultramem generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--load", required=True, help="Checkpoint folder (training's --save).")
     parser.add_argument("--ckpt-step", type=int, help="Iteration to load; default: the latest.")
     parser.add_argument(
@@ -64,8 +64,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say how the ranks of a torchrun share the model."""
     parser.add_argument(
-        "--tensor-parallel-size", type=int, help="Ranks that share each weight. Default: all."
-    )
+        "--tensor-model-parallel-size", "--tensor-parallel-size", type=int,
+        dest="tensor_parallel_size", metavar="T",
+        help="Ranks that share each weight. Default: all. (The short name goes with the next "
+        "release.)",
+    )  # fmt: skip
     parser.add_argument(
         "--ultramem-parallel-size", type=int, metavar="P",
         help="Ranks that share each value table. Default: all (with experts, those of one tensor-"
@@ -77,8 +80,10 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def layout_from(options: argparse.Namespace) -> InferenceLayout:
+def layout_from(options: argparse.Namespace) -> "InferenceLayout":
     """The layout those flags ask for."""
+    from ultramem_megatron.inference.loading import InferenceLayout
+
     return InferenceLayout(
         options.tensor_parallel_size, options.ultramem_parallel_size, options.ultramem_partition
     )
@@ -104,13 +109,17 @@ def check(options: argparse.Namespace) -> None:
         options.top_p = 1.0  # the engine takes one or the other; the explicit flag wins
 
 
-def generate(loaded: LoadedModel, prompts: Sequence[str], options: argparse.Namespace) -> list[str]:
+def generate(
+    loaded: "LoadedModel", prompts: Sequence[str], options: argparse.Namespace
+) -> list[str]:
     """Continuations of `prompts`, without the prompts; all ranks give the same prompts.
 
     Raises UltraMemError if a prompt is empty or with its continuation exceeds the trained length.
     """
     import torch.distributed as dist
     from megatron.core import parallel_state
+
+    from ultramem_megatron.inference.loading import serve_until_all_finish
 
     length = _check_lengths(loaded, prompts, options.tokens)
     replicas = parallel_state.get_data_parallel_group()
@@ -123,7 +132,7 @@ def generate(loaded: LoadedModel, prompts: Sequence[str], options: argparse.Name
 
 
 def _decode(
-    loaded: LoadedModel, prompts: Sequence[str], length: int, options: argparse.Namespace
+    loaded: "LoadedModel", prompts: Sequence[str], length: int, options: argparse.Namespace
 ) -> list[str]:
     """Continuations from Megatron's static engine, all in one batch, or from its dynamic one."""
     from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
@@ -132,6 +141,8 @@ def _decode(
     from megatron.core.inference.text_generation_controllers.text_generation_controller import (
         TextGenerationController,
     )
+
+    from ultramem_megatron.inference.loading import dynamic_context
 
     def controller(context: Any) -> Any:
         wrapper = GPTInferenceWrapper(loaded.model, context)
@@ -171,7 +182,7 @@ def _sampling(options: argparse.Namespace) -> Any:
     )
 
 
-def _check_lengths(loaded: LoadedModel, prompts: Sequence[str], tokens: int) -> int:
+def _check_lengths(loaded: "LoadedModel", prompts: Sequence[str], tokens: int) -> int:
     """Longest prompt plus continuation, in tokens."""
     lengths = [len(loaded.tokenizer.tokenize(prompt)) if prompt else 0 for prompt in prompts]
     limit = loaded.args.max_position_embeddings
@@ -192,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     check(options)
     prompts = options.prompt or [sys.stdin.read()]
+    from ultramem_megatron.inference.loading import load_for_inference
+
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation of the static engine, missing fusions
         loaded = load_for_inference(

@@ -12,13 +12,17 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 
 from ultramem_megatron.errors import exit_on_user_error
+from ultramem_megatron.faults.launcher_environment import check_launcher_environment
 from ultramem_megatron.faults.orphans import end_with_launcher
+from ultramem_megatron.faults.unseen_gpus import warn_of_unseen_gpus
 from ultramem_megatron.megatron.flags import machine_flags
+from ultramem_megatron.megatron.upstream_noise import hold_back_upstream_noise
 from ultramem_megatron.patches import registry
 
 
 def set_single_process_environment() -> None:
     """Describe a world of one process in the environment, where no launcher did."""
+    check_launcher_environment()
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:
@@ -51,6 +55,8 @@ def main(
     """
     end_with_launcher()
     set_single_process_environment()
+    warn_of_unseen_gpus()
+    hold_back_upstream_noise()
     registry.apply_all(patches)
     # Megatron reads sys.argv itself.
     given = sys.argv[1:] if argv is None else list(argv)
@@ -65,13 +71,17 @@ def main(
     from ultramem_megatron.data.check import check_data
     from ultramem_megatron.faults.machine_errors import explained
     from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
+    from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
+    from ultramem_megatron.megatron.in_force import log_settings
     from ultramem_megatron.megatron.model_from_flags import model_config_from_args
     from ultramem_megatron.training import gpt_datasets as gpt_task
 
-    args = parse_and_validate_args(extra_args_provider=add_ultramem_arguments)
+    with megatron_refuses():
+        args = parse_and_validate_args(extra_args_provider=add_ultramem_arguments)
     gpt_task.refuse_other_tasks(args)
     check_data(args)
     model_config = model_config_from_args(args, gpt_task.get_embedding_ranks)
+    log_settings(args, model_config)
     if before_training is not None:
         before_training()
     with explained(args, given):
