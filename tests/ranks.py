@@ -32,6 +32,7 @@ _PRELOADED = (
     "megatron.training.argument_utils",
     "ultramem_megatron.training.pretrain",
     "ultramem_megatron.training.gpt_datasets",
+    "ultramem_megatron.training.gpt_step",
     "torch.utils.tensorboard",
 )
 _GRACE_SECONDS = 3.0

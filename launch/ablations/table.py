@@ -1,8 +1,6 @@
-"""Records of runs as tidy CSV: one line a run, and one line for each point of a curve."""
+"""Records of runs as tidy rows: one for a run, and one for each point of a curve."""
 
-import csv
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from launch.ablations.models import Sizes
@@ -56,14 +54,3 @@ def _curves(scalars: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple
         if tags:
             curves[name] = scalars[tags[-1]]
     return curves
-
-
-def write(lines: Sequence[dict[str, Any]], file: Path) -> None:
-    """Writes lines with equal keys, whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", newline="", encoding="utf-8") as output:
-        writer = csv.DictWriter(output, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    partial.replace(file)

@@ -44,7 +44,7 @@ def _logits(model):
 def _save(folder):
     """Save an untrained model of each kind; what it computes."""
     from ultramem_megatron.megatron.checkpoint.weights import save_weights
-    from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+    from ultramem_megatron.memory.layer import memory_layers
 
     make_saving_fast()
     results = {}
@@ -74,7 +74,8 @@ def test_cached_decoding_equals_the_full_forward(saved, kind):
 
 
 def _load_and_compute(folder, kinds, layouts):
-    from ultramem_megatron.inference.loading import InferenceLayout, load_for_inference
+    from ultramem_megatron.inference.layout import InferenceLayout
+    from ultramem_megatron.inference.loading import load_for_inference
 
     results = {}
     for kind in kinds:
@@ -101,7 +102,8 @@ def test_ranks_that_share_a_model_decode_what_one_rank_does(saved):
 def _premultiplied_logits(folder, kind, layout):
     """Of cached decoding; the message if the layout is refused."""
     from ultramem_megatron.errors import UltraMemError
-    from ultramem_megatron.inference.loading import InferenceLayout, load_for_inference
+    from ultramem_megatron.inference.layout import InferenceLayout
+    from ultramem_megatron.inference.loading import load_for_inference
 
     try:
         model = load_for_inference(
@@ -131,8 +133,9 @@ def _options(tokens, layout, batching):
 
 
 def _generate(folder, prompt_lists, layouts, batching="static"):
-    from ultramem_megatron.inference.generate import generate, layout_from
+    from ultramem_megatron.inference.layout_flags import layout_from
     from ultramem_megatron.inference.loading import load_for_inference
+    from ultramem_megatron.inference.sampling import generate
 
     results = []
     for layout in layouts:

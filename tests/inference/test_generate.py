@@ -83,7 +83,7 @@ def _generate(*argv):
     ("changes", "message"),
     [
         (["--load", "nowhere"], "--load nowhere: no checkpoint there"),
-        (["--ckpt-step", "7"], "iter_0000007 is not a torch_dist checkpoint; found: iter_0000002"),
+        (["--ckpt-step", "7"], "iter_0000007 is not there; found: iter_0000002"),
         (["--tokens", "0"], "--tokens is 0; it must be a whole number >= 1"),
         (["--temperature", "-1"], r"--temperature is -1.0; it must be a number >= 0"),
         (["--top-p", "0"], r"--top-p is 0.0; it must be a number > 0 and <= 1"),

@@ -53,8 +53,7 @@ def _rates():
     from launch import own_loop
 
     options = own_loop._parse([])
-    own_loop.set_single_process_environment()
-    own_loop.registry.apply_all()
+    own_loop.open_process()
     own_loop._initialise(options)
     _, optimizer = own_loop._build(options)
     scheduler = own_loop._scheduler(optimizer)

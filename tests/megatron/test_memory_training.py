@@ -103,7 +103,9 @@ def _initial_penalty_gradients():
             query_conv_kernel=3, aux_loss_weight=10.0, aux_loss_margin=0.01,
         )  # fmt: skip
         layer = UltraMemLayer(config, hidden_size=32, num_layers=6, layer_number=number)
-        (gradients[number],) = torch.autograd.grad(layer.auxiliary_loss(), layer.cores.weight)
+        (gradients[number],) = torch.autograd.grad(
+            layer.auxiliary_loss(), layer.retrieval.cores.weight
+        )
     return gradients
 
 

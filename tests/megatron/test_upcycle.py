@@ -112,6 +112,14 @@ def test_an_upcycled_run_resumes_from_its_own_checkpoint(train_only, dense, tmp_
     assert resumed.losses == whole.losses[2:]
 
 
+def test_a_run_saved_in_another_format_is_resumed_and_not_upcycled_again(dense, tmp_path):
+    flags = {"save": tmp_path, "load": tmp_path, "save_interval": 1, "ckpt_format": "torch"}
+    run_pretrain(1, _upcycled(dense, **flags))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    resumed = run_pretrain(1, _upcycled("/nowhere", **flags))
+    assert len(resumed.losses) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

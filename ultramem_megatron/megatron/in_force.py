@@ -13,8 +13,9 @@ from typing import Any
 
 from megatron.training import get_wandb_writer
 
+from ultramem_megatron.megatron.flags.table_flags import settings_from_args
 from ultramem_megatron.memory.config import UltraMemConfig
-from ultramem_megatron.memory.tables.settings import TableSettings, settings_from_args
+from ultramem_megatron.memory.tables.settings import TableSettings
 from ultramem_megatron.patches import registry
 
 _WIDTH, _LABEL = 100, 20

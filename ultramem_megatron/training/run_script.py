@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
-from ultramem_megatron.faults.orphans import end_with_launcher
-from ultramem_megatron.megatron.flags import machine_flags
-from ultramem_megatron.patches import registry
-from ultramem_megatron.training.pretrain import set_single_process_environment
+from ultramem_megatron.megatron.flags.process import open_process
 
 _USAGE = "ultramem run path/to/pretrain_gpt.py <its flags> --ultramem-..."
 
@@ -33,12 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     given = sys.argv[1:] if argv is None else list(argv)
     script = _script(given)
-    end_with_launcher()
-    set_single_process_environment()
-    registry.apply_all()
-    arguments = machine_flags.complete(given[1:])
+    open_process(given[1:], program=str(script))
     # As for a script started by itself: its folder comes first, for its own imports.
-    sys.argv, sys.path[:0] = [str(script), *arguments], [str(script.parent)]
+    sys.path.insert(0, str(script.parent))
     with _roads(script):
         runpy.run_path(str(script), run_name="__main__")
 
@@ -93,8 +87,8 @@ def _with_our_flags(original: Callable[..., Namespace]) -> Callable[..., Namespa
 
 
 def _with_memories(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
+    from ultramem_megatron.megatron.flags.embedding_ranks import get_embedding_ranks
     from ultramem_megatron.megatron.model_from_flags import model_config_from_args
-    from ultramem_megatron.training.gpt_datasets import get_embedding_ranks
 
     @functools.wraps(original)
     def gpt_config_from_args(args: Namespace, *rest: Any, **kw: Any) -> Any:

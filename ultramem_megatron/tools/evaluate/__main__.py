@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
-from ultramem_megatron.inference.generate import add_layout_arguments, layout_from
+from ultramem_megatron.inference.layout_flags import add_layout_arguments, layout_from
 
 
 def main(argv: Sequence[str] | None = None) -> None:
