@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -10,6 +11,10 @@ from typing import NoReturn
 
 REFUSAL_FILE = "ULTRAMEM_REFUSAL"
 """Environment: where a launched rank leaves its message, so that nothing starts it again."""
+
+
+_SECONDS_TO_END_IN = 30
+"""launch/torchrun.sh looks for that file every second, and ends torchrun and its ranks."""
 
 
 class UltraMemError(ValueError):
@@ -46,4 +51,5 @@ def _refuse(message: str) -> NoReturn:
     if told:
         with suppress(OSError):  # the exit status says it too
             Path(told).write_text(f"error: {message}\n")
+            time.sleep(_SECONDS_TO_END_IN)  # at an exit torchrun would start all ranks again
     sys.exit(2)

@@ -14,7 +14,7 @@ from tests.ranks import run_on_ranks
 from tests.training_runs import run_pretrain
 from ultramem_megatron.data.prepare import prepare
 from ultramem_megatron.presets import find_preset
-from ultramem_megatron.presets.__main__ import flags as preset_flags
+from ultramem_megatron.presets.flags import flags as preset_flags
 
 RECIPES = sorted(p for p in (ROOT / "launch/recipes").glob("*.sh") if p.stem != "run")
 _QUICK = ("ultramem-151m-x12", "moe-1.6b-2in34")
