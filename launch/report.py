@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ultramem_megatron.data.own_folder import write_whole
+
 LOSS, VALIDATION_LOSS = "lm loss", "lm loss validation"  # Megatron's tags
 VALUE_TABLE = ".values."  # in the name of every value table's parameter
 
@@ -125,6 +127,4 @@ def plot(curves: Curves, unigram_entropy: float, resume_at: int, file: Path) -> 
 
 def write_json(content: Mapping[str, Any], file: Path) -> None:
     """Writes JSON for people and programs, whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -26,6 +26,7 @@ PATCH_MODULES = (
     # Every machine, where the defect exists.
     "cpu.jit_warmup",
     "defects.dataset_helpers",
+    "defects.dataset_cache",
     # What memory layers need.
     "doors.optimizer_config",
     "doors.optimizer_built",

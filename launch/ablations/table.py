@@ -1,11 +1,13 @@
 """Records of runs as tidy CSV: one line a run, and one line for each point of a curve."""
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.ablations.models import Sizes
+from ultramem_megatron.data.own_folder import write_whole
 
 VALIDATION = "lm loss validation"
 _LAST_MEMORY = {"ultramem/top-1-score": "top1_score", "ultramem/output-std": "output_std"}
@@ -60,10 +62,9 @@ def _curves(scalars: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple
 
 def write(lines: Sequence[dict[str, Any]], file: Path) -> None:
     """Writes lines with equal keys, whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", newline="", encoding="utf-8") as output:
-        writer = csv.DictWriter(output, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    partial.replace(file)
+    output = io.StringIO()
+    writer = csv.DictWriter(output, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_whole(file, output.getvalue())

@@ -17,10 +17,9 @@ def save_weights(model: Any, args: Namespace, folder: str | Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.training.checkpointing import get_checkpoint_tracker_filename as tracker_name
 
-    tracker = Path(tracker_name(str(folder)))
-    if tracker.exists():
+    tracker, iteration_folder = Path(tracker_name(str(folder))), Path(folder) / RELEASE
+    if tracker.exists() or (iteration_folder.exists() and any(iteration_folder.iterdir())):
         raise UltraMemError(f"{folder} holds a checkpoint already. Choose another folder.")
-    iteration_folder = Path(folder) / RELEASE
     iteration_folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
