@@ -3,7 +3,7 @@
     ultramem traffic --topk 84 --value-dim 1024
 
 The formulas are those by which `--ultramem-partition auto` chooses, each beside its reader in
-memory/tables. With the paper's own `ultramem paper figure9` draws where both move the same.
+memory/tables. `ultramem paper figure9` draws where both move the same by the paper's formulas.
 """
 
 import argparse
