@@ -171,9 +171,13 @@ def test_ranks_with_prompts_of_their_own_may_share_tables(saved):
 @pytest.mark.parametrize(
     ("kind", "layout", "message"),
     [
-        ("dense", (3, None, "auto"), "--tensor-parallel-size 3: it must divide the 2 ranks"),
+        ("dense", (3, None, "auto"), "--tensor-model-parallel-size 3: it must divide the 2 ranks"),
         ("ultramem", (2, 3, "auto"), "--ultramem-parallel-size 3: it must divide the 2 ranks"),
-        ("moe-ultramem", (1, 2, "auto"), "with experts it must divide --tensor-parallel-size 1"),
+        (
+            "moe-ultramem",
+            (1, 2, "auto"),
+            "with experts it must divide --tensor-model-parallel-size 1",
+        ),
     ],
 )
 def test_impossible_layouts_are_refused(saved, kind, layout, message):

@@ -74,7 +74,7 @@ def _evaluate(folder, *words):
     [
         (1, ["--batch-size", "3"]),
         (2, []),
-        (2, ["--tensor-parallel-size", "1", "--ultramem-partition", "number"]),
+        (2, ["--tensor-model-parallel-size", "1", "--ultramem-partition", "number"]),
         (4, ["--tensor-parallel-size", "1", "--ultramem-partition", "dimension",
              "--batch-size", "2"]),
     ],
