@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ultramem_megatron.inference.sampling import check, generate
 
     check(options)
+    layout = layout_from(options)
     prompts = options.prompt or [sys.stdin.read()]
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation of the static engine, missing fusions
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             options.load,
             ckpt_step=options.ckpt_step,
             tokenizer_model=options.tokenizer_model,
-            layout=layout_from(options),
+            layout=layout,
             cuda_graphs=options.cuda_graphs,
             premultiply_values=options.premultiply_values,
         )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from ultramem_megatron.errors import UltraMemError
 
-if TYPE_CHECKING:  # imported where it is used: --help and a wrong flag need no torch
+if TYPE_CHECKING:  # imported where it is used: --help needs no torch
     from ultramem_megatron.inference.layout import InferenceLayout
 
 
@@ -23,22 +23,22 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
         "parallel group).",
     )  # fmt: skip
     parser.add_argument(
-        "--ultramem-partition", metavar="NAME", default="auto",
-        help="How they share it, as in training (see ultramem flags). Default: auto, by bytes "
-        "moved.",
+        "--ultramem-partition", default="auto", metavar="NAME",
+        help="How they share it, as in training (ultramem flags has the names). Default: auto, by "
+        "bytes moved.",
     )  # fmt: skip
 
 
 def layout_from(options: argparse.Namespace) -> "InferenceLayout":
     """The layout those flags ask for. Raises UltraMemError for an unknown partition."""
-    # Imported here: partitions stand beside their readers, which need torch; --help does not.
     from ultramem_megatron.inference.layout import InferenceLayout
     from ultramem_megatron.memory.tables.partitions import shared_partitions
 
-    known = ("auto", *shared_partitions())
-    if options.ultramem_partition not in known:
+    allowed = ("auto", *shared_partitions())
+    if options.ultramem_partition not in allowed:
         raise UltraMemError(
-            f"--ultramem-partition {options.ultramem_partition}: must be one of {', '.join(known)}."
+            f"--ultramem-partition is {options.ultramem_partition}; it must be one of "
+            f"{', '.join(allowed)}."
         )
     return InferenceLayout(
         options.tensor_parallel_size, options.ultramem_parallel_size, options.ultramem_partition

@@ -84,7 +84,10 @@ def _groups(run: Any) -> str:
 
 
 def _training(run: Any) -> str:
-    from ultramem_megatron.megatron.flags.refusals import refuse_other_tasks, require_eval_interval
+    from ultramem_megatron.megatron.flags.refusals import (
+        refuse_other_tasks,
+        require_eval_interval,
+    )
 
     refuse_other_tasks(run.args)
     require_eval_interval(run.args)

@@ -3,7 +3,7 @@
     ultramem traffic --topk 84 --value-dim 1024
 
 The formulas are those by which `--ultramem-partition auto` chooses, each beside its reader in
-memory/tables. `ultramem paper figure9` draws where both move the same by the paper's formulas.
+memory/tables. With the paper's own `ultramem paper figure9` draws where both move the same.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from ultramem_megatron.memory.tables.traffic import Exchange
 
 def table(x: Exchange, sizes: Sequence[int]) -> str:
     """One line per group size: bytes per token and the verdict."""
-    # Imported here: the formulas stand beside their readers, which need torch; --help does not.
+    # Imported here: --help needs no torch.
     from ultramem_megatron.memory.tables import dimension_wise, number_wise
     from ultramem_megatron.memory.tables.partitions import choose
 

@@ -41,7 +41,7 @@ def open_process(
 def set_single_process_environment() -> None:
     """Describe a world of one process in the environment, where no launcher did.
 
-    Raises UltraMemError for half of what a launcher sets.
+    Raises UltraMemError for half a launcher's environment.
     """
     check_launcher_environment()
     if "RANK" in os.environ:
