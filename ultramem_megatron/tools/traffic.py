@@ -10,13 +10,15 @@ import argparse
 from collections.abc import Sequence
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
-from ultramem_megatron.memory.tables import dimension_wise, number_wise
-from ultramem_megatron.memory.tables.partitions import choose
 from ultramem_megatron.memory.tables.traffic import Exchange
 
 
 def table(x: Exchange, sizes: Sequence[int]) -> str:
     """One line per group size: bytes per token and the verdict."""
+    # Imported here: --help needs no torch.
+    from ultramem_megatron.memory.tables import dimension_wise, number_wise
+    from ultramem_megatron.memory.tables.partitions import choose
+
     lines = [
         f"bytes per token and layer: M={x.picks} picks, Dv={x.value_dim}, E={x.expansion}, "
         f"h={x.cores}, {x.number_bytes} bytes per number",
