@@ -29,6 +29,8 @@ COMMANDS = {
     "inspect": Command("tools.inspect.__main__", "which values fire for which tokens"),
     "export": Command("tools.export.__main__", "a checkpoint as plain safetensors, and back"),
     "presets": Command("presets.__main__", "models of the paper as flags"),
+    "flags": Command("megatron.flags.listing", "the --ultramem-* flags, with the values in force"),
+    "check": Command("tools.check", "would these flags train? on a login node, without a GPU"),
     "plan": Command("tools.plan.__main__", "sizes, memory and traffic of a layout, before it runs"),
     "paper": Command("tools.paper.__main__", "the paper's tables, figures 1c and 9, beside ours"),
     "traffic": Command("tools.traffic", "bytes that each partition of a table moves"),

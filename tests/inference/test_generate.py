@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close
+from tests.decoding import LOGITS
 from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
 
@@ -56,7 +57,7 @@ def _decode(folder):
 def test_cached_decoding_equals_the_full_forward(checkpoint):
     whole, cached = run_on_ranks(1, _decode, checkpoint)[0]
     assert whole.norm() > 0
-    assert_close(cached, whole, 1e-5)
+    assert_close(cached, whole, LOGITS)
 
 
 def _loaded_values(folder):

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.ranks import run_on_ranks
+from tests.whole_model import AFTER_STEPS
 
 STEPS = 6
 
@@ -46,7 +47,7 @@ def checkpoint(tmp_path_factory):
 def test_a_layout_goes_on_from_the_checkpoint_of_one_rank(checkpoint, world_size, flags):
     whole, folder = checkpoint
     resumed = _losses(world_size, "--steps", 2 * STEPS, "--load", folder, *flags)
-    assert resumed == pytest.approx(whole[STEPS:], rel=1e-5)
+    assert resumed == pytest.approx(whole[STEPS:], rel=AFTER_STEPS)
 
 
 def _rates():

@@ -7,6 +7,7 @@ import torch
 
 from tests.ranks import RanksFailed
 from tests.training_runs import run_pretrain, tiny_gpt
+from tests.whole_model import LOSS
 
 _MEMORY = {
     "num_layers": 4, "ultramem_spans": "1:2/3:4", "ultramem_num_keys": 12, "ultramem_topk": 6,
@@ -76,8 +77,8 @@ def test_a_checkpoint_continues_in_another_layout(world_size, layout, saved):
         world_size,
         _flags(load=folder, hidden_dropout=0, no_load_rng=True, **layout),
     )
-    assert run.losses == pytest.approx(whole.losses[3:], rel=1e-6)
-    assert run.grad_norms == pytest.approx(whole.grad_norms[3:], rel=1e-5)
+    assert run.losses == pytest.approx(whole.losses[3:], rel=LOSS)
+    assert run.grad_norms == pytest.approx(whole.grad_norms[3:], rel=10 * LOSS)
 
 
 def _refusal(**changes):

@@ -209,12 +209,13 @@ def test_the_distributed_optimizer_spreads_its_state_and_changes_what_is_sent():
 
 @pytest.mark.parametrize("partition", ["dimension", "number"])
 def test_bytes_of_value_tables_are_those_of_the_cost_model(partition):
-    from ultramem_megatron.memory.tables.traffic import Exchange, dimension_wise, number_wise
+    from ultramem_megatron.memory.tables.partitions import PARTITIONS
+    from ultramem_megatron.memory.tables.traffic import Exchange
 
     flags = _MEMORY + f"--ultramem-partition {partition} --ultramem-parallel-size 2"
     layout = _layout(flags, 4)["layouts"][0]
     exchange = Exchange(size=2, picks=12, value_dim=32, expansion=4, cores=2, number_bytes=2)
-    volume = (dimension_wise if partition == "dimension" else number_wise)(exchange)
+    volume = PARTITIONS[partition].volume(exchange)
     tokens_per_rank = 32 * 32 // 4
     expected = 2 * tokens_per_rank * volume.total
     assert layout["stages"][0]["received"]["value tables"] == pytest.approx(expected, rel=1e-3)

@@ -180,7 +180,11 @@ def _described(checkpoints: Path, iteration: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the state of every iteration. Raises UltraMemError where there is none."""
-    parser = argparse.ArgumentParser(prog="ultramem integrity", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ultramem integrity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("checkpoints", type=Path, help="the folder given as --save")
     checkpoints = parser.parse_args(argv).checkpoints
     found = iterations(checkpoints)

@@ -3,8 +3,8 @@
     ultramem generate --load DIR --prompt "def main():" --tokens 100
 
 Prints prompt and continuation to standard output; everything else goes to standard error. Under
-torchrun the ranks share the model (--tensor-parallel-size), and each tensor-parallel group takes
-its share of the prompts.
+torchrun the ranks share the model (--tensor-model-parallel-size), and each tensor-parallel group
+takes its share of the prompts.
 """
 
 import argparse
@@ -17,13 +17,15 @@ from collections.abc import Sequence
 
 from ultramem_megatron.errors import exit_on_user_error
 from ultramem_megatron.inference.layout_flags import add_layout_arguments, layout_from
-from ultramem_megatron.inference.loading import load_for_inference
-from ultramem_megatron.inference.sampling import check, generate
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(prog="ultramem generate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ultramem generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--load", required=True, help="Checkpoint folder (training's --save).")
     parser.add_argument("--ckpt-step", type=int, help="Iteration to load; default: the latest.")
     parser.add_argument(
@@ -58,7 +60,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Load, sample, print."""
     options = parse(argv)
+    # Imported here: --help and a wrong flag need no torch.
+    from ultramem_megatron.inference.loading import load_for_inference
+    from ultramem_megatron.inference.sampling import check, generate
+
     check(options)
+    layout = layout_from(options)
     prompts = options.prompt or [sys.stdin.read()]
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation of the static engine, missing fusions
@@ -66,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             options.load,
             ckpt_step=options.ckpt_step,
             tokenizer_model=options.tokenizer_model,
-            layout=layout_from(options),
+            layout=layout,
             cuda_graphs=options.cuda_graphs,
             premultiply_values=options.premultiply_values,
         )

@@ -42,7 +42,7 @@ def _check_tensor_parallel(args: Namespace, size: int, ranks: int) -> None:
     """Raise UltraMemError unless `size` ranks can share every weight matrix."""
     if size < 1 or ranks % size:
         raise UltraMemError(
-            f"--tensor-parallel-size {size}: it must divide the {ranks} ranks of this run."
+            f"--tensor-model-parallel-size {size}: it must divide the {ranks} ranks of this run."
         )
     divided = {
         "--num-attention-heads": args.num_attention_heads,
@@ -53,8 +53,8 @@ def _check_tensor_parallel(args: Namespace, size: int, ranks: int) -> None:
     for name, value in divided.items():
         if value % size:
             raise UltraMemError(
-                f"--tensor-parallel-size {size} does not divide the model's {name} ({value}). Use "
-                f"another size, or fewer ranks."
+                f"--tensor-model-parallel-size {size} does not divide the model's {name} ({value})."
+                f" Use another size, or fewer ranks."
             )
 
 
@@ -72,7 +72,7 @@ def _describe_experts_and_tables(
         if tensor_parallel % args.expert_model_parallel_size:
             raise UltraMemError(
                 f"--ultramem-parallel-size {layout.table_ranks}: with experts it must divide "
-                f"--tensor-parallel-size {tensor_parallel}, since experts are shared likewise."
+                f"--tensor-model-parallel-size {tensor_parallel}, as experts are shared likewise."
             )
     args.ultramem_parallel_size, args.ultramem_partition = layout.table_ranks, layout.partition
     return settings_from_args(args, ultramem)

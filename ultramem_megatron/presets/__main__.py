@@ -11,7 +11,11 @@ from ultramem_megatron.presets.preset import SOURCES, Preset, Settings
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ultramem presets", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ultramem presets",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="a preset; without one, all are listed")
     add("--model", action="store_true", help="print the model's flags: transformer and memory")

@@ -10,13 +10,15 @@ import argparse
 from collections.abc import Sequence
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
-from ultramem_megatron.memory.tables import dimension_wise, number_wise
-from ultramem_megatron.memory.tables.partitions import choose
 from ultramem_megatron.memory.tables.traffic import Exchange
 
 
 def table(x: Exchange, sizes: Sequence[int]) -> str:
     """One line per group size: bytes per token and the verdict."""
+    # Imported here: --help needs no torch.
+    from ultramem_megatron.memory.tables import dimension_wise, number_wise
+    from ultramem_megatron.memory.tables.partitions import choose
+
     lines = [
         f"bytes per token and layer: M={x.picks} picks, Dv={x.value_dim}, E={x.expansion}, "
         f"h={x.cores}, {x.number_bytes} bytes per number",
@@ -41,8 +43,11 @@ def table(x: Exchange, sizes: Sequence[int]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ultramem traffic",
-                                     description=__doc__.split("\n")[0])  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="ultramem traffic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256, 512], help="P")
     add("--topk", type=int, default=84, help="picks per token over all heads, m*H (default 84)")

@@ -41,14 +41,18 @@ def main(
     from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
     from ultramem_megatron.megatron.flags.embedding_ranks import get_embedding_ranks
     from ultramem_megatron.megatron.flags.refusals import refuse_other_tasks
+    from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
+    from ultramem_megatron.megatron.in_force import log_settings
     from ultramem_megatron.megatron.model_from_flags import model_config_from_args
     from ultramem_megatron.training.gpt_datasets import train_valid_test_datasets_provider
     from ultramem_megatron.training.gpt_step import forward_step
 
-    args = parse_and_validate_args(extra_args_provider=add_ultramem_arguments)
+    with megatron_refuses():
+        args = parse_and_validate_args(extra_args_provider=add_ultramem_arguments)
     refuse_other_tasks(args)
     check_data(args)
     model_config = model_config_from_args(args, get_embedding_ranks)
+    log_settings(args, model_config)
     if before_training is not None:
         before_training()
     with explained(args, given):

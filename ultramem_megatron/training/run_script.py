@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _script(given: Sequence[str]) -> Path:
+    if given and given[0] in ("-h", "--help"):
+        print(f"usage: {_USAGE}\n\n{__doc__}")
+        sys.exit(0)
     if not given or given[0].startswith("-"):
         raise UltraMemError(f"no script is given. Use: {_USAGE}")
     script = Path(given[0]).resolve()
@@ -69,6 +72,7 @@ def _roads(script: Path) -> Iterator[None]:
 
 def _with_our_flags(original: Callable[..., Namespace]) -> Callable[..., Namespace]:
     from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
+    from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
 
     @functools.wraps(original)
     def parse_and_validate_args(extra_args_provider: Any = None, *rest: Any, **kw: Any) -> Any:
@@ -76,7 +80,8 @@ def _with_our_flags(original: Callable[..., Namespace]) -> Callable[..., Namespa
             parser = parser if extra_args_provider is None else extra_args_provider(parser)
             return add_ultramem_arguments(parser)
 
-        return original(both, *rest, **kw)
+        with megatron_refuses():
+            return original(both, *rest, **kw)
 
     return parse_and_validate_args
 
@@ -104,6 +109,7 @@ def _checked(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
     from megatron.training import get_args
 
     from ultramem_megatron.data.check import check_data
+    from ultramem_megatron.megatron.in_force import log_settings
     from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
 
     @functools.wraps(original)
@@ -116,6 +122,8 @@ def _checked(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
                 f"script of your own' in README.md."
             )
         check_data(get_args())
+        if isinstance(model, UltraMemGPTModelConfig):
+            log_settings(get_args(), model)
         return original(config, *rest, **kw)
 
     return pretrain

@@ -83,7 +83,7 @@ def test_the_first_step_of_a_training_run_is_adams(bf16):
         train(2, _flags(train_iters=1, bf16=bf16, ultramem_lazy_adam=lazy))
         for lazy in (True, False)
     ]
-    assert_same_training(*runs, 1e-6)
+    assert_same_training(*runs, rounding(torch.float32, 8))
 
 
 def test_in_training_rows_that_no_token_reads_stay():

@@ -33,6 +33,16 @@ def test_filter_is_the_leading_singular_pair_of_the_sum():
     assert_close(torch.einsum("hrs,hs->hr", total, cores.t), row, tolerance)
 
 
+def test_sign_is_that_of_the_decomposition_where_the_stored_pair_decides_nothing():
+    """As at the very first update: the other sign would shortlist the other quadrant."""
+    cores = _cores()
+    left, _, right = torch.linalg.svd(cores.total())
+    assert not cores.u.any()
+    cores(update_filter=True)
+    assert torch.equal(cores.u, left[..., :, 0])
+    assert torch.equal(cores.t, right[..., 0, :])
+
+
 def test_repeating_the_update_changes_nothing():
     cores = _cores()
     cores(update_filter=True)

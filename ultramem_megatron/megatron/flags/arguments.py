@@ -55,16 +55,22 @@ _SWITCH_HELP = {
     "batches and fine-tuning.",
 }
 
+_TRAINING = (*_NUMBER_HELP, "lazy_adam")
+"""Of these, what shapes no tensor and nothing that is read from one."""
+GROUPS = "UltraMem memory layers: "
+"""How the titles of our groups begin, in Megatron's --help."""
+
 
 def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add the group; an `extra_args_provider` for Megatron's argument parser.
+    """Add our groups; an `extra_args_provider` for Megatron's argument parser.
 
     Every flag defaults to None here: unset flags take the preset's value, then the config's.
     """
     group = parser.add_argument_group(
-        "UltraMem", "Memory layers (arXiv 2411.12364). Without --ultramem-spans or a preset there "
-        "are none, and the model is a plain GPT."
-    )  # fmt: skip
+        f"{GROUPS}where they are",
+        "Memory layers (arXiv 2411.12364). Without --ultramem-spans or a preset there are none, "
+        "and the model is a plain GPT.",
+    )
     group.add_argument(
         "--ultramem-spans",
         metavar="A:B/C:D",
@@ -76,21 +82,31 @@ def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
         metavar="NAME",
         help="Fill the flags not given from a named design: " + ", ".join(MEMORY_PRESETS) + ".",
     )
-    defaults = {field.name: field.default for field in fields(UltraMemConfig)}
-    for names, extra in ((_INTEGER_HELP, {"type": int}), (_NUMBER_HELP, {"type": float})):
-        for name, text in names.items():
-            group.add_argument(flag(name), **extra, help=text + _shown_default(defaults[name]))
-    for name, text in _CHOICE_HELP.items():
-        group.add_argument(
-            flag(name), choices=CHOICES[name], help=text + _shown_default(defaults[name])
-        )
-    for name, text in _SWITCH_HELP.items():
-        group.add_argument(
-            flag(name), action=BooleanOptionalAction, help=text + _shown_default(defaults[name])
-        )
-    _add_table_arguments(group)
-    _add_start_arguments(group)
+    _add_config_arguments(
+        parser.add_argument_group(f"{GROUPS}their design"),
+        parser.add_argument_group(f"{GROUPS}their training"),
+    )
+    _add_table_arguments(parser.add_argument_group(f"{GROUPS}their tables on many ranks"))
+    _add_start_arguments(parser.add_argument_group(f"{GROUPS}from a dense model"))
     return parser
+
+
+def _add_config_arguments(design: Any, training: Any) -> None:
+    """A flag for each field of UltraMemConfig, in one of two groups."""
+    defaults = {field.name: field.default for field in fields(UltraMemConfig)}
+
+    def add(name: str, text: str, **extra: Any) -> None:
+        group = training if name in _TRAINING else design
+        group.add_argument(flag(name), **extra, help=text + _shown_default(defaults[name]))
+
+    for name, text in _INTEGER_HELP.items():
+        add(name, text, type=int)
+    for name, text in _NUMBER_HELP.items():
+        add(name, text, type=float)
+    for name, text in _CHOICE_HELP.items():
+        add(name, text, choices=CHOICES[name])
+    for name, text in _SWITCH_HELP.items():
+        add(name, text, action=BooleanOptionalAction)
 
 
 def _add_start_arguments(group: Any) -> None:

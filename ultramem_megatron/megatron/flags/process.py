@@ -5,8 +5,11 @@ import socket
 import sys
 from collections.abc import Collection, Sequence
 
+from ultramem_megatron.faults.launcher_environment import check_launcher_environment
 from ultramem_megatron.faults.orphans import end_with_launcher
+from ultramem_megatron.faults.unseen_gpus import warn_of_unseen_gpus
 from ultramem_megatron.megatron.flags import machine_flags
+from ultramem_megatron.megatron.upstream_noise import hold_back_upstream_noise
 from ultramem_megatron.patches import registry
 
 
@@ -28,13 +31,19 @@ def open_process(
     """
     end_with_launcher()
     set_single_process_environment()
+    warn_of_unseen_gpus()
+    hold_back_upstream_noise()
     registry.apply_all(patches)
     if flags is not None:
         sys.argv = [program or sys.argv[0], *machine_flags.complete(flags)]
 
 
 def set_single_process_environment() -> None:
-    """Describe a world of one process in the environment, where no launcher did."""
+    """Describe a world of one process in the environment, where no launcher did.
+
+    Raises UltraMemError for half a launcher's environment.
+    """
+    check_launcher_environment()
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:

@@ -18,7 +18,11 @@ from ultramem_megatron.tools import rows
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(prog="ultramem inspect", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ultramem inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--load", required=True, help="checkpoint folder (training's --save)")
     add("--ckpt-step", type=int, help="iteration to load (default: the latest)")
