@@ -54,7 +54,7 @@ _TOKENIZER_FLAGS = (
 )  # fmt: skip
 """Folders and files here are read as data, where the tokenizer and the log of the run are."""
 
-_MEMORY_FLAGS = ("preset", "parallel_size", "partition", "overlap", "train_only")
+_MEMORY_FLAGS = ("preset", "parallel_size", "partition", "overlap", "train_only", "in_force")
 
 
 @cache
