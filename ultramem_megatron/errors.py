@@ -67,8 +67,8 @@ def user_error(error: BaseException) -> UltraMemError | None:
     """The UltraMemError that `error` is or, as torch's CheckpointException, has from some rank."""
     if isinstance(error, UltraMemError):
         return error
-    failures: dict[int, tuple[BaseException, object]] = getattr(error, "failures", {})
-    found = (user_error(failure) for failure, _ in failures.values())
+    failures: dict[int, object] = getattr(error, "failures", {})  # rank -> (error, traceback)
+    found = (user_error(pair[0]) for pair in failures.values() if isinstance(pair, tuple))
     return next((one for one in found if one is not None), None)
 
 

@@ -3,12 +3,12 @@
 PyTorch unpickles them without limits, so that a checkpoint from elsewhere could run what it likes:
 the flags of its run, random states, steps of the optimizer. Here they are read with
 `weights_only=True`, whose allow-list Megatron fills for its other formats, and its layout classes.
+What Transformer Engine will unpickle a second time is looked at with Megatron's own unpickler.
 """
 
 import functools
 import io
-import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
@@ -54,11 +54,38 @@ def _unpickled(value: io.BytesIO, file: str, key: str) -> Any:
 
     try:
         with torch.serialization.safe_globals(_layout_classes()):
-            return torch.load(value, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+            found = torch.load(value, weights_only=True)
+        for pickled in _pickled_again(found) if "_extra_state" in key else ():
+            _read_extra_state(pickled)
+        return found
+    except Exception as error:  # bytes that were no object raise any of them
         raise _RefusedObjectError(
             f"{file}: what it holds as {key!r} {fault_of(error)}. {ADVICE}"
         ) from None
+
+
+def _pickled_again(found: Any) -> Iterator[bytes]:
+    """Of an extra state, what Transformer Engine will unpickle: bytes, as a tensor or a file."""
+    import torch
+
+    if isinstance(found, (list, tuple)):
+        for part in found:
+            yield from _pickled_again(part)
+    elif isinstance(found, io.BytesIO):
+        yield found.getvalue()
+    elif isinstance(found, torch.Tensor) and found.numel():
+        yield found.detach().cpu().numpy().tobytes()
+
+
+def _read_extra_state(pickled: bytes) -> None:
+    """Raise unless there is only what Megatron allows in an extra state, as pickled or saved."""
+    import torch
+    from megatron.core.safe_globals import SafeUnpickler
+
+    if pickled.startswith(b"PK"):
+        torch.load(io.BytesIO(pickled), weights_only=True)
+    elif pickled:
+        SafeUnpickler(io.BytesIO(pickled)).load()
 
 
 def _naming_the_folder(original: Callable[..., Any]) -> Callable[..., Any]:

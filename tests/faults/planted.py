@@ -67,6 +67,14 @@ def _object(key: str):
     return lambda folder, mark: _replace_object(folder, key, _saved(payload(mark)))
 
 
+def _pickled_extra_state(folder: Path, mark: Path) -> None:
+    """As Transformer Engine has it: pickled, in a tensor of bytes."""
+    import torch
+
+    state = torch.frombuffer(bytearray(pickle.dumps(payload(mark))), dtype=torch.uint8)
+    _replace_object(folder, "decoder.layers", _saved([state]))
+
+
 def _file(name: str, *, saved: bool = False):
     def plant(folder: Path, mark: Path) -> None:
         value = payload(mark)
@@ -84,6 +92,7 @@ KINDS = {
     "nothing": lambda folder, mark: None,
     "flags": _object("common_state"),
     "extra state": _object("decoder.layers"),
+    "extra state pickled again": _pickled_extra_state,
     "random state": _object("rng_state"),
     "metadata": _file(".metadata"),
     "metadata naming a module": _metadata_naming_a_module,

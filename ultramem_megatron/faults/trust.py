@@ -17,6 +17,6 @@ def is_trusted() -> bool:
 
 
 def fault_of(error: Exception) -> str:
-    """What torch.load with weights_only=True found wrong with an object, in a few words."""
-    named = re.search(r"GLOBAL (\S+)", str(error))
+    """What a safe unpickler found wrong with an object, in a few words."""
+    named = re.search(r"(?:GLOBAL |disallowed class ')([^\s']+)", str(error))
     return f"asks for {named[1]}" if named else "is damaged, or no plain data"

@@ -9,7 +9,7 @@ from tests.ranks import RanksFailed, run_on_ranks
 from ultramem_megatron.faults.trust import TRUST
 
 _MODEL = {"num_layers": 2, "hidden_size": 32, "swiglu": True, "params_dtype": torch.bfloat16,
-          "ultramem_spans": "1:2", "tokenizer_model": "tokenizer", "moe_layer_freq": [1, 0]}  # fmt: skip
+          "ultramem_spans": "1:2", "tokenizer_model": "words", "moe_layer_freq": [1]}  # fmt: skip
 
 
 def _believed(stored):
