@@ -16,7 +16,7 @@ _RESUMABLE = {"value_lr_decay", "lazy_adam", "aux_loss_weight", "aux_loss_margin
 
 SAME_FLAGS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention",
-    "num_query_groups", "kv_channels", "vocab_size", "normalization", "norm_epsilon", "swiglu",
+    "kv_channels", "vocab_size", "normalization", "layernorm_epsilon", "swiglu",
     "squared_relu", "quick_geglu", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
     "untie_embeddings_and_output_weights", "position_embedding_type", "rotary_percent",
     "rotary_interleaved", "multi_latent_attention", "num_experts", "moe_router_topk",
@@ -57,6 +57,8 @@ def check_design(source: Source, args: Namespace, ultramem: UltraMemConfig | Non
 
 def differing_flags(args: Namespace, stored: Namespace) -> list[str]:
     """ "name is x here, y in the checkpoint" of each flag that makes another model of weights."""
+    if args.moe_use_upcycling:
+        return []  # of a dense model, on purpose
     positions = () if args.finetune else _POSITIONS
     return [
         f"{name} is {getattr(args, name)} here, {getattr(stored, name)} in the checkpoint"
