@@ -4,44 +4,54 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.faults.planted import KINDS, planted
 from tests.ranks import run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
+from ultramem_megatron.faults.trust import TRUST
 
-_MEMORY = {
-    "ultramem_spans": "1:2", "ultramem_num_keys": 12, "ultramem_topk": 6,
-    "ckpt_format": "torch_dist", "verify_integrity": True,
+_CHECKED: dict[str, Any] = {"ckpt_format": "torch_dist", "verify_integrity": True}
+_MEMORY: dict[str, Any] = {
+    **_CHECKED, "ultramem_spans": "1:2", "ultramem_num_keys": 12, "ultramem_topk": 6,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    run_pretrain(1, tiny_gpt(**_MEMORY, save=folder, save_interval=2, train_iters=2))
+    return _saved(tmp_path_factory.mktemp("whole"), _MEMORY)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return _saved(tmp_path_factory.mktemp("dense"), _CHECKED)
+
+
+def _saved(folder: Path, flags: dict[str, Any]) -> Path:
+    run_pretrain(1, tiny_gpt(**flags, save=folder, save_interval=2, train_iters=2))
     return folder
 
 
-def _decoders(load: str, out: Path) -> dict[str, list[str]]:
+def _decoders(load: Path, out: Path) -> dict[str, list[str]]:
     text = out / "text.txt"
     text.write_text("1 2 3 4 5 6 7 8")
     return {
-        "generate": ["generate", "--load", load, "--prompt", "1 2", "--tokens", "2"],
-        "evaluate": ["evaluate", "--load", load, "--data", str(out / "none")],
-        "export": ["export", "--load", load, "--to", str(out / "export")],
-        "inspect": ["inspect", "--load", load, "--text", str(text), "--out", str(out / "i")],
+        "integrity": ["integrity", str(load)],
+        "inspect": ["inspect", "--load", str(load), "--text", str(text), "--out", str(out / "i")],
+        "export": ["export", "--load", str(load), "--to", str(out / "export")],
+        "evaluate": ["evaluate", "--load", str(load), "--data", str(out / "none")],
+        "generate": ["generate", "--load", str(load), "--prompt", "1 2", "--tokens", "2"],
     }
 
 
-def _trainings(load: str) -> dict[str, list[str]]:
+def _trainings(load: Path) -> dict[str, list[str]]:
     train = ["train", *tiny_gpt(**_MEMORY, train_iters=3, override_opt_param_scheduler=True)]
     return {
-        "train": [*train, "--load", load],
-        "train with its flags": [*train, "--load", load, "--use-checkpoint-args"],
-        "train from its weights": [*train, "--pretrained-checkpoint", load],
-        "upcycle": [*train, "--ultramem-upcycle", load],
+        "train": [*train, "--load", str(load)],
+        "train with its flags": [*train, "--load", str(load), "--use-checkpoint-args"],
+        "train from its weights": [*train, "--pretrained-checkpoint", str(load)],
     }
 
 
@@ -73,18 +83,46 @@ def _try(folder: Path, commands: dict[str, list[str]]) -> dict[str, tuple[int, s
     return ends
 
 
-def _tried(whole: Path, folder: Path, kind: str) -> dict[str, tuple[int, str, bool]]:
-    load = planted(whole, folder, kind)
-    verify = {"verify": ["integrity", str(load)]}
-    ends = run_on_ranks(1, _try, folder, verify | _decoders(str(load), folder))[0]
-    for name, argv in _trainings(str(load)).items():  # Megatron parses once in a process
-        ends |= run_on_ranks(1, _try, folder, {name: argv})[0]
-    return ends
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_command_runs_what_is_planted(kind, whole, tmp_path):
-    for command, (status, messages, ran) in _tried(whole, tmp_path, kind).items():
+def test_no_command_that_reads_runs_what_is_planted(kind, whole, tmp_path):
+    load = planted(whole, tmp_path, kind)
+    ends = run_on_ranks(1, _try, tmp_path, _decoders(load, tmp_path))[0]
+    _check(ends, refused=kind not in ("nothing", "random state"))
+    assert ends["integrity"][0] == 0
+
+
+_FAST = ("nothing", "flags", "extra state", "flag that names a module")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in _FAST else pytest.mark.slow) for k in KINDS]
+)
+def test_no_training_runs_what_is_planted(kind, whole, dense, tmp_path):
+    upcycled = tmp_path / "upcycled"
+    upcycled.mkdir()
+    trainings = _trainings(planted(whole, tmp_path, kind))
+    trainings["upcycle"] = [*trainings["train"][:-2], "--ultramem-upcycle",
+                            str(planted(dense, upcycled, kind))]  # fmt: skip
+    for name, argv in trainings.items():  # Megatron parses its flags once in a process
+        folder = upcycled if name == "upcycle" else tmp_path
+        ends = run_on_ranks(1, _try, folder, {name: argv})[0]
+        unread = kind == "random state" and name not in ("train", "train with its flags")
+        repaired = kind == "tracker" and name.startswith("train")
+        _check(ends, refused=not unread and not repaired and kind != "nothing")
+
+
+def _check(ends: dict[str, tuple[int, str, bool]], refused: bool) -> None:
+    for command, (status, messages, ran) in ends.items():
         assert not ran, f"{command} ran what was planted"
-        last = messages.strip().splitlines()[-1:]
-        print(kind, "|", command, "|", status, "|", last)
+        if refused and command != "integrity":
+            assert status == 2, (command, messages)
+            assert messages.splitlines()[-1].startswith("error: "), (command, messages)
+        elif command in ("inspect", "export", "upcycle") or command.startswith("train"):
+            assert status == 0, (command, messages)
+
+
+def test_files_of_ones_own_may_be_trusted(whole, tmp_path):
+    """It also shows that the payload is one."""
+    load = planted(whole, tmp_path, "flags")
+    export = {"export": _decoders(load, tmp_path)["export"]}
+    assert run_on_ranks(1, _try, tmp_path, export, env={TRUST: "1"})[0]["export"][2]
