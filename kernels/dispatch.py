@@ -9,7 +9,7 @@ import torch
 
 from ultramem_megatron.errors import UltraMemError
 
-Implementation = Literal["triton", "torch", "reference"]
+Implementation = Literal["triton", "torch", "reference", "shapes"]
 
 VARIABLE = "ULTRAMEM_KERNELS"
 
@@ -19,16 +19,19 @@ logger = logging.getLogger(__name__)
 def implementation(device: torch.device) -> Implementation:
     """The implementation for tensors on `device`.
 
-    Triton on NVIDIA GPUs, PyTorch's own kernels elsewhere; the environment variable
-    ULTRAMEM_KERNELS (triton, torch or reference) forces one. On a CPU `triton` needs Triton's
-    interpreter (TRITON_INTERPRET=1). Raises UltraMemError for another value of the variable.
+    Triton on NVIDIA GPUs, PyTorch's own kernels elsewhere, shapes alone on the meta device. The
+    environment variable ULTRAMEM_KERNELS (triton, torch or reference) forces one of the others; on
+    a CPU `triton` needs Triton's interpreter (TRITON_INTERPRET=1). Raises UltraMemError for another
+    value of the variable.
     """
     return _choose(device.type, os.environ.get(VARIABLE, ""))
 
 
 @functools.cache
 def _choose(device: str, forced: str) -> Implementation:
-    known = get_args(Implementation)
+    if device == "meta":
+        return "shapes"
+    known = [name for name in get_args(Implementation) if name != "shapes"]
     if forced and forced not in known:
         raise UltraMemError(
             f"{VARIABLE}={forced} names no implementation of the kernels. Allowed: "

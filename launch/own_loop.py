@@ -16,10 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ultramem_megatron.megatron.flags.process import open_process
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.spans import parse_spans
-from ultramem_megatron.patches import registry
-from ultramem_megatron.training.pretrain import set_single_process_environment
 
 VOCABULARY, LENGTH, LAYERS, HIDDEN = 64, 16, 4, 32
 TRAINING_STEPS, LEARNING_RATE = 1000, 1e-3
@@ -32,8 +31,7 @@ ULTRAMEM = UltraMemConfig(
 def main(argv: Sequence[str] | None = None) -> list[float]:
     """Train on random tokens, each sequence repeated; returns the losses, the same on all ranks."""
     options = _parse(argv)
-    set_single_process_environment()
-    registry.apply_all()  # memories 1: upstream's defects, and a CPU in the place of CUDA
+    open_process()  # memories 1: upstream's defects mended, and a CPU in the place of CUDA
     _initialise(options)
     model, optimizer = _build(options)
     first = _load(options, model, optimizer) if options.load else 0

@@ -1,30 +1,13 @@
 """What the quickstart trains: every flag, in three tables, for its full and its tiny size."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.small_models import Flags, text_gpt
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.presets.flags import as_words
 
-Flags = Mapping[str, str | int | float | bool]
-
-MODEL: Flags = {
-    "num-layers": 6,
-    "hidden-size": 256,
-    "num-attention-heads": 4,
-    "seq-length": 256,
-    "max-position-embeddings": 256,
-    "position-embedding-type": "rope",
-    "normalization": "RMSNorm",
-    "disable-bias-linear": True,
-    "hidden-dropout": 0.0,
-    "attention-dropout": 0.0,
-    "untie-embeddings-and-output-weights": True,
-    # A memory's output starts with a standard deviation of 0.3 to 0.4. Beside embeddings of 0.02,
-    # Megatron's default, it would drown the tokens: the loss was 6.4 after 75 steps, not 5.7.
-    "embedding-init-method-std": 0.5,
-    "init-method-std": 0.04,  # sqrt(2 / (5 * hidden size)), as in the paper
-}
+MODEL: Flags = text_gpt(layers=6, hidden=256, heads=4, length=256)
 
 # Two memories of 128 x 128 values; with four virtual values each, 65,536 addresses per memory.
 MEMORY: Flags = {
@@ -129,7 +112,7 @@ class Recipe:
             "tensorboard-dir": str(run / "tensorboard"),
         }
         tables = (self.model, self.memory, self.training, schedule, files)
-        return [part for table in tables for part in as_arguments(table)] + list(self.extra)
+        return [part for table in tables for part in as_words(table)] + list(self.extra)
 
 
 def make_recipe(*, tiny: bool, steps: int | None, extra: tuple[str, ...] = ()) -> Recipe:
@@ -178,12 +161,3 @@ def _like(default: str | int | float | bool, text: str, name: str) -> str | int 
     except ValueError:
         kind = "a whole number" if isinstance(default, int) else "a number"
         raise UltraMemError(f"--{name} {text}: must be {kind}, for example {default}.") from None
-
-
-def as_arguments(flags: Flags) -> list[str]:
-    """`{"lr": 1e-3, "swiglu": True}` as `["--lr", "0.001", "--swiglu"]`."""
-    arguments: list[str] = []
-    for name, value in flags.items():
-        if value is not False:
-            arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return arguments

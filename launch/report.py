@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ultramem_megatron.data.own_folder import write_whole
+from ultramem_megatron.tools.pictures import picture
 
 LOSS, VALIDATION_LOSS = "lm loss", "lm loss validation"  # Megatron's tags
 VALUE_TABLE = ".values."  # in the name of every value table's parameter
@@ -108,21 +109,15 @@ def latest_checkpoint(folder: Path) -> tuple[int, Path] | None:
 
 def plot(curves: Curves, unigram_entropy: float, resume_at: int, file: Path) -> None:
     """Draws both losses over steps, the unigram entropy and the step resumed from, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     train, valid = ([(p.step, p.value) for p in c] for c in (curves.train, curves.valid))
-    axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.6, label="training")
-    axes.plot(*zip(*valid, strict=True), color="tab:red", marker="o", label="validation")
-    axes.axhline(unigram_entropy, color="black", linestyle="--", label="unigram entropy")
-    axes.axvline(resume_at, color="tab:green", linestyle=":", label="saved and resumed")
-    axes.set(title="UltraMem GPT", xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.legend()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    with picture(file, (8, 5)) as figure:
+        axes = figure.subplots()
+        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.6, label="training")
+        axes.plot(*zip(*valid, strict=True), color="tab:red", marker="o", label="validation")
+        axes.axhline(unigram_entropy, color="black", linestyle="--", label="unigram entropy")
+        axes.axvline(resume_at, color="tab:green", linestyle=":", label="saved and resumed")
+        axes.set(title="UltraMem GPT", xlabel="optimizer step", ylabel="loss (nats per token)")
+        axes.legend()
 
 
 def write_json(content: Mapping[str, Any], file: Path) -> None:

@@ -1,6 +1,12 @@
-"""`ultramem patches`: what we change in Megatron, and what is needed here."""
+"""What is changed in Megatron at run time, why, until when, and whether this machine needs it.
 
+ultramem patches
+ultramem patches megatron-lm --check PATH      # the patch for a fork of Megatron-LM
+"""
+
+import argparse
 import textwrap
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from ultramem_megatron.patches.patch import Patch
@@ -27,8 +33,13 @@ def describe(patch: Patch) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the table of patches."""
+    argparse.ArgumentParser(
+        prog="ultramem patches",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(argv)
     print(f"megatron-core {version('megatron-core')} is installed.\n")
     print("\n\n".join(describe(patch) for patch in all_patches()))
 

@@ -23,10 +23,12 @@ PATCH_MODULES = (
     "cpu.no_compile",
     "cpu.dynamic_batching",
     "cpu.context_parallel_attention",
+    "cpu.expert_exchange",
     # Every machine, where the defect exists.
     "cpu.jit_warmup",
     "defects.dataset_helpers",
     "defects.dataset_cache",
+    "defects.help_text",
     # What memory layers need.
     "doors.optimizer_config",
     "doors.optimizer_built",
@@ -63,6 +65,11 @@ def is_applied(name: str) -> bool:
     return name in _applied
 
 
+def applied() -> tuple[str, ...]:
+    """Names of the patches in force in this process, in order of application."""
+    return tuple(_applied)
+
+
 def apply_all(only: Collection[str] | None = None) -> tuple[str, ...]:
     """Apply every patch that this machine needs; a patch already in force is left alone.
 
@@ -87,7 +94,7 @@ def apply_all(only: Collection[str] | None = None) -> tuple[str, ...]:
         _apply(patch)
     if needed and os.environ.get("RANK", "0") == "0":
         print(f"ultramem_megatron: patches applied: {', '.join(_applied)}", flush=True)
-    return tuple(_applied)
+    return applied()
 
 
 def revert_all() -> None:

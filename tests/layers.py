@@ -47,6 +47,19 @@ def small_config(**changes: Any) -> UltraMemConfig:
     return UltraMemConfig(**{**_SMALL, **changes})
 
 
+def sum_lengths(config: UltraMemConfig, hidden_size: int = HIDDEN) -> int:
+    """Lengths, added up, of the sums that a result of a layer passes through.
+
+    Projection of the query, norms of query and keys, a key's score, the Tucker score over ranks and
+    cores, the picks of all heads, the projection of the values. A gradient passes each of them once
+    too: forward up to its parameter and back from there.
+    """
+    query = hidden_size + 2 * config.key_dim + config.rank_key_dim
+    scores = config.tucker_rank**2 + config.cores
+    values = config.topk * config.heads + config.value_expansion * config.value_dim
+    return query + scores + values
+
+
 def small_layer(
     dtype: torch.dtype = torch.float64, *, layer_number: int = 1, **changes: Any
 ) -> UltraMemLayer:

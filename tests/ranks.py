@@ -32,7 +32,9 @@ _PRELOADED = (
     "megatron.training.argument_utils",
     "ultramem_megatron.training.pretrain",
     "ultramem_megatron.training.gpt_datasets",
+    "ultramem_megatron.training.gpt_step",
     "torch.utils.tensorboard",
+    "tests.preloaded",
 )
 _GRACE_SECONDS = 3.0
 """How long the other ranks may go on after one has failed; they usually wait for it for ever."""

@@ -3,9 +3,13 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import NoReturn
+
+REFUSAL_FILE = "ULTRAMEM_REFUSAL"
+"""Environment: where a launched rank leaves its message, so that nothing starts it again."""
 
 
 class UltraMemError(ValueError):
@@ -38,4 +42,8 @@ def _has_older_megatron() -> bool:
 def _refuse(message: str) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
+    told = os.environ.get(REFUSAL_FILE)
+    if told:
+        with suppress(OSError):  # the exit status says it too
+            Path(told).write_text(f"error: {message}\n")
     sys.exit(2)

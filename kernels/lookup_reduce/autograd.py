@@ -18,6 +18,7 @@ from ultramem_megatron.kernels.lookup_reduce.main_grad import (
     wants_sparse,
 )
 from ultramem_megatron.kernels.lookup_reduce.reference import lookup_reduce_reference
+from ultramem_megatron.kernels.lookup_reduce.shapes import lookup_reduce_shapes
 
 
 def lookup_reduce(
@@ -29,7 +30,10 @@ def lookup_reduce(
     of the table's size is allocated. Otherwise it is an ordinary gradient, dense, or sparse if the
     table says so.
     """
-    if implementation(table.device) == "reference":
+    chosen = implementation(table.device)
+    if chosen == "shapes":
+        return lookup_reduce_shapes(table, rows, groups, scores, num_groups)
+    if chosen == "reference":
         return lookup_reduce_reference(table, rows, groups, scores, num_groups)
     pooled: Tensor = _LookupReduce.apply(table, rows, groups, scores, num_groups)
     return pooled

@@ -6,6 +6,7 @@ from torch import Tensor
 from ultramem_megatron.kernels.dispatch import implementation
 from ultramem_megatron.kernels.side_topk.eager import EagerSideTopk
 from ultramem_megatron.kernels.side_topk.reference import side_topk_reference
+from ultramem_megatron.kernels.side_topk.shapes import side_topk_shapes
 
 
 def side_topk(query: Tensor, keys: Tensor, directions: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -14,6 +15,8 @@ def side_topk(query: Tensor, keys: Tensor, directions: Tensor, topk: int) -> tup
     float64 is computed by PyTorch's kernels where Triton is chosen.
     """
     chosen = implementation(query.device)
+    if chosen == "shapes":
+        return side_topk_shapes(query, keys, topk)
     if chosen == "reference":
         return side_topk_reference(query, keys, directions, topk)
     if chosen == "triton" and query.dtype != torch.float64:

@@ -6,6 +6,7 @@ from torch import Tensor
 from ultramem_megatron.kernels.dispatch import implementation
 from ultramem_megatron.kernels.tucker_topk.eager import tucker_topk_eager
 from ultramem_megatron.kernels.tucker_topk.reference import tucker_topk_reference
+from ultramem_megatron.kernels.tucker_topk.shapes import tucker_topk_shapes
 
 
 def tucker_topk(
@@ -16,6 +17,8 @@ def tucker_topk(
     float64 is computed by PyTorch's kernels where Triton is chosen.
     """
     chosen = implementation(scores.device)
+    if chosen == "shapes":
+        return tucker_topk_shapes(scores, keys, cores, keys_per_side)
     if chosen == "reference":
         return tucker_topk_reference(scores, keys, cores, keys_per_side)
     if chosen == "triton" and scores.dtype != torch.float64:

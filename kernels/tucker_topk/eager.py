@@ -21,6 +21,13 @@ def tucker_topk_eager(
     """Same contract as `tucker_topk_reference`."""
     cores = cores.to(scores.dtype)
     positions = _best_positions(scores.detach(), cores.detach().sum(0))
+    return scored_pairs(positions, scores, keys, cores, keys_per_side)
+
+
+def scored_pairs(
+    positions: Tensor, scores: Tensor, keys: Tensor, cores: Tensor, keys_per_side: int
+) -> tuple[Tensor, Tensor]:
+    """Addresses (T, H, m) and scores (T, H, m, C) of the pairs at these positions (T, H, m)."""
     topk, ranks = keys.shape[-1], scores.shape[3]
     index = torch.stack([positions // topk, positions % topk], dim=2)  # (T, H, S, m)
     picked = scores.gather(4, index.unsqueeze(3).expand(*index.shape[:3], ranks, topk))

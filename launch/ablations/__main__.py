@@ -20,16 +20,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from launch import plots
-from launch.ablations import recall, table
+from launch.ablations import pictures, recall, table
 from launch.ablations.experiments import EXPERIMENTS, Experiment, find_experiment
 from launch.ablations.models import SMALL_TRAINING, SMALL_TRANSFORMER, sizes
 from launch.ablations.training import Training, train
-from launch.recipe import as_arguments
 from launch.stage import StageError
 from ultramem_megatron.data import corpora, prepare
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.presets.__main__ import flags as preset_flags
+from ultramem_megatron.presets.flags import as_words
+from ultramem_megatron.presets.flags import flags as preset_flags
+from ultramem_megatron.tools import rows
 
 VOCAB_SIZE = 2048
 RESULTS = Path(__file__).parents[1] / "results"
@@ -77,7 +77,7 @@ def full_commands(
     """One shell command for each run of the paper's size; of a flag given twice the last counts."""
     for model, seed in itertools.product(experiment.models, seeds):
         words = preset_flags(model.preset, model=True, training=True)
-        words += [*as_arguments(model.full), "--seed", str(seed), *extra]
+        words += [*as_words(model.full), "--seed", str(seed), *extra]
         yield f"torchrun $LAUNCH -m ultramem_megatron train {shlex.join(words)}"
 
 
@@ -111,7 +111,8 @@ def run_small(experiment: Experiment, seeds: Sequence[int], args: argparse.Names
             print(_progress(number, len(work), waiting[key], records[key], left), flush=True)
             finished = [training for training in planned if training.key() in records]
             write_results(experiment, finished, records, args.results)
-    plots.main([experiment.name, "--results", str(args.results)])
+    if records:
+        pictures.show(args.results / f"{experiment.name}.csv")
     return 1 if failed else 0
 
 
@@ -143,8 +144,8 @@ def write_results(
         counted = sizes(model.name, (*model.small_arguments(), *training.extra))
         runs.append(table.run_line(experiment.name, model.name, counted, record))
         curves += table.curve_lines(experiment.name, model.name, tokens, record)
-    table.write(runs, results / f"{experiment.name}.csv")
-    table.write(curves, results / f"{experiment.name}_curves.csv")
+    rows.write(results / f"{experiment.name}.csv", runs)
+    rows.write(results / f"{experiment.name}_curves.csv", curves)
 
 
 def _progress(

@@ -3,11 +3,12 @@
 A model that stands in several experiments is trained once: results are kept by flags and seed.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from launch.ablations.models import ULTRAMEM_ROW, Model, ablation, dense, moe, resized
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.presets import printed
 
 _X10 = "ablation-151m-x10-"
 
@@ -26,6 +27,13 @@ class Experiment:
     """During training, evenly spaced, the last one at its end."""
     data: str = "prose"
     """prose: dictionaries and Python; dictionary: a thousand definitions, seen many times."""
+    paper: Mapping[str, float] = field(default_factory=dict)
+    """Validation losses that the paper prints, at its sizes and on its data, by preset."""
+
+    @property
+    def printed_losses(self) -> dict[str, float]:
+        """The same by model; of those that the paper has."""
+        return {m.name: self.paper[m.preset] for m in self.models if m.preset in self.paper}
 
 
 _TABLE_2 = (
@@ -76,6 +84,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "dense",
             steps=1000,
             evaluations=10,
+            paper=printed.TABLE_1_LOSS,
         ),
         Experiment(
             "recall",
@@ -90,12 +99,14 @@ EXPERIMENTS: dict[str, Experiment] = {
             "from product keys to UltraMem, one change a row",
             tuple(ablation(name, preset) for name, preset in _TABLE_2),
             "pkm",
+            paper=printed.TABLE_2_LOSS,
         ),
         Experiment(
             "table3",
             "value expansion E, Tucker rank r, cores h",
             tuple(ablation(name, _X10 + preset) for name, preset in _TABLE_3),
             "E=1",
+            paper=printed.TABLE_3_LOSS,
         ),
         Experiment(
             "figure10",

@@ -10,24 +10,13 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from launch.recipe import Flags, as_arguments
+from launch.small_models import Flags, text_gpt
 from ultramem_megatron.presets import preset_fields
+from ultramem_megatron.presets.flags import as_words
 
 SMALL_TRANSFORMER: Flags = {
-    "num-layers": 4,
-    "hidden-size": 96,
+    **text_gpt(layers=4, hidden=96, heads=4, length=128),
     "ffn-hidden-size": 384,
-    "num-attention-heads": 4,
-    "seq-length": 128,
-    "max-position-embeddings": 128,
-    "position-embedding-type": "rope",
-    "normalization": "RMSNorm",
-    "disable-bias-linear": True,
-    "hidden-dropout": 0.0,
-    "attention-dropout": 0.0,
-    "untie-embeddings-and-output-weights": True,
-    "embedding-init-method-std": 0.5,  # see launch/recipe.py
-    "init-method-std": 0.065,  # sqrt(2 / (5 * hidden size))
 }
 
 SMALL_TRAINING: Flags = {
@@ -75,7 +64,7 @@ class Model:
 
     def small_arguments(self) -> list[str]:
         """Megatron's flags for the small model and its training, without data and schedule."""
-        return as_arguments({**SMALL_TRANSFORMER, **SMALL_TRAINING, **self.small})
+        return as_words({**SMALL_TRANSFORMER, **SMALL_TRAINING, **self.small})
 
 
 def dense(name: str = "dense", preset: str = "dense-151m") -> Model:

@@ -1,13 +1,9 @@
-"""Records of runs as tidy CSV: one line a run, and one line for each point of a curve."""
+"""Records of runs as tidy rows: one for a run, and one for each point of a curve."""
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from launch.ablations.models import Sizes
-from ultramem_megatron.data.own_folder import write_whole
 
 VALIDATION = "lm loss validation"
 _LAST_MEMORY = {"ultramem/top-1-score": "top1_score", "ultramem/output-std": "output_std"}
@@ -58,13 +54,3 @@ def _curves(scalars: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple
         if tags:
             curves[name] = scalars[tags[-1]]
     return curves
-
-
-def write(lines: Sequence[dict[str, Any]], file: Path) -> None:
-    """Writes lines with equal keys, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    output = io.StringIO()
-    writer = csv.DictWriter(output, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_whole(file, output.getvalue())

@@ -34,6 +34,7 @@ _PRELOADED = (
     "megatron.training.argument_utils",
     "torch.utils.tensorboard",
     "ultramem_megatron.training.gpt_datasets",
+    "ultramem_megatron.training.gpt_step",
     "ultramem_megatron.inference.loading",
     "ultramem_megatron.training.pretrain",
 )

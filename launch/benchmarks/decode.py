@@ -11,7 +11,6 @@ Writes DIR/decode.csv, one row per model and batch, and its figures.
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import gc
 import io
@@ -24,6 +23,7 @@ import torch
 
 from launch.benchmarks.decode_models import SCALES, DecodeModel, Scale
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.tools import rows
 
 Row = dict[str, str | int | float]
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "decode.csv"
     _keep_freed_memory()
-    _write(file, _rows(_scale(options), options))
+    rows.write_as_made(file, _rows(_scale(options), options))
     draw(file)
     print(f"{file} and figures beside it")
     return None
@@ -161,7 +161,7 @@ def _picks(args: argparse.Namespace) -> int:
     from ultramem_megatron.megatron.flags.arguments import config_from_args
 
     ultramem = config_from_args(args)
-    return ultramem.heads * ultramem.topk if ultramem else 0
+    return ultramem.picks if ultramem else 0
 
 
 def _parameters(model: Any) -> int:
@@ -171,17 +171,6 @@ def _parameters(model: Any) -> int:
         for name, parameter in model.named_parameters()
         if "embedding" not in name and "output_layer" not in name
     )
-
-
-def _write(file: Path, rows: Iterator[Row]) -> None:
-    with file.open("w", newline="") as handle:
-        writer: csv.DictWriter[str] | None = None
-        for row in rows:
-            if writer is None:
-                writer = csv.DictWriter(handle, row)
-                writer.writeheader()
-            writer.writerow(row)
-            handle.flush()
 
 
 if __name__ == "__main__":

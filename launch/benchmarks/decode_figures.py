@@ -1,17 +1,18 @@
 """The paper's figures 1b, 1c, 6c and 7, drawn from the CSV of the decode benchmark."""
 
-import csv
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.tools.pictures import colours, picture
+from ultramem_megatron.tools.rows import read
 
 Row = dict[str, str]
 
 _NAMES = {"dense": "dense", "moe": "MoE", "ultramem": "UltraMem"}
-_COLOURS = {"dense": "tab:grey", "moe": "tab:orange", "ultramem": "tab:blue"}
+_COLOURS = colours(_NAMES)
 _BAR_BATCHES = (16, 64, 256, 1024)
+_MADE_BY = "python -m launch.benchmarks.decode --out DIR"
 
 
 def draw(file: Path) -> None:
@@ -19,23 +20,13 @@ def draw(file: Path) -> None:
 
     Raises UltraMemError for a file that the benchmark did not write.
     """
-    rows = _read(file)
+    rows = read(file, _MADE_BY, ("kind", "batch", "median_ms", "bytes_counted"))
     over_batches = _first_models(rows)
     _figure(file, "1b", [_latency], over_batches)
     _figure(file, "1c", [_bars], over_batches)
     _figure(file, "7", [_latency, _access], over_batches)
     if len(rows) > len(over_batches):
         _figure(file, "6c", [_over_sparse_parameters], rows)
-
-
-def _read(file: Path) -> list[Row]:
-    if not file.is_file():
-        raise UltraMemError(f"{file} is not there. Give the CSV that the benchmark wrote.")
-    with file.open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    if not rows or not {"kind", "batch", "median_ms", "bytes_counted"} <= rows[0].keys():
-        raise UltraMemError(f"{file} holds no rows of the decode benchmark.")
-    return rows
 
 
 def _first_models(rows: Iterable[Row]) -> list[Row]:
@@ -47,23 +38,16 @@ def _first_models(rows: Iterable[Row]) -> list[Row]:
 def _figure(
     file: Path, name: str, panels: Sequence[Callable[[Any, list[Row]], None]], rows: list[Row]
 ) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False, layout="constrained"
-    )
-    for axis, panel in zip(axes[0], panels, strict=True):
-        panel(axis, rows)
     shown = rows[0]
-    figure.suptitle(
-        f"{shown['hardware']}, {shown['dtype']}, KV cache {shown['cache_length']}, "
-        f"{shown['date']}", fontsize=9,
-    )  # fmt: skip
-    figure.savefig(file.with_name(f"decode_figure{name}.png"), dpi=120)
-    pyplot.close(figure)
+    title = (
+        f"{shown['hardware']}, {shown['dtype']}, KV cache {shown['cache_length']}, {shown['date']}"
+    )
+    to = file.with_name(f"decode_figure{name}.png")
+    with picture(to, (5.5 * len(panels), 4)) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False)
+        for axis, panel in zip(axes[0], panels, strict=True):
+            panel(axis, rows)
+        figure.suptitle(title, fontsize=9)
 
 
 def _latency(axis: Any, rows: list[Row]) -> None:

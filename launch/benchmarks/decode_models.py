@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ultramem_megatron.presets import find_preset
-from ultramem_megatron.presets.preset import as_words
+from launch.small_models import plain_gpt
+from ultramem_megatron.presets.flags import as_words, flags
 
 
 class DecodeModel(NamedTuple):
@@ -34,38 +34,44 @@ class Scale:
     extra_flags: tuple[str, ...] = field(default=("--bf16",))
 
 
-_VOCABULARY = ("--vocab-size", "50304")
+_POWERS = tuple(2**i for i in range(11))  # 1..1024
+_SMALL = as_words({**plain_gpt(layers=4, hidden=64, heads=4, length=64), "vocab-size": 512})
 
 
 def _preset(kind: str, name: str, *changes: str) -> DecodeModel:
-    preset = find_preset(name)
-    flags = [*as_words(preset.model), *as_words(preset.memory, "--ultramem-"), *_VOCABULARY]
-    shown = " ".join([name, *changes])
-    return DecodeModel(kind, shown, (*flags, *changes))
+    words = [*flags(name, model=True, training=False), "--vocab-size", "50304", *changes]
+    return DecodeModel(kind, " ".join([name, *changes]), tuple(words))
 
 
-_POWERS = tuple(2**i for i in range(11))  # 1..1024
-
-_SMALL = ("--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4",
-          "--seq-length", "64", "--max-position-embeddings", "64", "--vocab-size", "512",
-          "--position-embedding-type", "rope", "--untie-embeddings-and-output-weights",
-          "--disable-bias-linear")  # fmt: skip
-
-
-def _small(kind: str, name: str, *flags: str) -> DecodeModel:
-    return DecodeModel(kind, f"small {name}", (*_SMALL, *flags))
+def _small(kind: str, name: str, **flags: str | int) -> DecodeModel:
+    return DecodeModel(kind, f"small {name}", (*_SMALL, *as_words(flags)))
 
 
 def _small_moe(experts: int) -> DecodeModel:
-    return _small("moe", f"moe-2in{experts}", "--num-experts", str(experts),
-                  "--moe-router-topk", "2", "--moe-ffn-hidden-size", "136",
-                  "--moe-router-load-balancing-type", "none")  # fmt: skip
+    return _small("moe", f"moe-2in{experts}", num_experts=experts, moe_router_topk=2,
+                  moe_ffn_hidden_size=136, moe_router_load_balancing_type="none")  # fmt: skip
 
 
 def _small_ultramem(keys: int) -> DecodeModel:
-    return _small("ultramem", f"ultramem-{keys}", "--ultramem-spans", "2:3",
-                  "--ultramem-num-keys", str(keys), "--ultramem-key-dim", "16",
-                  "--ultramem-topk", "8")  # fmt: skip
+    return _small("ultramem", f"ultramem-{keys}", ultramem_spans="2:3", ultramem_num_keys=keys,
+                  ultramem_key_dim=16, ultramem_topk=8)  # fmt: skip
+
+
+def _paper(
+    size: str, moe: str, *, experts: Sequence[int], keys: Sequence[int], batch: int, cache: int
+) -> Scale:
+    """The paper's trio of one size; experts, keys: numbers of those with fewer of them."""
+    dense, ultramem = f"dense-{size}", f"ultramem-{size}-x12"
+    return Scale(
+        trio=(_preset("dense", dense), _preset("moe", moe), _preset("ultramem", ultramem)),
+        fewer=(
+            *(_preset("moe", moe, "--num-experts", str(n)) for n in experts),
+            *(_preset("ultramem", ultramem, "--ultramem-num-keys", str(n)) for n in keys),
+        ),
+        batches=_POWERS,
+        fixed_batch=batch,
+        cache_length=cache,
+    )
 
 
 SCALES: dict[str, Scale] = {
@@ -76,38 +82,12 @@ SCALES: dict[str, Scale] = {
         fixed_batch=4,
         cache_length=8,
     ),
-    "151m": Scale(
-        trio=(
-            _preset("dense", "dense-151m"),
-            _preset("moe", "moe-151m-2in32"),
-            _preset("ultramem", "ultramem-151m-x12"),
-        ),
-        fewer=tuple(
-            [_preset("moe", "moe-151m-2in32", "--num-experts", str(n)) for n in (4, 8, 16)]
-            + [
-                _preset("ultramem", "ultramem-151m-x12", "--ultramem-num-keys", str(n))
-                for n in (320, 524, 766)
-            ]
-        ),
-        batches=_POWERS,
-        fixed_batch=64,
-        cache_length=32,
+    "151m": _paper(
+        "151m", "moe-151m-2in32",
+        experts=(4, 8, 16), keys=(320, 524, 766), batch=64, cache=32,
     ),
-    "1.6b": Scale(
-        trio=(
-            _preset("dense", "dense-1.6b"),
-            _preset("moe", "moe-1.6b-2in34"),
-            _preset("ultramem", "ultramem-1.6b-x12"),
-        ),
-        fewer=tuple(
-            [_preset("moe", "moe-1.6b-2in34", "--num-experts", str(n)) for n in (4, 8, 17)]
-            + [
-                _preset("ultramem", "ultramem-1.6b-x12", "--ultramem-num-keys", str(n))
-                for n in (480, 820, 1250)
-            ]
-        ),
-        batches=_POWERS,
-        fixed_batch=512,
-        cache_length=2048,
+    "1.6b": _paper(
+        "1.6b", "moe-1.6b-2in34",
+        experts=(4, 8, 17), keys=(480, 820, 1250), batch=512, cache=2048,
     ),
-}
+}  # fmt: skip

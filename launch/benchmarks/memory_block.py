@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ultramem_megatron.megatron.flags.process import open_process
 from ultramem_megatron.memory.spans import Span
-from ultramem_megatron.patches import registry
 
 _SPAN = Span(2, 5)
 
@@ -31,7 +31,7 @@ class BlockShape:
 
 def initialize() -> torch.device:
     """Process groups for one table over all ranks, on GPUs if each rank has one; the device."""
-    registry.apply_all()
+    open_process()
     from megatron.core import parallel_state, tensor_parallel
 
     on_gpu = torch.cuda.is_available()

@@ -8,7 +8,6 @@ one step each, and with --plot DIR/overlap.png. On GPUs, one for each rank, link
 """
 
 import argparse
-import csv
 import functools
 import os
 import statistics
@@ -31,6 +30,7 @@ from launch.benchmarks.slow_link import slow_link
 from launch.benchmarks.timeline import plot
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 from ultramem_megatron.memory.spans import parse_spans
+from ultramem_megatron.tools.rows import write
 
 _TRACED_STEPS = 5
 _QUIET = {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99", "PYTHONWARNINGS": "ignore"}
@@ -159,16 +159,15 @@ def _write(rows: list[Result], options: argparse.Namespace) -> None:
         "tokens_per_rank": options.tokens, "hidden_size": options.hidden_size,
         "num_values": options.num_keys**2, "steps": options.steps, **environment_columns(),
     }  # fmt: skip
-    with open(options.out / "overlap.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [*Result._fields, *constant])
-        writer.writeheader()
-        for row in rows:
-            shown = {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row._asdict().items()}
-            writer.writerow(shown | constant)
+    write(options.out / "overlap.csv", [_shown(row) | constant for row in rows])
     print(f"{'partition':>10} {'delay ms':>9} {'overlap':>8} {'step ms':>9} {'exposed ms':>11}")
     for row in rows:
         print(f"{row.partition:>10} {row.delay_ms:9g} {row.overlap:>8} {row.step_ms:9.1f} "
               f"{row.exposed_ms:11.1f}")  # fmt: skip
+
+
+def _shown(row: Result) -> dict[str, Any]:
+    return {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in row._asdict().items()}
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

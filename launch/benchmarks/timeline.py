@@ -6,6 +6,7 @@ from typing import Any
 
 from launch.benchmarks import trace
 from launch.benchmarks.trace import Interval
+from ultramem_megatron.tools.pictures import picture
 
 _LANES = ("layers", "on its way", "waiting")
 _SHORT = 0.025
@@ -14,28 +15,20 @@ _SHORT = 0.025
 
 def plot(traces: Mapping[str, Any], path: Path, title: str) -> None:
     """traces: the trace of one step with `marked_layers`, by kind ("off", "on")."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(
-        len(traces), 1, sharex=True, figsize=(12, 2.1 * len(traces) + 0.6), layout="constrained"
-    )
     longest = max(_span(found)[1] - _span(found)[0] for found in traces.values())
-    for panel, (name, found) in zip(panels, traces.items(), strict=True):
-        start, _ = _span(found)
-        for lane, bars in enumerate(_bars(found)):
-            for bar in bars:
-                _draw(panel, bar, start, lane, longest)
-        panel.set_yticks(range(len(_LANES)), _LANES)
-        panel.invert_yaxis()
-        exposed = trace.exposed(found) / 1000
-        panel.set_title(f"overlap {name}: {exposed:.0f} ms waiting", loc="left", fontsize=10)
-    panels[-1].set_xlabel("milliseconds; layers: forward blue, backward orange")
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
+    with picture(path, (12, 2.1 * len(traces) + 0.6), dpi=90) as figure:
+        panels = figure.subplots(len(traces), 1, sharex=True)
+        for panel, (name, found) in zip(panels, traces.items(), strict=True):
+            start, _ = _span(found)
+            for lane, bars in enumerate(_bars(found)):
+                for bar in bars:
+                    _draw(panel, bar, start, lane, longest)
+            panel.set_yticks(range(len(_LANES)), _LANES)
+            panel.invert_yaxis()
+            exposed = trace.exposed(found) / 1000
+            panel.set_title(f"overlap {name}: {exposed:.0f} ms waiting", loc="left", fontsize=10)
+        panels[-1].set_xlabel("milliseconds; layers: forward blue, backward orange")
+        figure.suptitle(title, fontsize=11)
 
 
 def _span(found: Any) -> tuple[float, float]:

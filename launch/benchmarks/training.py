@@ -9,7 +9,6 @@ SequentialMLP, routed by a router that has just begun to learn. Writes DIR/train
 """
 
 import argparse
-import csv
 import json
 import logging
 import os
@@ -24,8 +23,10 @@ from typing import Any
 import torch
 
 from launch.benchmarks.environment import environment_columns
+from launch.benchmarks.training_figure import draw
 from launch.benchmarks.training_models import SCALES, Scale
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.tools.rows import write
 
 _WARM_UP = 3  # steps of each run that are not counted
 _MOST_UNEQUAL = 0.02
@@ -113,46 +114,6 @@ def _row(model: str, runs: list[dict[str, Any]], sizes: Any, tokens: int) -> dic
     }
 
 
-def write(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """The CSV."""
-    with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def plot(file: Path) -> None:
-    """Bars of milliseconds a step, the optimizer's share marked, beside the CSV."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with file.open(newline="") as opened:
-        rows = list(csv.DictReader(opened))
-    if not rows or "optimizer_ms" not in rows[0]:
-        raise UltraMemError(f"--plot {file}: it holds no rows of the training benchmark.")
-    names = [row["model"] for row in rows]
-    step, low, high, optimizer = (
-        [float(row[column]) for row in rows]
-        for column in ("step_ms", "step_ms_p20", "step_ms_p80", "optimizer_ms")
-    )
-    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
-    spread = [[s - a for s, a in zip(step, low, strict=True)],
-              [b - s for s, b in zip(step, high, strict=True)]]  # fmt: skip
-    axes.bar(names, step, yerr=spread, color="tab:blue", capsize=4, label="step")
-    axes.bar(names, optimizer, color="tab:orange", label="of it the optimizer")
-    for place, row in enumerate(rows):
-        axes.annotate(f"{float(row['tokens_per_second']):,.0f} tokens/s", (place, high[place]),
-                      ha="center", va="bottom")  # fmt: skip
-    axes.set(ylabel="ms per training step, median", ylim=(0, 1.2 * max(high)),
-             title=f"equal FLOPs per token, {rows[0]['scale']}; {rows[0]['hardware']}")  # fmt: skip
-    axes.title.set_fontsize(9)
-    figure.legend(loc="outside lower center", ncols=2)
-    figure.savefig(file.with_suffix(".png"), dpi=120)
-    pyplot.close(figure)
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default = "151m" if torch.cuda.is_available() else "small"
     parser = argparse.ArgumentParser(
@@ -179,13 +140,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and draw. Raises UltraMemError for wrong flags."""
     options = _parse(argv)
     if options.plot:
-        return plot(options.plot)
+        return draw(options.plot)
     logging.disable(logging.WARNING)  # Megatron's, of what this machine lacks
     options.out.mkdir(parents=True, exist_ok=True)
     rows = measure(SCALES[options.scale], options.scale, options.steps, options.rounds)
     file = options.out / "training.csv"
-    write(rows, file)
-    plot(file)
+    write(file, rows)
+    draw(file)
     for row in rows:
         print(f"{row['model']:<9} {row['tokens_per_second']:>10,.0f} tokens/s "
               f"{row['times_dense']:6.2f} x dense  {row['step_ms']:8.1f} ms a step, "

@@ -7,8 +7,8 @@ paper's PKM-151M-x10, which has fewer). The dense model's MLP is widened to the 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ultramem_megatron.presets import find_preset
-from ultramem_megatron.presets.preset import as_words
+from launch.small_models import plain_gpt
+from ultramem_megatron.presets.flags import as_words, flags
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,16 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _preset(name: str, changes: str = "") -> tuple[str, ...]:
-    preset = find_preset(name)
-    memory = ("--ultramem-preset", name) if preset.memory else ()
-    return (*as_words(preset.model), *memory, *_words(changes))
+    return (*flags(name, model=True, training=False), *_words(changes))
 
 
-_SMALL = (
-    "--num-layers 6 --hidden-size 256 --num-attention-heads 4 --seq-length 256 "
-    "--max-position-embeddings 256 --position-embedding-type rope --disable-bias-linear "
-    "--untie-embeddings-and-output-weights "
+_SMALL = " ".join(as_words(plain_gpt(layers=6, hidden=256, heads=4, length=256))) + " "
+_TINY = " ".join(as_words(plain_gpt(layers=2, hidden=32, heads=2, length=32))) + " "
+_MOE = "--moe-router-topk 2 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 "
+_PKM = (
+    "--ultramem-retrieval pkm --ultramem-value-expansion 1 --no-ultramem-value-projection "
+    "--ultramem-softmax --no-ultramem-share-query --ultramem-qk-norm none --ultramem-init official "
 )
-_TINY = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 "
-    "--max-position-embeddings 32 --position-embedding-type rope --disable-bias-linear "
-    "--untie-embeddings-and-output-weights "
-)
-_BALANCED = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01"
 _TRAINING = (
     "--mock-data --tokenizer-type NullTokenizer --lr 1e-4 --min-lr 1e-5 --eval-iters 0 "
     "--eval-interval 100000 --hidden-dropout 0 --attention-dropout 0 --num-workers 0 "
@@ -49,14 +43,10 @@ SCALES: dict[str, Scale] = {
     "tiny": Scale(
         {
             "dense": _words(_TINY + "--ffn-hidden-size 168"),
-            "moe": _words(
-                _TINY + "--num-experts 3 --moe-router-topk 2 --moe-ffn-hidden-size 84 " + _BALANCED
-            ),
+            "moe": _words(_TINY + _MOE + "--num-experts 3 --moe-ffn-hidden-size 84"),
             "pkm": _words(
-                _TINY + "--ultramem-spans 2:2 --ultramem-retrieval pkm --ultramem-num-keys 12 "
-                "--ultramem-key-dim 28 --ultramem-value-dim 32 --ultramem-topk 4 "
-                "--ultramem-value-expansion 1 --no-ultramem-value-projection --ultramem-softmax "
-                "--no-ultramem-share-query --ultramem-qk-norm none --ultramem-init official"
+                _TINY + _PKM + "--ultramem-spans 2:2 --ultramem-num-keys 12 --ultramem-key-dim 28 "
+                "--ultramem-value-dim 32 --ultramem-topk 4"
             ),
             "ultramem": _words(
                 _TINY + "--ultramem-spans 1:2 --ultramem-num-keys 25 --ultramem-key-dim 12 "
@@ -68,16 +58,10 @@ SCALES: dict[str, Scale] = {
     "small": Scale(
         {
             "dense": _words(_SMALL + "--ffn-hidden-size 1220"),
-            "moe": _words(
-                _SMALL
-                + "--num-experts 11 --moe-router-topk 2 --moe-ffn-hidden-size 610 "
-                + _BALANCED
-            ),
+            "moe": _words(_SMALL + _MOE + "--num-experts 11 --moe-ffn-hidden-size 610"),
             "pkm": _words(
-                _SMALL + "--ultramem-spans 3:3 --ultramem-retrieval pkm --ultramem-num-keys 256 "
-                "--ultramem-key-dim 288 --ultramem-value-dim 256 --ultramem-topk 8 "
-                "--ultramem-value-expansion 1 --no-ultramem-value-projection --ultramem-softmax "
-                "--no-ultramem-share-query --ultramem-qk-norm none --ultramem-init official"
+                _SMALL + _PKM + "--ultramem-spans 3:3 --ultramem-num-keys 256 "
+                "--ultramem-key-dim 288 --ultramem-value-dim 256 --ultramem-topk 8"
             ),
             "ultramem": _words(
                 _SMALL + "--ultramem-spans 2:3/5:6 --ultramem-num-keys 256 --ultramem-key-dim 64 "

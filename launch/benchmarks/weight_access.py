@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from torch import Tensor, nn
 
 from ultramem_megatron.memory.tables.value_table import ValueTable
@@ -19,8 +21,8 @@ from ultramem_megatron.tools.plan.sizes import ReadSizes
 def count_weight_bytes(model: nn.Module) -> Iterator[dict[str, int]]:
     """Within it, forward passes of `model` add up what they read.
 
-    Entries "mlp" (a dense MLP, once per pass), "experts" (those with a token) and "values" (each
-    distinct row once per pass).
+    Entries "mlp" (dense MLPs and shared experts, once per pass), "experts" (those with a token) and
+    "values" (each distinct row once per pass).
     """
     counted = {"mlp": 0, "experts": 0, "values": 0}
 
@@ -37,11 +39,9 @@ def count_weight_bytes(model: nn.Module) -> Iterator[dict[str, int]]:
         rows = (inputs[0] % module.layout.num_values).unique().numel()
         counted["values"] += rows * module.weight[0].nbytes
 
-    kinds = {"MLP": mlp, "experts": experts, "ValueTable": values}
+    counters = {"mlp": mlp, "experts": experts, "values": values}
     hooks = [
-        module.register_forward_pre_hook(kinds[kind])
-        for name, module in model.named_modules()
-        if (kind := _kind(name, module)) is not None
+        module.register_forward_pre_hook(counters[kind]) for module, kind in _kinds(model).items()
     ]
     try:
         yield counted
@@ -50,12 +50,17 @@ def count_weight_bytes(model: nn.Module) -> Iterator[dict[str, int]]:
             hook.remove()
 
 
-def _kind(name: str, module: nn.Module) -> str | None:
-    if name.endswith(".experts"):
-        return "experts"
-    if isinstance(module, ValueTable):
-        return "ValueTable"
-    return "MLP" if name.endswith(".mlp") and type(module).__name__ == "MLP" else None
+def _kinds(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules that are counted, and under which entry."""
+    routed = [module.experts for module in model.modules() if isinstance(module, BaseMoELayer)]
+    inside = {module for experts in routed for module in experts.modules()}
+    kinds: dict[nn.Module, str] = dict.fromkeys(routed, "experts")
+    for module in model.modules():
+        if isinstance(module, ValueTable):
+            kinds[module] = "values"
+        elif isinstance(module, MLP) and module not in inside:
+            kinds[module] = "mlp"
+    return kinds
 
 
 def other_weight_bytes(model: nn.Module) -> int:
@@ -64,12 +69,7 @@ def other_weight_bytes(model: nn.Module) -> int:
     Attention, norms, routers, what a memory has beside its table, and the output layer; of word
     embeddings a step reads next to nothing, unless they are the output layer too.
     """
-    counted = {
-        id(parameter)
-        for name, module in model.named_modules()
-        if _kind(name, module) is not None
-        for parameter in module.parameters()
-    }
+    counted = {id(p) for module in _kinds(model) for p in module.parameters()}
     names = dict(model.named_parameters())
     untied = any(name.endswith("output_layer.weight") for name in names)
     return sum(
@@ -88,18 +88,19 @@ def read_sizes(model: nn.Module, experts_per_token: int, picks: int) -> ReadSize
 
     picks: values that a token reads of one table, m*H.
     """
-    kinds = [(_kind(name, module), module) for name, module in model.named_modules()]
-    experts = [module for kind, module in kinds if kind == "experts"]
-    tables = [module for _, module in kinds if isinstance(module, ValueTable)]
-    number = experts[0].num_local_experts if experts else 0
+    found = _kinds(model).items()
+    mlps, experts = ([m for m, kind in found if kind == name] for name in ("mlp", "experts"))
+    layouts = [module.layout for module, _ in found if isinstance(module, ValueTable)]
+    routed = [module for module in model.modules() if isinstance(module, BaseMoELayer)]
+    number = routed[0].num_local_experts if routed else 0
     return ReadSizes(
-        mlp=sum(_elements_of(module) for kind, module in kinds if kind == "MLP"),
+        mlp=sum(map(_elements_of, mlps)),
         expert=sum(map(_elements_of, experts)) // number if number else 0,
         experts=number,
         experts_per_token=experts_per_token if number else 0,
-        memory_layers=len(tables),
-        values=tables[0].layout.num_values if tables else 0,
-        value_dim=tables[0].layout.value_dim if tables else 0,
+        memory_layers=len(layouts),
+        values=layouts[0].num_values if layouts else 0,
+        value_dim=layouts[0].value_dim if layouts else 0,
         picks=picks,
     )
 

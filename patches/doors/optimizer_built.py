@@ -1,35 +1,26 @@
-"""With --ultramem-lazy-adam the optimizer leaves rows of value tables without gradient alone."""
+"""Door: functions that see the optimizer before its first step."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ultramem_megatron.patches.patch import Editor, Patch
 
+after: list[Callable[[Any, list[Any]], None]] = []
+"""Called with the optimizer that pretrain() has built, and the model chunks it is for."""
 
-def _with_lazy_tables(original: Any) -> Any:
+
+def _then_the_others(original: Any) -> Any:
     def get_megatron_optimizer(config: Any, model_chunks: Any, *args: Any, **kwargs: Any) -> Any:
-        from ultramem_megatron.megatron.current_run import current_run
-        from ultramem_megatron.megatron.optimizer.lazy_adam import make_lazy
-
         optimizer = original(config, model_chunks, *args, **kwargs)
-        if current_run.ultramem is None or not current_run.ultramem.lazy_adam:
-            return optimizer
-        # Half precision trains a float32 copy of each parameter.
-        tables = [
-            getattr(parameter, "main_param", parameter)
-            for chunk in model_chunks
-            for parameter in chunk.parameters()
-            if getattr(parameter, "ultramem_values", False)
-        ]
-        for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-            if tables and single.optimizer is not None:
-                make_lazy(single.optimizer, tables)
+        for function in after:
+            function(optimizer, model_chunks)
         return optimizer
 
     return get_megatron_optimizer
 
 
 def _install(editor: Editor) -> None:
-    editor.wrap("megatron.training.training.get_megatron_optimizer", _with_lazy_tables)
+    editor.wrap("megatron.training.training.get_megatron_optimizer", _then_the_others)
 
 
 PATCH = Patch(

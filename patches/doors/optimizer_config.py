@@ -1,45 +1,38 @@
-"""The value tables get a learning rate of their own: a parameter group and a schedule for it."""
+"""Door: parameter groups and a learning-rate scheduler of one's own in pretrain()."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ultramem_megatron.patches.patch import Editor, Patch
 
+overrides: list[Callable[[], dict[Any, dict[str, Any]]]] = []
+"""Each gives optimizer overrides by `ParamKey`, added to those that Megatron makes of its flags."""
 
-def _with_value_overrides(original: Any) -> Any:
+schedulers: list[Callable[..., Any]] = []
+"""The last one, if any, is called in the place of Megatron's OptimizerParamScheduler."""
+
+
+def _with_overrides(original: Any) -> Any:
     def get_megatron_optimizer_config(args: Any) -> Any:
-        from ultramem_megatron.megatron.current_run import current_run
-        from ultramem_megatron.megatron.optimizer.value_learning_rate import value_overrides
-
-        config, overrides = original(args)
-        if current_run.ultramem is None:
-            return config, overrides
-        return config, {**(overrides or {}), **value_overrides(current_run.ultramem)}
+        config, own = original(args)
+        for more in overrides:
+            own = {**(own or {}), **more()}
+        return config, own
 
     return get_megatron_optimizer_config
 
 
-def _with_value_schedule(original: Any) -> Any:
+def _with_scheduler(original: Any) -> Any:
     def make_scheduler(*args: Any, **kwargs: Any) -> Any:
-        from ultramem_megatron.megatron.current_run import current_run
-        from ultramem_megatron.megatron.optimizer.value_learning_rate import (
-            ValueLearningRateScheduler,
-        )
-
-        if current_run.ultramem is None:
-            return original(*args, **kwargs)
-        scheduler = ValueLearningRateScheduler(
-            *args, value_lr_decay=current_run.ultramem.value_lr_decay, **kwargs
-        )
-        current_run.scheduler = scheduler
-        return scheduler
+        return (schedulers[-1] if schedulers else original)(*args, **kwargs)
 
     return make_scheduler
 
 
 def _install(editor: Editor) -> None:
     training = "megatron.training.training"
-    editor.wrap(f"{training}.get_megatron_optimizer_config", _with_value_overrides, ("args",))
-    editor.wrap(f"{training}.OptimizerParamScheduler", _with_value_schedule)
+    editor.wrap(f"{training}.get_megatron_optimizer_config", _with_overrides, ("args",))
+    editor.wrap(f"{training}.OptimizerParamScheduler", _with_scheduler)
 
 
 PATCH = Patch(

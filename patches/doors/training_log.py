@@ -1,9 +1,12 @@
-"""Metrics of memory layers follow Megatron's own log line and go to the same writers."""
+"""Door: functions that are called after Megatron's own log line."""
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 from ultramem_megatron.patches.patch import Editor, Patch
+
+after: list[Callable[[int], None]] = []
+"""Called on every rank with the iteration, at every step at which `training_log` is called."""
 
 _PARAMETERS = (
     "loss_dict", "total_loss_dict", "learning_rate", "iteration", "loss_scale",
@@ -13,53 +16,21 @@ _PARAMETERS = (
 )  # fmt: skip
 
 
-def _with_memory_metrics(original: Any) -> Any:
+def _then_the_others(original: Any) -> Any:
     def training_log(
         loss_dict: Any, total_loss_dict: Any, learning_rate: Any, iteration: int, *args: Any,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        from megatron.training import get_args
-
-        from ultramem_megatron.megatron.current_run import current_run
-
         result = original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
-        if current_run.monitor is not None and iteration % get_args().log_interval == 0:
-            _report(iteration)
+        for function in after:
+            function(iteration)
         return result
 
     return training_log
 
 
-def _report(iteration: int) -> None:
-    from megatron.training import get_tensorboard_writer, get_wandb_writer, print_rank_last
-
-    from ultramem_megatron.megatron.current_run import current_run
-    from ultramem_megatron.megatron.metrics import console_line, tensorboard_tag
-
-    assert current_run.monitor is not None
-    by_layer = current_run.monitor.collect()  # a collective: every rank takes part
-    scalars = {
-        tensorboard_tag(layer, name): value
-        for layer, metrics in by_layer.items()
-        for name, value in metrics.items()
-        if not math.isnan(value)
-    }
-    value_lr = current_run.value_learning_rate()
-    if value_lr is not None:
-        scalars["ultramem/value-learning-rate"] = value_lr
-    for layer, metrics in by_layer.items():
-        shared = {} if value_lr is None else {"value learning rate": value_lr}
-        print_rank_last(console_line(layer, {**metrics, **shared}))
-    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
-    if writer:
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, iteration)
-    if wandb_writer:
-        wandb_writer.log(scalars, iteration)
-
-
 def _install(editor: Editor) -> None:
-    editor.wrap("megatron.training.training.training_log", _with_memory_metrics, _PARAMETERS)
+    editor.wrap("megatron.training.training.training_log", _then_the_others, _PARAMETERS)
 
 
 PATCH = Patch(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close
+from tests.decoding import LOGITS
 from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
 
@@ -56,7 +57,7 @@ def _decode(folder):
 def test_cached_decoding_equals_the_full_forward(checkpoint):
     whole, cached = run_on_ranks(1, _decode, checkpoint)[0]
     assert whole.norm() > 0
-    assert_close(cached, whole, 1e-5)
+    assert_close(cached, whole, LOGITS)
 
 
 def _loaded_values(folder):
@@ -83,7 +84,7 @@ def _generate(*argv):
     ("changes", "message"),
     [
         (["--load", "nowhere"], "--load nowhere: no checkpoint there"),
-        (["--ckpt-step", "7"], "iter_0000007 is not a torch_dist checkpoint; found: iter_0000002"),
+        (["--ckpt-step", "7"], "iter_0000007 is not there; found: iter_0000002"),
         (["--tokens", "0"], "--tokens is 0; it must be a whole number >= 1"),
         (["--temperature", "-1"], r"--temperature is -1.0; it must be a number >= 0"),
         (["--top-p", "0"], r"--top-p is 0.0; it must be a number > 0 and <= 1"),

@@ -11,7 +11,7 @@ import torch
 from tests import ROOT
 from tests.closeness import assert_close
 from tests.kernels.compiled import compile_for
-from tests.kernels.lookup_cases import NAMES, ODD_SIZES, inputs, results
+from tests.kernels.lookup_cases import NAMES, ODD_SIZES, exact_rounding, inputs, results
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference
 
 pytest.importorskip("triton", reason="Triton is for Linux")
@@ -111,7 +111,7 @@ def test_equals_the_reference_on_a_gpu(deterministic, monkeypatch):
             found = results(lookup_reduce, _on_gpu(case))
             expected = results(lookup_reduce_reference, case)
             for name, ours, theirs in zip(NAMES, found, expected, strict=True):
-                assert_close(ours.cpu(), theirs, 1e-13, f"{name} of {sizes}")
+                assert_close(ours.cpu(), theirs, exact_rounding(sizes), f"{name} of {sizes}")
     finally:
         torch.use_deterministic_algorithms(False)
 

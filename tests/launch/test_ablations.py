@@ -13,6 +13,7 @@ from launch.ablations import recall
 from launch.ablations.__main__ import main
 from launch.ablations.experiments import EXPERIMENTS, ULTRAMEM_ROW
 from launch.ablations.models import sizes
+from launch.ablations.results import Results, summary
 from ultramem_megatron.data import corpora
 from ultramem_megatron.data.own_folder import sizes as file_sizes
 from ultramem_megatron.presets import PRESETS
@@ -151,6 +152,19 @@ def test_unknown_experiments_and_missing_results(
     assert "Make it with: bash launch/ablate_table2.sh" in capsys.readouterr().err
 
 
+def test_models_stand_beside_what_the_paper_prints_of_them() -> None:
+    found = {name: experiment.printed_losses for name, experiment in EXPERIMENTS.items()}
+    assert found["figure1a"] == {"dense": 2.49, "moe": 2.30, "ultramem": 2.24}
+    assert (found["table2"]["pkm"], found["table2"]["ultramem"]) == (2.828, 2.736)
+    assert len(found["table2"]) == len(found["table3"]) == 12
+    changes = ("E=1", "E=16", "r=1", "r=3", "h=1", "h=8")
+    assert [found["table3"][name] for name in changes] == [
+        2.789, 2.762, 2.772, 2.7636, 2.764, 2.770,
+    ]  # fmt: skip
+    # Those of other sizes or with other changes stand nowhere.
+    assert found["recall"] == found["figure6b"] == found["figure10"] == {}
+
+
 def test_summary_pairs_seeds(tmp_path: Path) -> None:
     sizes_ = {"dense_params": "1000000", "sparse_params": "0", "flops_per_token": "2000000"}
     runs = [
@@ -158,6 +172,6 @@ def test_summary_pairs_seeds(tmp_path: Path) -> None:
         for model, losses in {"dense": (3.0, 4.0), "moe": (2.5, 3.3)}.items()
         for seed, loss in enumerate(losses, start=1)
     ]
-    text = plots.summary(plots.Results("figure1a", runs, []))
+    text = summary(Results(EXPERIMENTS["figure1a"], runs, []))
     assert "| 3.500 ± 0.707 |" in text
     assert "| -0.600 ± 0.141 | 2.3 | -0.190 |" in text

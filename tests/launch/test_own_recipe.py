@@ -47,7 +47,7 @@ def _train_by_hand(through_builder):
 
     from ultramem_megatron.megatron.layer.specs import with_memory
     from ultramem_megatron.megatron.model import UltraMemGPTModelBuilder, UltraMemGPTModelConfig
-    from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+    from ultramem_megatron.memory.layer import memory_layers
 
     config = _transformer_config()
     if through_builder:
@@ -175,9 +175,9 @@ def test_throughput_and_parameter_reports_count_the_memory(capfd):
 
 
 def test_start_up_prints_the_plan():
-    from ultramem_megatron.megatron.model import plan
+    from ultramem_megatron.megatron.startup import describe_memories
 
-    assert plan(_ultramem(), 32) == (
+    assert describe_memories(_ultramem(), 32) == (
         " > UltraMem: 2 memory layers at spans 1:2/3:4, 144 values x 16 each; parameters: 4608 "
         "sparse (value tables), 9312 dense; 19392 FLOPs per token forward"
     )

@@ -50,8 +50,3 @@ def test_users_flags_go_before_the_tiny_sizes() -> None:
 def test_values_of_a_wrong_kind_are_refused(extra: tuple[str, ...], message: str) -> None:
     with pytest.raises(UltraMemError, match=message):
         recipe.make_recipe(tiny=False, steps=None, extra=extra)
-
-
-def test_switches_have_no_value_and_can_be_off() -> None:
-    flags = {"swiglu": True, "untie": False, "lr": 1e-3, "n": 0}
-    assert recipe.as_arguments(flags) == ["--swiglu", "--lr", "0.001", "--n", "0"]

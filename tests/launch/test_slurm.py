@@ -8,8 +8,9 @@ import pytest
 
 from launch.recipe import TINY_VOCAB_SIZE, make_recipe
 from tests import ROOT
+from tests.launch.shrunk import shrunk
 from tests.launch.slurm_cluster import Cluster, slurm_cluster, why_not
-from tests.launched import launch, losses_of, printed_losses
+from tests.launched import flags, launch, losses_of, printed_losses
 from ultramem_megatron.data.prepare import prepare
 
 STEPS = 600
@@ -53,6 +54,41 @@ def test_a_job_that_keeps_failing_is_given_up(cluster, tmp_path):
         "node 0 of 2 meets at node1", "node 0 of 2 meets at node1",
         "node 1 of 2 meets at node1", "node 1 of 2 meets at node1",
     ]  # fmt: skip
+
+
+_BOTH_NODES_HERE = {"MASTER_ADDR": "127.0.0.1", "NETWORK": "lo", "NPROC": "1"}
+
+
+def test_a_recipe_made_small_trains_on_two_nodes(cluster, tmp_path):
+    output, name = tmp_path / "output", "ultramem-1.6b-x12"
+    job = cluster.submit(
+        ["--nodes=2", "--time=10", f"--output={output}", f"--chdir={ROOT}",
+         "launch/slurm/train.sbatch", f"launch/recipes/{name}.sh", *shrunk(name, 2)],
+        {**_BOTH_NODES_HERE, "LOG_DIR": str(tmp_path / "logs"), "RUN": str(tmp_path / "run")},
+    )  # fmt: skip
+    assert cluster.wait_for_end(job, 240, output) == "COMPLETED", output.read_text()[-4000:]
+    text = output.read_text()
+    assert text.count("\n2 GPUs: 2 tensor x 1 pipeline x 1 data") == 1  # the job's own size, once
+    assert "iteration        2/       2" in text
+    assert (tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt").read_text() == "2"
+    shown = cluster.command(["scontrol", "show", "job", str(job)])
+    assert "OverSubscribe=NO" in shown  # exclusive
+    assert "NumCPUs=4" in shown
+
+
+def test_a_refused_job_is_not_requeued(cluster, tmp_path):
+    output = tmp_path / "output"
+    job = cluster.submit(
+        ["--nodes=2", "--time=10", f"--output={output}", f"--chdir={ROOT}",
+         "launch/slurm/train.sbatch", "launch/torchrun.sh", *flags(tmp_path, ultramem_spans="1:9")],
+        {**_BOTH_NODES_HERE, "LOG_DIR": str(tmp_path / "logs")},
+    )  # fmt: skip
+    assert cluster.wait_for_end(job, 120, output) == "FAILED", output.read_text()[-4000:]
+    assert "ExitCode=2:0" in cluster.command(["scontrol", "show", "job", str(job)])
+    text = output.read_text()
+    assert "requeueing" not in text
+    assert "refused, and not requeued" in text
+    assert text.splitlines()[-1].startswith("error: --ultramem-spans 1:9: span 1:9 leaves the")
 
 
 def test_a_warned_job_saves_requeues_and_finishes(cluster, tmp_path):

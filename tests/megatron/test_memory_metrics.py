@@ -6,11 +6,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.closeness import rounding
 from tests.layers import small_layer
 from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron.megatron.metrics import METRICS, usage
 from ultramem_megatron.megatron.optimizer.value_learning_rate import value_lr_factor
 
+# TensorBoard keeps float32: two numbers, each rounded once, and a product of them.
+LOGGED = rounding(torch.float32, 2)
 _FLAGS = {
     "num_layers": 4, "ultramem_spans": "1:2/3:4", "ultramem_num_keys": 12, "ultramem_topk": 6,
     "train_iters": 4, "log_interval": 2, "tensorboard_log_interval": 1,
@@ -60,7 +63,8 @@ def test_values_are_plausible(scalars):
 def test_value_learning_rate_falls_from_ten_times_to_the_base_rate(scalars):
     rates, base = scalars["ultramem/value-learning-rate"], scalars["learning-rate"]
     for step in (2, 4):
-        assert rates[step] == pytest.approx(base[step] * value_lr_factor(10, step / 4, 1), rel=1e-5)
+        expected = base[step] * value_lr_factor(10, step / 4, 1)
+        assert rates[step] == pytest.approx(expected, rel=LOGGED)
 
 
 def test_recomputation_is_not_counted_twice(scalars, tmp_path):
@@ -118,8 +122,9 @@ def test_statistics_by_hand():
     forwards, sums, hits = layer.statistics.take()
     assert forwards == 1
     top_one, mean, std = sums.tolist()
-    assert top_one == pytest.approx(retrieved.scores[:, 0].mean().item(), rel=1e-5)
-    assert mean == pytest.approx(retrieved.scores.mean().item(), rel=1e-5)
-    assert std == pytest.approx(out.std().item(), rel=1e-5)
+    in_float32 = rounding(torch.float32, out.numel())
+    assert top_one == pytest.approx(retrieved.scores[:, 0].mean().item(), rel=in_float32)
+    assert mean == pytest.approx(retrieved.scores.mean().item(), rel=in_float32)
+    assert std == pytest.approx(out.std().item(), rel=in_float32)
     rows = layer.shuffle(retrieved.addresses) % 9
     assert torch.equal(hits.long(), rows.flatten().bincount(minlength=9))

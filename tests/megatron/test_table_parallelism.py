@@ -7,18 +7,23 @@ losses, gradient norms, every gradient of the second step and every weight must 
 import pytest
 import torch
 
-from tests.closeness import assert_close
 from tests.ranks import RanksFailed
 from tests.training_runs import run_pretrain, tiny_gpt
-from tests.whole_model import SEEDS, assert_same_training, for_some_seed, train, whole
+from tests.whole_model import (
+    STEADY,
+    assert_same_training,
+    first_decided,
+    train,
+    train_watched,
+    whole,
+)  # fmt: skip
 
 _MEMORY = {
     "num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 11, "ultramem_topk": 6,
     "ultramem_value_dim": 16, "ultramem_query_conv_kernel": 3, "ultramem_aux_loss_weight": 1.0,
     "global_batch_size": 24, "micro_batch_size": 3, "train_iters": 4, "ckpt_format": "torch_dist",
     "lr_decay_style": "constant", "clip_grad": 0.5,  # below the norms seen: clipping takes part
-    # The bias of attention keys has no gradient but rounding, which Adam would blow up.
-    "disable_bias_linear": True,
+    "disable_bias_linear": True, **STEADY,
 }  # fmt: skip
 
 
@@ -26,40 +31,34 @@ def _flags(**changes):
     return tiny_gpt(**{**_MEMORY, **changes})
 
 
-class _Starts:
-    """By seed: a checkpoint after one step, and the three steps one rank takes from it."""
+class _Start:
+    """A checkpoint after one step (`folder`), and the three steps one rank takes from it."""
 
     def __init__(self, folder, **flags):
-        self.folder, self.flags, self.made = folder, flags, {}
-
-    def __call__(self, seed):
-        if seed not in self.made:
-            self.made[seed] = self._make(self.folder / str(seed), {**self.flags, "seed": seed})
-        return self.made[seed]
+        self.folder, self.flags, self.expected = first_decided(
+            lambda seed: self._make(folder / str(seed), {**flags, "seed": seed})
+        )
 
     @staticmethod
     def _make(folder, flags):
         run_pretrain(1, _flags(save=folder, save_interval=1, **flags))
         (folder / "latest_checkpointed_iteration.txt").write_text("1")
-        expected = train(1, _flags(load=folder, no_load_rng=True, **flags), gradients_at=2)
+        argv = _flags(load=folder, no_load_rng=True, **flags)
+        expected, closest_call = train_watched(1, argv, gradients_at=2)
         assert len(expected.losses) == 3
-        return folder, expected
+        return (folder, flags, expected), closest_call
 
 
 @pytest.fixture(scope="module")
-def starts(tmp_path_factory):
-    return _Starts(tmp_path_factory.mktemp("start"))
+def start(tmp_path_factory):
+    return _Start(tmp_path_factory.mktemp("start"))
 
 
-def _check(starts, world_size, tolerance=3e-6, **layout):
-    def check(seed):
-        folder, expected = starts(seed)
-        flags = {**starts.flags, **layout, "seed": seed}
-        run = train(world_size, _flags(load=folder, no_load_rng=True, **flags), gradients_at=2)
-        gradients = not flags.get("use_distributed_optimizer", False)
-        assert_same_training(run, expected, tolerance, gradients=gradients)
-
-    for_some_seed(check)
+def _check(start, world_size, **layout):
+    flags = {**start.flags, **layout, "load": start.folder, "no_load_rng": True}
+    run = train(world_size, _flags(**flags), gradients_at=2)
+    gradients = not flags.get("use_distributed_optimizer", False)
+    assert_same_training(run, start.expected, gradients=gradients)
 
 
 _NUMBER = {"ultramem_partition": "number"}
@@ -113,8 +112,8 @@ _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
         ]
     ],
 )  # fmt: skip
-def test_layout_trains_like_one_rank(starts, world_size, layout):
-    _check(starts, world_size, **layout)
+def test_layout_trains_like_one_rank(start, world_size, layout):
+    _check(start, world_size, **layout)
 
 
 _CP = {"context_parallel_size": 2}
@@ -140,8 +139,8 @@ _CP = {"context_parallel_size": 2}
         ]
     ],
 )  # fmt: skip
-def test_context_parallelism_trains_like_one_rank(starts, world_size, layout):
-    _check(starts, world_size, **layout)
+def test_context_parallelism_trains_like_one_rank(start, world_size, layout):
+    _check(start, world_size, **layout)
 
 
 def test_context_parallelism_of_another_attention(tmp_path):
@@ -149,8 +148,8 @@ def test_context_parallelism_of_another_attention(tmp_path):
     sizes = {"seq_length": 24, "max_position_embeddings": 24}
     design = {"position_embedding_type": "learned_absolute", "ultramem_query_conv_kernel": 5}
     grouped = {"group_query_attention": True, "num_query_groups": 2}
-    starts = _Starts(tmp_path, **design, **grouped, **sizes)
-    _check(starts, 3, context_parallel_size=3, ultramem_parallel_size=1)
+    start = _Start(tmp_path, **design, **grouped, **sizes)
+    _check(start, 3, context_parallel_size=3, ultramem_parallel_size=1)
 
 
 @pytest.mark.parametrize(
@@ -163,16 +162,16 @@ def test_context_parallelism_of_another_attention(tmp_path):
     ],
 )  # fmt: skip
 def test_other_designs(design, tmp_path):
-    starts = _Starts(tmp_path, **design)
+    start = _Start(tmp_path, **design)
     layouts = [(4, {**_TP, **_NUMBER}), (4, {**_TP, **_DIMENSION, "ultramem_parallel_size": 2})]
     for world_size, layout in layouts:
-        _check(starts, world_size, **layout)
+        _check(start, world_size, **layout)
 
 
 @pytest.fixture(scope="module")
-def starts_reshardable(tmp_path_factory):
+def start_reshardable(tmp_path_factory):
     """The same with the distributed optimizer, whose checkpoints come in a form of their own."""
-    return _Starts(tmp_path_factory.mktemp("start_reshardable"), **_DIST)
+    return _Start(tmp_path_factory.mktemp("start_reshardable"), **_DIST)
 
 
 @pytest.mark.parametrize(
@@ -185,18 +184,21 @@ def starts_reshardable(tmp_path_factory):
         (4, {**_CROSSING, **_OVERLAP, "ultramem_parallel_size": 1}),
     ],
 )
-def test_distributed_optimizer(starts_reshardable, world_size, layout):
-    _check(starts_reshardable, world_size, **layout)
+def test_distributed_optimizer(start_reshardable, world_size, layout):
+    _check(start_reshardable, world_size, **layout)
 
 
-def test_bfloat16_follows_one_rank(starts):
-    folder, _ = starts(SEEDS[0])
+def test_bfloat16_follows_one_rank(start):
     half = {"bf16": True, "no_load_optim": True, "finetune": True, "lr": 1e-3}
-    expected = train(1, _flags(load=folder, **half))
-    run = train(4, _flags(load=folder, **half, **_SP, **_DIMENSION))
-    # Rounding may change which values are selected, so single gradients need not be close.
-    assert run.losses == pytest.approx(expected.losses, rel=2e-3)
-    assert run.grad_norms == pytest.approx(expected.grad_norms, rel=3e-2)
+    half |= {**start.flags, "load": start.folder}
+    expected = train(1, _flags(**half))
+    run = train(4, _flags(**half, **_SP, **_DIMENSION))
+    # Rounding may change which values are selected, so single gradients need not be close. Losses
+    # are means over tokens, norms over weights: a token or weight is off by eps / 2 or by another
+    # value picked, and most of that evens out.
+    eps = torch.finfo(torch.bfloat16).eps
+    assert run.losses == pytest.approx(expected.losses, rel=eps / 4)
+    assert run.grad_norms == pytest.approx(expected.grad_norms, rel=3 * eps)
 
 
 _HEAVY = {"num_layers": 6, "train_iters": 6, "save_interval": 3}
@@ -216,23 +218,20 @@ def test_a_checkpoint_of_any_layout_continues_in_any_other(saving, loading, tmp_
     # Every other pair with the distributed optimizer, whose state is saved in another form.
     dist = _DIST if saving[1].get("ultramem_partition") == "number" else {}
 
-    def check(seed):
-        _check_continues(saving, loading, tmp_path / str(seed), {**_HEAVY, **dist, "seed": seed})
-
-    for_some_seed(check)
-
-
-def _check_continues(saving, loading, folder, flags):
     (save_ranks, save_layout), (load_ranks, load_layout) = saving, loading
-    uninterrupted = train(save_ranks, _flags(**{**flags, **save_layout, "save": folder}))
+
+    def attempt(seed):
+        flags = {**_HEAVY, **dist, "seed": seed}
+        saved = {**flags, **save_layout, "save": tmp_path / str(seed)}
+        uninterrupted, closest_call = train_watched(save_ranks, _flags(**saved))
+        return (flags, tmp_path / str(seed), uninterrupted), closest_call
+
+    flags, folder, uninterrupted = first_decided(attempt)
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     loaded = {**flags, **load_layout, "load": folder, "no_load_rng": True}
     resumed = train(load_ranks, _flags(**loaded))
-    assert resumed.losses == pytest.approx(uninterrupted.losses[3:], rel=3e-6)
-    assert resumed.grad_norms == pytest.approx(uninterrupted.grad_norms[3:], rel=3e-5)
-    expected = whole(uninterrupted, "parameters")
-    for name, tensor in whole(resumed, "parameters").items():
-        assert_close(tensor, expected[name], 5e-6, name)
+    del uninterrupted.iterations[:3]
+    assert_same_training(resumed, uninterrupted, gradients=False)
 
 
 @pytest.mark.parametrize("layout", [{**_NUMBER}, {**_DIMENSION}, {**_TP, **_NUMBER}])
@@ -291,7 +290,6 @@ def test_impossible_layouts_are_refused(world_size, flags, message):
         run_pretrain(world_size, _flags(**flags))
 
 
-def test_a_checkpoint_of_another_table_size_is_refused(starts):
-    folder, _ = starts(SEEDS[0])
+def test_a_checkpoint_of_another_table_size_is_refused(start):
     with pytest.raises(RanksFailed, match="--ultramem-num-keys is 12 here, 11 in the checkpoint"):
-        run_pretrain(2, _flags(load=folder, ultramem_num_keys=12, **_NUMBER))
+        run_pretrain(2, _flags(load=start.folder, ultramem_num_keys=12, **_NUMBER))

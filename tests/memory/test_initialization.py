@@ -6,12 +6,8 @@ import pytest
 import torch
 
 from tests.layers import VARIANTS, small_config, small_layer
-from ultramem_megatron.memory.initialization import (
-    ROWS_PER_BLOCK,
-    calibrate,
-    normal_part,
-    value_std,
-)
+from ultramem_megatron.memory.initialization.draws import ROWS_PER_BLOCK, normal_part
+from ultramem_megatron.memory.initialization.paper import value_std
 from ultramem_megatron.memory.layer import UltraMemLayer
 
 
@@ -28,7 +24,7 @@ def _layer(hidden_size=64, num_layers=12, layer_number=1, **changes):
     [(42, 2, 4, 12, 0.0445), (42, 2, 4, 24, 0.0315), (42, 2, 4, 32, 0.0273)],
 )
 def test_value_std_of_the_papers_models(topk, heads, expansion, layers, expected):
-    assert value_std(topk, heads, expansion, layers) == pytest.approx(expected, abs=5e-5)
+    assert value_std(topk * heads, expansion, layers) == pytest.approx(expected, abs=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -41,9 +37,9 @@ def test_value_std_of_the_papers_models(topk, heads, expansion, layers, expected
 )  # fmt: skip
 def test_calibration_makes_the_mean_score_one(changes):
     layer = _layer(**changes)
-    mean = calibrate(layer, torch.Generator().manual_seed(99))  # other queries than it was set with
+    mean = layer.calibrate(torch.Generator().manual_seed(99))  # other queries than it was set with
     assert mean == pytest.approx(1, rel=0.1)
-    again = calibrate(layer, torch.Generator().manual_seed(99))
+    again = layer.calibrate(torch.Generator().manual_seed(99))
     assert again == pytest.approx(1, rel=1e-4)
 
 
@@ -72,13 +68,13 @@ def test_official_initialisation_is_the_authors():
     for weight, std in stds.items():
         assert weight.std().item() == pytest.approx(std, rel=0.05)
         assert abs(weight.mean().item()) < 0.05 * std * math.sqrt(400)
-    assert layer.cores.weight.min() >= 0
-    assert layer.cores.weight.max() <= 1
+    assert layer.retrieval.cores.weight.min() >= 0
+    assert layer.retrieval.cores.weight.max() <= 1
 
 
 def test_summed_cores_have_unit_variance():
     layer = _layer(tucker_rank=8, cores=4, heads=8)
-    assert layer.cores.total().std().item() == pytest.approx(1, rel=0.15)
+    assert layer.retrieval.cores.total().std().item() == pytest.approx(1, rel=0.15)
 
 
 def test_convolution_starts_as_the_identity():

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tests import ROOT
-from tests.closeness import assert_close
-from tests.layers import small_layer
+from tests.closeness import assert_close, rounding
+from tests.layers import small_layer, sum_lengths
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.official_v1 import export_official_v1, load_official_v1
 
@@ -31,9 +31,9 @@ def _load(state):
     )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("training", [True, False])
-def test_output_and_gradients_equal_the_authors(dtype, tolerance, training):
+def test_output_and_gradients_equal_the_authors(dtype, training):
     layer = _load(_golden_state(dtype)).train(training)
     x = torch.from_numpy(GOLDEN["input"]).to(dtype).requires_grad_()
     out = layer(x)
@@ -52,6 +52,7 @@ def test_output_and_gradients_equal_the_authors(dtype, tolerance, training):
         "grad.tucker_core.0": grads["retrieval.cores.weight"][0],
         "grad.tucker_core.1": grads["retrieval.cores.weight"][1],
     }
+    tolerance = rounding(dtype, sum_lengths(layer.config, x.shape[-1]))
     for name, tensor in ours.items():
         assert_close(tensor, theirs[name], tolerance, name)
 
@@ -59,7 +60,8 @@ def test_output_and_gradients_equal_the_authors(dtype, tolerance, training):
 def test_penalty_equals_the_authors():
     layer = _load(_golden_state(torch.float64))
     unscaled = layer.auxiliary_loss() / layer.config.aux_loss_weight
-    assert unscaled.item() == pytest.approx(float(GOLDEN["tucker_aux_unscaled"]), rel=1e-12)
+    theirs = torch.tensor(GOLDEN["tucker_aux_unscaled"])
+    assert_close(unscaled, theirs, rounding(torch.float64, 100))  # rotations of a 2 x 2 matrix
 
 
 def test_round_trip_is_exact():
@@ -81,7 +83,7 @@ def test_our_layers_survive_export_and_import(heads, cores, expansion):
     )  # fmt: skip
     back = load_official_v1(export_official_v1(layer), topk=5, norm="rms", eps=1e-5)
     x = torch.randn(4, 2, 24, dtype=torch.float64)
-    assert_close(back(x), layer(x), 1e-13)
+    assert_close(back(x), layer(x), rounding(x.dtype, sum_lengths(layer.config)))
     assert back.values.weight.ultramem_values
 
 
@@ -102,7 +104,9 @@ def test_a_filter_that_was_never_computed_is_computed():
     state["tucker_core_u"] = torch.zeros_like(state["tucker_core_u"])
     state["tucker_core_v"] = torch.zeros_like(state["tucker_core_v"])
     layer = _load(state)
-    assert torch.allclose(layer.cores.u.norm(dim=-1), torch.ones(2, dtype=torch.float64))
+    assert_close(
+        layer.retrieval.cores.u.norm(dim=-1), torch.ones(2).double(), rounding(torch.float64, 2)
+    )
 
 
 def test_the_given_tensors_are_not_shared():

@@ -3,7 +3,7 @@
 import pytest
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.memory.spans import Span, parse_spans, span_covering, span_starting_at
+from ultramem_megatron.memory.spans import Span, parse_spans, span_covering
 
 
 def test_spans_are_read_in_the_papers_notation():
@@ -41,8 +41,6 @@ def test_wrong_spans_are_refused(text, message):
 
 def test_lookup_by_layer():
     spans = parse_spans("3:5/6:8", 12)
-    assert span_starting_at(spans, 3) == Span(3, 5)
-    assert span_starting_at(spans, 4) is None
     assert [span_covering(spans, layer) for layer in (2, 3, 5, 6, 9)] == [
         None, Span(3, 5), Span(3, 5), Span(6, 8), None,
     ]  # fmt: skip

@@ -6,8 +6,9 @@ import pytest
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.presets import PRESETS
-from ultramem_megatron.presets.__main__ import flags, main
-from ultramem_megatron.presets.preset import Source, as_words, paper
+from ultramem_megatron.presets.__main__ import main
+from ultramem_megatron.presets.flags import as_words, flags
+from ultramem_megatron.presets.preset import Source
 
 
 def _printed(capsys, *argv):
@@ -16,8 +17,8 @@ def _printed(capsys, *argv):
 
 
 def test_settings_become_flags():
-    settings = paper(num_layers=12, lr=6e-4, swiglu=True, bias=False)
-    assert as_words(settings) == ["--num-layers", "12", "--lr", "0.0006", "--swiglu"]
+    values = {"num_layers": 12, "lr": 6e-4, "swiglu": True, "bias": False, "min-lr": 0}
+    assert as_words(values) == ["--num-layers", "12", "--lr", "0.0006", "--swiglu", "--min-lr", "0"]
 
 
 def test_model_and_training_are_one_line_for_a_shell(capsys):

@@ -5,7 +5,8 @@ import torch
 
 from tests.training_runs import tiny_gpt
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.tools.verify_parallel.__main__ import compare, main, parse
+from ultramem_megatron.tools.verify_parallel.__main__ import main, parse
+from ultramem_megatron.tools.verify_parallel.compare import compare
 from ultramem_megatron.tools.verify_parallel.whole_model import Piece, assemble
 
 

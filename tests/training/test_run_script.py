@@ -20,7 +20,9 @@ _FLAGS = {
 # What pretrain_gpt.py of Megatron-LM 0.19 does, in the same order and by the same names.
 _SCRIPT = """
 import helper  # beside the script
-from ultramem_megatron.training import gpt_datasets as gpt_task
+from ultramem_megatron.megatron.flags.embedding_ranks import get_embedding_ranks
+from ultramem_megatron.training.gpt_datasets import train_valid_test_datasets_provider
+from ultramem_megatron.training.gpt_step import forward_step
 from megatron.core.enums import ModelType
 from megatron.training import pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -32,10 +34,10 @@ if __name__ == "__main__":
     model_cfg = gpt_config_from_args(args)
     pretrain(
         pretrain_cfg_container_from_args(args, model_cfg),
-        gpt_task.train_valid_test_datasets_provider,
+        train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
-        gpt_task.forward_step,
-        get_embedding_ranks=gpt_task.get_embedding_ranks,
+        forward_step,
+        get_embedding_ranks=get_embedding_ranks,
     )
 """
 _HELPER = """

@@ -24,13 +24,13 @@ import functools
 import torch
 from torch import Tensor
 
-from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.communication.pausing import Pausing
 
 
 class Branch:
     """The steps of one memory under way."""
 
-    def __init__(self, steps: Steps, x: Tensor, *, pauses: int, boundaries: int) -> None:
+    def __init__(self, steps: Pausing, x: Tensor, *, pauses: int, boundaries: int) -> None:
         """Start, up to the first pause. x: what the steps read, made by the current stream.
 
         pauses: how often the steps pause. boundaries: how often `go_on` or, at last, `join` will be

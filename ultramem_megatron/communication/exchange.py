@@ -51,6 +51,11 @@ def gather_shares(x: Tensor, group: Any, purpose: str) -> "Transfer":
     return Transfer(x, group, purpose, _gather(group, purpose), _own_share(group))
 
 
+def gather_and_sum(x: Tensor, group: Any, purpose: str) -> "Transfer":
+    """As gather_tokens, with the gradient of each rank's own, summed over all ranks."""
+    return Transfer(x, group, purpose, _gather(group, purpose), _reduce_scatter(group, purpose))
+
+
 def take_share(x: Tensor, group: Any, purpose: str) -> "Transfer":
     """This rank's part of what all ranks hold alike; its gradient is gathered from all of them."""
     return Transfer(x, group, purpose, _own_share(group), _gather(group, f"{purpose} gradient"))
@@ -151,6 +156,15 @@ def _gather(group: Any, purpose: str) -> Start:
         out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
         _count(purpose, out, len(x))
         return out, dist.all_gather_into_tensor(out, x, group=group, async_op=True)
+
+    return start
+
+
+def _reduce_scatter(group: Any, purpose: str) -> Start:
+    def start(x: Tensor) -> tuple[Tensor, Any]:
+        out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+        _count(f"{purpose} gradient", x, len(out))  # a ring brings each rank all but one part
+        return out, dist.reduce_scatter_tensor(out, x, group=group, async_op=True)
 
     return start
 

@@ -8,10 +8,10 @@ from collections.abc import Generator
 
 from torch import Tensor
 
-Steps = Generator[None, None, Tensor]
+Pausing = Generator[None, None, Tensor]
 
 
-def run(steps: Steps) -> Tensor:
+def run(steps: Pausing) -> Tensor:
     """The result, without doing anything else in the pauses."""
     while True:
         try:

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ultramem_megatron.communication.exchange import gather_and_sum
+
 
 def own_chunks(sequence: Tensor, group: dist.ProcessGroup, dim: int = 0) -> Tensor:
     """The rank's two chunks of a tensor that holds the whole sequence along `dim`."""
@@ -16,8 +18,6 @@ def own_chunks(sequence: Tensor, group: dist.ProcessGroup, dim: int = 0) -> Tens
 
 def gather_in_order(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(s/R, ...) of every rank as (s, ...) in the sequence's order; gradients are summed."""
-    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-
     # As gathered: 0, 2R-1, 1, 2R-2, ...
-    chunks = gather_from_sequence_parallel_region(own, group=group).chunk(2 * group.size())
+    chunks = gather_and_sum(own, group, "sequence").wait().chunk(2 * group.size())
     return torch.cat((*chunks[::2], *reversed(chunks[1::2])))

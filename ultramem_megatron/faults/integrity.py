@@ -72,9 +72,11 @@ def iterations(checkpoints: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
-def iteration_folder(checkpoints: Path, iteration: int) -> Path:
-    """Where Megatron puts an iteration."""
-    return checkpoints / f"{_PREFIX}{iteration:07d}"
+def iteration_folder(checkpoints: Path, iteration: int | str) -> Path:
+    """Where Megatron puts an iteration, given as a number or in the words of a tracker file."""
+    if iteration == RELEASE:
+        return checkpoints / RELEASE
+    return checkpoints / f"{_PREFIX}{int(iteration):07d}"
 
 
 def newest_whole(checkpoints: Path, before: int | None = None) -> int | None:
@@ -106,9 +108,7 @@ def check_before_loading(args: Namespace) -> None:
         return
     _repair(tracker)
     text = tracker.read_text().strip()
-    step = args.ckpt_step or text
-    folder = checkpoints / RELEASE if step == RELEASE else iteration_folder(checkpoints, int(step))
-    _verify_or_advise(folder)
+    _verify_or_advise(iteration_folder(checkpoints, args.ckpt_step or text))
 
 
 def check_before_reading(folder: Path) -> None:
@@ -179,7 +179,11 @@ def _described(checkpoints: Path, iteration: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the state of every iteration. Raises UltraMemError where there is none."""
-    parser = argparse.ArgumentParser(prog="ultramem integrity", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ultramem integrity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("checkpoints", type=Path, help="the folder given as --save")
     checkpoints = parser.parse_args(argv).checkpoints
     found = iterations(checkpoints)

@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
@@ -18,9 +19,9 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 def end_with_launcher() -> None:
     """Have the kernel kill this rank when torchrun is gone, even by SIGKILL; forks go with it.
 
-    Does nothing without torchrun or outside Linux. Environment: ULTRAMEM_TORCHRUN_PID, the process
-    whose child this rank is, which launch/torchrun.sh sets: with it, a torchrun that died before
-    this call is noticed too.
+    Does nothing without torchrun or outside Linux. Environment: ULTRAMEM_TORCHRUN_PID, which
+    launch/torchrun.sh sets to the process whose child this rank is (a wrapper of python may stand
+    between them): with it, a torchrun that died before this call is noticed too.
 
     Raises SystemExit if torchrun is gone already.
     """
@@ -29,9 +30,30 @@ def end_with_launcher() -> None:
     launcher = int(os.environ.get("ULTRAMEM_TORCHRUN_PID", os.getppid()))
     set_signal = _death_signal()
     set_signal()
-    if os.getppid() != launcher:  # it died before the kernel was told
-        sys.exit("torchrun, which started this rank, is gone.")
+    if os.getppid() != launcher and not any(map(_is_torchrun, _ancestors())):
+        sys.exit("torchrun, which started this rank, is gone.")  # before the kernel was told
     _let_forks_follow(set_signal)
+
+
+def _ancestors() -> Iterator[int]:
+    """Parent, its parent, and so on; an orphan's are init, or whoever takes in orphans."""
+    pid = os.getppid()
+    while pid > 1:
+        yield pid
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return
+        pid = int(stat.rpartition(")")[2].split()[1])
+
+
+def _is_torchrun(pid: int) -> bool:
+    """Whether a process runs what launch/torchrun.sh starts."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"torch.distributed.run" in words
 
 
 def end_with_parent() -> None:

@@ -11,20 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import UltraMemLayer
-from ultramem_megatron.memory.retrieval.tucker_core import singular_value_penalty
-from ultramem_megatron.memory.spans import Span
+from ultramem_megatron.memory.retrieval import RETRIEVALS
 
 METRICS = (
     "top-1 score",  # mean score of each head's best value
     "top-m score",  # mean score of all selected values
     "output std",  # of the memory's result, before it joins the residual stream
-    "lambda 1",  # leading singular values of the summed Tucker cores, mean over heads
-    "lambda 2",
     "values used",  # share of physical values read at least once
     "usage KL",  # KL divergence of the reads from uniform, nats; 0 is perfectly even
-    "aux loss",  # weighted, as it enters the gradient
 )
+"""Of every memory; its retrieval adds its own."""
 
 
 class MemoryMonitor:
@@ -33,7 +31,7 @@ class MemoryMonitor:
     def __init__(
         self,
         layers: Mapping[int, UltraMemLayer],
-        spans: tuple[Span, ...],
+        ultramem: UltraMemConfig,
         *,
         data_group: dist.ProcessGroup,
         pipeline_group: dist.ProcessGroup,
@@ -42,7 +40,8 @@ class MemoryMonitor:
         with the same layers (data and context parallel). pipeline_group: the other stages.
         """
         self.layers = layers
-        self.spans = spans
+        self.spans = ultramem.spans
+        self.names = (*METRICS, *RETRIEVALS[ultramem.retrieval].reports)
         self.data_group = data_group
         self.pipeline_group = pipeline_group
 
@@ -50,17 +49,17 @@ class MemoryMonitor:
     def collect(self) -> dict[int, dict[str, float]]:
         """Metrics by layer number since the last call, the same on every rank; a collective.
 
-        "lambda 1", "lambda 2" and "aux loss" are NaN where there are no cores (or no second rank).
+        What does not apply is NaN.
         """
         # A stage without memories takes part too, so the device is not taken from a layer.
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-        table = torch.zeros(len(self.spans), len(METRICS), dtype=torch.float64, device=device)
+        table = torch.zeros(len(self.spans), len(self.names), dtype=torch.float64, device=device)
         for row, span in enumerate(self.spans):
             if span.start in self.layers:
                 table[row] = self._of_layer(self.layers[span.start])
         dist.all_reduce(table, group=self.pipeline_group)
         return {
-            span.start: dict(zip(METRICS, table[row].tolist(), strict=True))
+            span.start: dict(zip(self.names, table[row].tolist(), strict=True))
             for row, span in enumerate(self.spans)
         }
 
@@ -76,7 +75,7 @@ class MemoryMonitor:
         dist.all_reduce(counts, group=self.data_group)
         means = totals[:3] / totals[3]
         used, divergence = usage(counts)
-        tail = [*_spectrum(layer), used, divergence, _auxiliary_loss(layer)]
+        tail = [used, divergence, *layer.retrieval.report().values()]
         return torch.cat([means, torch.tensor(tail, dtype=torch.float64, device=device)])
 
 
@@ -93,23 +92,6 @@ def usage(counts: Tensor) -> tuple[float, float]:
     entropy = -torch.special.xlogy(share, share).sum()
     used = (counts > 0).double().mean()
     return float(used), float(math.log(len(counts)) - entropy)
-
-
-# Both report the cores of the last forward pass: after an optimizer step the parameters may not
-# have been gathered yet.
-def _spectrum(layer: UltraMemLayer) -> tuple[float, float]:
-    if layer.cores is None or layer.cores.spectrum is None:
-        return math.nan, math.nan
-    values = layer.cores.spectrum.mean(0).tolist()
-    return values[0], values[1] if len(values) > 1 else math.nan
-
-
-def _auxiliary_loss(layer: UltraMemLayer) -> float:
-    config = layer.config
-    if layer.cores is None or layer.cores.spectrum is None or config.aux_loss_weight == 0:
-        return math.nan
-    penalty = singular_value_penalty(layer.cores.spectrum, config.aux_loss_margin)
-    return config.aux_loss_weight * float(penalty)
 
 
 def console_line(layer_number: int, metrics: Mapping[str, float]) -> str:

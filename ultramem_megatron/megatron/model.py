@@ -9,26 +9,29 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training import print_rank_0
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
-from ultramem_megatron.megatron.current_run import current_run
+from ultramem_megatron.megatron import hooks
 from ultramem_megatron.megatron.layer.overlap import describe_overlap
 from ultramem_megatron.megatron.layer.specs import with_memory
 from ultramem_megatron.megatron.metrics import MemoryMonitor
 from ultramem_megatron.megatron.optimizer.auxiliary_loss import (
     finalize_with_auxiliary_loss,
-    memory_layers,
 )
 from ultramem_megatron.megatron.pipeline.carrier import widen_pipeline_tensors
 from ultramem_megatron.megatron.pipeline.layout import most_on_one_stage, spans_cross_stages
-from ultramem_megatron.megatron.startup import Storage, check_agreement, describe_tables
+from ultramem_megatron.megatron.startup import (
+    Storage,
+    check_agreement,
+    describe_memories,
+    describe_tables,
+)
 from ultramem_megatron.megatron.table_groups import table_groups
 from ultramem_megatron.megatron.train_only import train_only_memory
 from ultramem_megatron.megatron.upcycle import start_from_dense
 from ultramem_megatron.memory.config import UltraMemConfig
-from ultramem_megatron.memory.size import memory_size
+from ultramem_megatron.memory.layer import memory_layers
 from ultramem_megatron.memory.tables.settings import TableSettings
 
 
@@ -48,21 +51,6 @@ class UltraMemGPTModelConfig(GPTModelConfig):
     memory_overlap: bool = False
     upcycle_from: str | None = None
     train_only_memory: bool = False
-
-
-def ultramem_layer_spec(
-    config: UltraMemGPTModelConfig, vp_stage: int | None = None
-) -> TransformerBlockSubmodules:
-    """The layer spec Megatron would use for `config`, with memories; a `transformer_layer_spec`."""
-    assert config.ultramem is not None
-    return with_memory(
-        default_layer_spec(config, vp_stage),
-        config.ultramem,
-        config.transformer,
-        vp_stage,
-        partition=config.table_partition,
-        overlap=config.memory_overlap,
-    )
 
 
 class UltraMemGPTModelBuilder(GPTModelBuilder):
@@ -88,13 +76,11 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
         tables = (config.table_partition, pg_collection.ep.size())
         check_agreement((config.ultramem, *tables, config.memory_overlap))
         models: list[Any] = super().build_distributed_models(pg_collection, *args, **kwargs)
-        current_run.ultramem = config.ultramem
-        current_run.hidden_size = config.transformer.hidden_size
-        current_run.monitor = current_run.scheduler = None
+        hooks.take_off()
         if config.ultramem is not None:
             if spans_cross_stages(config.ultramem.spans, config.transformer):
                 widen_pipeline_tensors(models)
-            self._monitor(models, config.ultramem, pg_collection)
+            self._hang_hooks(models, config.ultramem, pg_collection)
             self._print_plan(config.ultramem, pg_collection, kwargs.get("ddp_config"))
         return models
 
@@ -106,51 +92,48 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
             train_only_memory(chunks)
         return chunks
 
-    def _monitor(
+    def _hang_hooks(
         self, models: list[Any], ultramem: UltraMemConfig, groups: ProcessGroupCollection
     ) -> None:
         transformer = self._model_config.transformer
         layers = [layer for model in models for layer in memory_layers(model)]
-        current_run.monitor = MemoryMonitor(
+        monitor = MemoryMonitor(
             {layer.layer_number: layer for layer in layers},
-            ultramem.spans,
+            ultramem,
             # Under sequence parallelism tensor-parallel ranks, too, see other tokens.
             data_group=groups.tp_dp_cp if transformer.sequence_parallel else groups.dp_cp,
             pipeline_group=groups.pp,
         )
+        hooks.MemoryHooks(
+            ultramem,
+            transformer.hidden_size,
+            table_ranks=_table_ranks(groups),
+            fullest_stage=most_on_one_stage(ultramem.spans, transformer),
+            monitor=monitor,
+        ).hang()
 
     def _print_plan(
         self, ultramem: UltraMemConfig, groups: ProcessGroupCollection, ddp_config: Any
     ) -> None:
         transformer = self._model_config.transformer
-        tables = most_on_one_stage(ultramem.spans, transformer)
-        current_run.memories_on_fullest_stage = tables
-        tables_shared = table_groups(groups) is not None
-        size = groups.ep.size() if tables_shared else 1
-        replicas = groups.expt_dp.size() if tables_shared else groups.dp_cp.size()
+        settings = TableSettings(_table_ranks(groups), self._model_config.table_partition)
+        replicas = (groups.expt_dp if table_groups(groups) else groups.dp_cp).size()
         sharded = ddp_config is not None and ddp_config.use_distributed_optimizer
         in_fp32 = ddp_config is not None and ddp_config.grad_reduce_in_fp32
         parameter_bytes = transformer.params_dtype.itemsize
         storage = Storage(
             parameter_bytes, 4 if in_fp32 else parameter_bytes, replicas if sharded else 1
         )
-        current_run.tables = TableSettings(size, self._model_config.table_partition)
-        print_rank_0(plan(ultramem, transformer.hidden_size))
-        print_rank_0(describe_tables(ultramem, current_run.tables, storage, tables))
+        tables = most_on_one_stage(ultramem.spans, transformer)
+        print_rank_0(describe_memories(ultramem, transformer.hidden_size))
+        print_rank_0(describe_tables(ultramem, settings, storage, tables))
         if self._model_config.memory_overlap:
             print_rank_0(describe_overlap(ultramem.spans, transformer))
 
 
-def plan(ultramem: UltraMemConfig, hidden_size: int) -> str:
-    """The memory layers in one line: places, sizes, parameters, FLOPs."""
-    size = memory_size(ultramem, hidden_size)
-    spans = "/".join(map(str, ultramem.spans))
-    return (
-        f" > UltraMem: {len(ultramem.spans)} memory layers at spans {spans}, "
-        f"{ultramem.num_values} values x {ultramem.value_dim} each; parameters: "
-        f"{size.sparse} sparse (value tables), {size.dense} dense; "
-        f"{size.flops_per_token} FLOPs per token forward"
-    )
+def _table_ranks(groups: ProcessGroupCollection) -> int:
+    """Ranks that share each value table."""
+    return int(groups.ep.size()) if table_groups(groups) is not None else 1
 
 
 def _spec_with_memory(config: UltraMemGPTModelConfig) -> Any:

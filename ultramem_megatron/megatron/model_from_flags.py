@@ -11,17 +11,19 @@ from megatron.training.argument_utils import (
 )
 
 from ultramem_megatron.faults.integrity import check_before_loading
-from ultramem_megatron.megatron.checkpoint.design import (
-    check_checkpoint,
+from ultramem_megatron.megatron.checkpoint.design import check_checkpoint
+from ultramem_megatron.megatron.flags.arguments import config_from_args
+from ultramem_megatron.megatron.flags.refusals import (
     refuse_unsupported_flags,
     require_eval_interval,
 )
-from ultramem_megatron.megatron.flags.arguments import config_from_args
+from ultramem_megatron.megatron.flags.table_flags import settings_from_args
 from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
 from ultramem_megatron.megatron.pipeline.layout import check_pipeline
 from ultramem_megatron.megatron.table_groups import initialize_model_parallel
 from ultramem_megatron.megatron.upcycle import dense_checkpoint
-from ultramem_megatron.memory.tables.settings import settings_from_args
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.tables.settings import TableSettings
 
 
 def model_config_from_args(
@@ -41,17 +43,28 @@ def model_config_from_args(
     if os.environ["RANK"] == "0":  # one reader; its failure ends the others
         check_before_loading(args)
         check_checkpoint(args, ultramem)
-    partition, upcycle_from = "dimension", None
-    if ultramem is not None:
-        upcycle_from = dense_checkpoint(args)
-        tables = settings_from_args(args, ultramem)
-        partition = tables.partition
-        initialize_model_parallel(args, tables.size, get_embedding_ranks)
+    if ultramem is None:
+        return fill(args, transformer, None, TableSettings())
+    upcycle_from = dense_checkpoint(args)
+    tables = settings_from_args(args, ultramem)
+    initialize_model_parallel(args, tables.size, get_embedding_ranks)
+    config = fill(args, transformer, ultramem, tables)
+    config.upcycle_from = upcycle_from
+    return config
+
+
+def fill(
+    args: Namespace, transformer: Any, ultramem: UltraMemConfig | None, tables: TableSettings
+) -> UltraMemGPTModelConfig:
+    """The model config of flags, for training, decoding and planning alike; checks nothing.
+
+    transformer: Megatron's TransformerConfig of these flags.
+    """
     config: UltraMemGPTModelConfig = gpt_config_from_args(
         args, config=transformer, model_config_cls=UltraMemGPTModelConfig
     )
-    config.ultramem, config.table_partition = ultramem, partition
+    config.ultramem, config.table_partition = ultramem, tables.partition
     config.memory_overlap = args.ultramem_overlap
-    config.upcycle_from = upcycle_from
-    config.train_only_memory = args.ultramem_train_only == "memory"
+    # Absent from the flags stored in a checkpoint of Megatron's own.
+    config.train_only_memory = getattr(args, "ultramem_train_only", None) == "memory"
     return config

@@ -1,4 +1,4 @@
-"""What start-up says of the value tables: who holds what, how many bytes, and why cut this way."""
+"""What start-up says of memories: their sizes, who holds what of their tables, and why cut so."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ import torch.distributed as dist
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.size import memory_size
 from ultramem_megatron.memory.tables.layout import TableLayout
+from ultramem_megatron.memory.tables.partitions import choose, shared_partitions
 from ultramem_megatron.memory.tables.settings import TableSettings, exchange_of
-from ultramem_megatron.memory.tables.traffic import choose, dimension_wise, number_wise
 
 _GIGABYTE = 1e9
 _SHOWN_RANKS = 8
@@ -32,6 +33,18 @@ class Storage:
         """Adam's moments, and a float32 copy where parameters are in half precision."""
         master = _MASTER_BYTES if self.parameter_bytes < _MASTER_BYTES else 0
         return (_ADAM_BYTES + master) / self.optimizer_shards
+
+
+def describe_memories(ultramem: UltraMemConfig, hidden_size: int) -> str:
+    """The memory layers in one line: places, sizes, parameters, FLOPs."""
+    size = memory_size(ultramem, hidden_size)
+    spans = "/".join(map(str, ultramem.spans))
+    return (
+        f" > UltraMem: {len(ultramem.spans)} memory layers at spans {spans}, "
+        f"{ultramem.num_values} values x {ultramem.value_dim} each; parameters: "
+        f"{size.sparse} sparse (value tables), {size.dense} dense; "
+        f"{size.flops_per_token} FLOPs per token forward"
+    )
 
 
 def describe_tables(
@@ -78,8 +91,8 @@ def _parts(config: UltraMemConfig, settings: TableSettings) -> list[str]:
 
 def _traffic(config: UltraMemConfig, settings: TableSettings, number_bytes: int) -> list[str]:
     exchange = exchange_of(config, settings.size, number_bytes)
-    volumes = {"dimension": dimension_wise(exchange), "number": number_wise(exchange)}
-    cheaper = choose(exchange)
+    volumes = {name: kind.volume(exchange) for name, kind in shared_partitions().items()}
+    cheaper = choose(exchange, config.num_values)
     own = volumes[settings.partition]
     verdict = (
         "the cheaper partition" if cheaper == settings.partition else f"{cheaper}-wise is cheaper"

@@ -22,13 +22,11 @@ from ultramem_megatron.errors import UltraMemError
 class TableGroups:
     """Groups that a value table lives in.
 
-    table: ranks that share a table. replicas: ranks that hold the same part of it. tensor: ranks
-    that hold the same tokens unless the sequence is split (sequence parallelism).
+    table: ranks that share a table. replicas: ranks that hold the same part of it.
     """
 
     table: Any
     replicas: Any
-    tensor: Any
 
 
 def table_groups(groups: ProcessGroupCollection) -> TableGroups | None:
@@ -46,7 +44,7 @@ def table_groups(groups: ProcessGroupCollection) -> TableGroups | None:
         )
     if groups.expt_tp.size() > 1:
         return None
-    return TableGroups(groups.ep, groups.expt_dp, groups.tp)
+    return TableGroups(groups.ep, groups.expt_dp)
 
 
 def initialize_model_parallel(

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+from ultramem_megatron.memory.layer import memory_layers
 
 
 def train_only_memory(chunks: list[nn.Module]) -> None:

@@ -17,9 +17,14 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.faults.integrity import check_before_reading
-from ultramem_megatron.megatron.checkpoint.design import checkpoint_folder, stored_args
-from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
-from ultramem_megatron.memory.layer import UltraMemLayer
+from ultramem_megatron.megatron.checkpoint.folder import (
+    NoCheckpointError,
+    checkpoint_folder,
+    loaded_iteration,
+    stored_args,
+)
+from ultramem_megatron.megatron.flags.arguments import config_from_args
+from ultramem_megatron.memory.layer import UltraMemLayer, memory_layers
 
 UPCYCLE_FLAG = "--ultramem-upcycle"
 
@@ -58,15 +63,13 @@ def _resumes(args: Namespace) -> bool:
     if not args.load:
         return False
     try:
-        checkpoint_folder(args.load, args.ckpt_step)
-    except UltraMemError:
+        loaded_iteration(args.load, args.ckpt_step)
+    except NoCheckpointError:
         return False
     return True
 
 
 def _refuse_misfit(args: Namespace, folder: str) -> None:
-    from ultramem_megatron.megatron.flags.arguments import config_from_args
-
     dense = stored_args(folder)
     if config_from_args(dense) is not None:
         raise UltraMemError(

@@ -4,31 +4,36 @@ T tokens, D hidden, H heads, m top-m, C cores, E expansion, V value dim. The lay
 torch module: it knows nothing of Megatron, ranks or groups.
 """
 
-from typing import Self
+from collections.abc import Iterable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ultramem_megatron.communication.pausing import Steps, run
+from ultramem_megatron.communication.pausing import Pausing, run
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
-from ultramem_megatron.memory.initialization import reset_parameters
-from ultramem_megatron.memory.linear import Linear
+from ultramem_megatron.memory.initialization import INITIALISATIONS
+from ultramem_megatron.memory.initialization.draws import Draw
+from ultramem_megatron.memory.modules import Linear
 from ultramem_megatron.memory.observations import MemoryStatistics
 from ultramem_megatron.memory.premultiplied import PremultipliedValues
 from ultramem_megatron.memory.query import QueryProjection
+from ultramem_megatron.memory.retrieval import RETRIEVALS
 from ultramem_megatron.memory.retrieval.addresses import GridShuffle, split_address
-from ultramem_megatron.memory.retrieval.product_key import ProductKeyRetrieval
 from ultramem_megatron.memory.retrieval.retrieved import Retrieved
-from ultramem_megatron.memory.retrieval.tdqkr import TuckerRetrieval
-from ultramem_megatron.memory.retrieval.tucker_core import TuckerCores, singular_value_penalty
-from ultramem_megatron.memory.tables.value_table import ValueTable
+from ultramem_megatron.memory.tables.value_table import value_tables
+from ultramem_megatron.memory.validation import validate
+from ultramem_megatron.memory.values import VALUES
+from ultramem_megatron.memory.values.pooled import PooledValues
+
+_CALIBRATION_TOKENS = 256
 
 
 class UltraMemLayer(nn.Module):
     """One memory layer, (..., D) -> (..., D).
 
-    In training call `update_filter()` once after each optimizer step, before the next forward
+    In training call `after_step()` once after each optimizer step, before the next forward
     (Megatron layers built by this package do); evaluation uses the filter as it was left.
     """
 
@@ -40,29 +45,31 @@ class UltraMemLayer(nn.Module):
         num_layers: int,
         layer_number: int = 1,
         eps: float = 1e-5,
-        values: ValueTable | None = None,
+        values: nn.Module | None = None,
+        table_number: int | None = None,
     ) -> None:
         """Build and initialise in the default dtype and on the default device.
 
         hidden_size: D. num_layers: L of the whole model (for the initial output variance).
         layer_number: 1-based; with the config it determines the initial values, whatever else has
-        drawn random numbers before. eps: of the query and key norms. values: the table, or
-        this rank's part of it; by default the layer has one of its own. Raises UltraMemError.
+        drawn random numbers before. eps: of the query and key norms. values: built by a kind of
+        VALUES, whole or this rank's part; by default the layer has its own. table_number: the
+        layer after which the values it reads are named, by default this one; layers that read the
+        same values agree on it. Raises UltraMemError.
         """
         super().__init__()
-        config.validate(hidden_size=hidden_size, num_layers=num_layers)
+        validate(config, hidden_size=hidden_size, num_layers=num_layers)
         self.config = config
         self.layer_number = layer_number
+        self.table_number = layer_number if table_number is None else table_number
         self.query = QueryProjection(config, hidden_size, eps)
-        self.retrieval: TuckerRetrieval | ProductKeyRetrieval = (
-            TuckerRetrieval(config, eps)
-            if config.retrieval == "tdqkr"
-            else ProductKeyRetrieval(config, eps)
-        )
+        self.retrieval = RETRIEVALS[config.retrieval].build(config, eps)
         self.shuffle: nn.Module = (
             GridShuffle(config.keys_per_side) if config.value_expansion > 1 else nn.Identity()
         )
-        self.values = ValueTable(config) if values is None else values
+        if values is None:
+            values = VALUES[config.values].build(config, "replicated", None)
+        self.values: Any = values
         self.value_proj: nn.Module = (
             Linear(config.value_expansion * config.value_dim, hidden_size, bias=False)
             if config.value_projection
@@ -72,29 +79,24 @@ class UltraMemLayer(nn.Module):
         self.statistics = MemoryStatistics(config.num_values)
         self.register_load_state_dict_post_hook(_refuse_non_finite_values)
         if not self.values.weight.is_meta:
-            reset_parameters(self, num_layers=num_layers)
+            self.reset_parameters(num_layers)
 
     def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
         """x: (..., D); with a query convolution (S, B, D) and its `history` (see query.py)."""
         return run(self.steps(x, history))
 
-    def steps(self, x: Tensor, history: Tensor | None = None) -> Steps:
+    def steps(self, x: Tensor, history: Tensor | None = None) -> Pausing:
         """As forward, pausing whenever other ranks have to answer."""
         retrieved = self.retrieve(self.query(x, history))
         addresses = self.shuffle(retrieved.addresses)
         if self.premultiplied is not None:
             return self.premultiplied(addresses, retrieved.scores).view(x.shape)
-        pooled = yield from self.read_values(addresses, retrieved.scores)
+        pooled = yield from self.values(addresses, retrieved.scores, x)
         out = self.value_proj(pooled.flatten(1)).view(x.shape)
         if self.training and torch.is_grad_enabled():
             rows, _ = split_address(addresses, self.config.num_values)
             self.statistics.record(rows, retrieved.scores, out, self.config.topk)
         return out
-
-    def read_values(self, addresses: Tensor, scores: Tensor) -> Steps:
-        """Pooled values (T, E, Dv) for shuffled addresses (T, P) and scores (T, P, C)."""
-        reading: Steps = self.values(addresses, scores)
-        return (yield from reading)
 
     @property
     def pauses(self) -> int:
@@ -110,15 +112,9 @@ class UltraMemLayer(nn.Module):
         per_head = retrieved.scores.view(tokens, self.config.heads, self.config.topk, cores)
         return retrieved._replace(scores=per_head.softmax(2).view_as(retrieved.scores))
 
-    @property
-    def cores(self) -> TuckerCores | None:
-        """The Tucker cores; None with product-key retrieval."""
-        return self.retrieval.cores if isinstance(self.retrieval, TuckerRetrieval) else None
-
-    def update_filter(self) -> None:
-        """Bring the rank-1 filter up to date with the cores."""
-        if self.cores is not None:
-            self.cores(update_filter=True)
+    def after_step(self) -> None:
+        """What an optimizer step makes necessary, such as a filter that follows the cores."""
+        self.retrieval.after_step()
 
     def prepare_for_inference(self, premultiply: bool = False) -> None:
         """Do once what every forward would repeat, until `train()`; the weights must stay.
@@ -137,6 +133,11 @@ class UltraMemLayer(nn.Module):
                 "--premultiply-values: the values of this model have no projection "
                 "(--no-ultramem-value-projection). Decode without it."
             )
+        if not isinstance(self.values, PooledValues):
+            raise UltraMemError(
+                f"--premultiply-values: values of the kind {self.config.values} are not pooled by "
+                f"their scores alone. Decode without it."
+            )
         ranks = self.values.layout.size
         if ranks > 1:
             raise UltraMemError(
@@ -152,25 +153,64 @@ class UltraMemLayer(nn.Module):
         return super().train(mode)
 
     def auxiliary_loss(self) -> Tensor | None:
-        """alpha * penalty on the cores' small singular values (eq. 11-12); None if there is none.
+        """The retrieval's penalty on its parameters, weighted; None if there is none.
 
         A function of parameters only: add it once per optimizer step, not once per micro-batch.
         """
-        if self.cores is None or self.config.aux_loss_weight == 0 or self.config.tucker_rank == 1:
-            return None
-        penalty = singular_value_penalty(self.cores.singular_values(), self.config.aux_loss_margin)
-        return self.config.aux_loss_weight * penalty
+        return self.retrieval.penalty()
+
+    @torch.no_grad()
+    def reset_parameters(self, num_layers: int) -> None:
+        """Initial values in a model with `num_layers` transformer layers."""
+        config, draw = self.config, Draw(self.config.seed, self.layer_number)
+        initialisation = INITIALISATIONS[config.init]
+        scales = initialisation.scales(config, self.query.proj.in_features, num_layers)
+        self.query.reset(draw, scales)
+        self.retrieval.reset(draw, scales)
+        self.values.reset(Draw(config.seed, self.table_number), scales)
+        if isinstance(self.value_proj, Linear):
+            draw.normal_(self.value_proj.weight, scales.value_projection, "value_proj")
+        if isinstance(self.shuffle, GridShuffle):
+            self.shuffle.reset(draw.generator("shuffle", torch.device("cpu")))
+        self.after_step()
+        if scales.calibrated:
+            self.calibrate(draw.generator("calibration", self.values.weight.device))
+
+    @torch.no_grad()
+    def calibrate(self, generator: torch.Generator) -> float:
+        """Scale the queries once so that the weights of values average 1; the mean before.
+
+        Inputs are drawn as a norm leaves them, with unit variance; the top-m scores of the real
+        keys are averaged over tokens, picks and cores.
+        """
+        weight = self.query.proj.weight
+        drawn = torch.randn(
+            _CALIBRATION_TOKENS, 1, weight.shape[1], generator=generator, device=weight.device,
+            dtype=torch.float32,
+        )  # fmt: skip
+        mean = float(self.retrieval(self.query(drawn.to(weight.dtype))).scores.mean())
+        if not mean > 0:
+            return mean
+        gain = getattr(self.query.norm, "weight", None)
+        (weight if gain is None else gain).mul_(mean ** (-1 / self.retrieval.score_power))
+        return mean
+
+
+def memory_layers(model: nn.Module) -> Iterable[UltraMemLayer]:
+    """The memory layers of a model, wrapped or not."""
+    return (module for module in model.modules() if isinstance(module, UltraMemLayer))
 
 
 def _refuse_non_finite_values(layer: nn.Module, _incompatible: object) -> None:
     assert isinstance(layer, UltraMemLayer)
-    table = layer.values.weight
-    if table.is_meta or bool(torch.isfinite(table.sum(dtype=torch.float32))):
-        return
-    bad = int((~torch.isfinite(table)).any(dim=1).sum())
-    if bad:
-        raise UltraMemError(
-            f"The loaded value table of memory layer {layer.layer_number} holds NaN or infinity in "
-            f"{bad} of its {len(table)} rows. The checkpoint is damaged or the run that wrote it "
-            f"had diverged: load an earlier one (--load with --ckpt-step)."
-        )
+    for table in value_tables(layer).values():
+        weight = table.weight
+        if weight.is_meta or bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+            continue
+        bad = int((~torch.isfinite(weight)).any(dim=1).sum())
+        if bad:
+            raise UltraMemError(
+                f"The loaded value table of memory layer {layer.layer_number} holds NaN or "
+                f"infinity in {bad} of its {len(weight)} rows. The checkpoint is damaged or the "
+                f"run that wrote it had diverged: load an earlier one (--load with --ckpt-step)."
+            )

@@ -1,16 +1,35 @@
-"""Query and key normalisation over Dk (paper section 3.2, bag of tricks 5)."""
+"""Modules of torch's as a memory layer needs them: construction draws no random numbers."""
 
+import torch
 from torch import nn
 
 from ultramem_megatron.memory.config import Norm
 
 
+class Linear(nn.Linear):
+    """nn.Linear without the draws at construction, which would shift other modules' values."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing."""
+
+
 def build_norm(
     kind: Norm, dim: int, eps: float, *, affine: bool = True, bias: bool = False
 ) -> nn.Module:
-    """A norm over the last dimension, `dim` wide; nn.Identity for "none"."""
+    """Norm of queries or keys over the last dimension, `dim` wide; nn.Identity for "none".
+
+    Paper section 3.2, bag of tricks 5.
+    """
     if kind == "none":
         return nn.Identity()
     if kind == "rmsnorm":
         return nn.RMSNorm(dim, eps=eps, elementwise_affine=affine)
     return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine, bias=bias)
+
+
+@torch.no_grad()
+def fill_gain(norm: nn.Module, gain: float) -> None:
+    """Set the weight of a norm, if it has one."""
+    weight = getattr(norm, "weight", None)
+    if weight is not None:
+        weight.fill_(gain)

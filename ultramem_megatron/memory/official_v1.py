@@ -21,6 +21,7 @@ from ultramem_megatron.memory.config import Norm, UltraMemConfig
 from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.modules import build_norm
 from ultramem_megatron.memory.retrieval.addresses import StoredShuffle
+from ultramem_megatron.memory.retrieval.tdqkr import TuckerRetrieval
 from ultramem_megatron.memory.spans import Span
 from ultramem_megatron.memory.tables.value_table import mark_as_values
 
@@ -56,9 +57,9 @@ def load_official_v1(
     mark_as_values(layer.values.weight)
     for parameter in layer.parameters():
         parameter.requires_grad_()
-    assert layer.cores is not None
-    if not layer.cores.u.any():
-        layer.update_filter()
+    assert isinstance(layer.retrieval, TuckerRetrieval)
+    if not layer.retrieval.cores.u.any():
+        layer.after_step()
     return layer
 
 
@@ -74,8 +75,8 @@ def export_official_v1(layer: nn.Module) -> dict[str, Tensor]:
         )
     config = layer.config
     _check_representable(config)
-    assert layer.cores is not None
-    ours = layer.state_dict()
+    assert isinstance(layer.retrieval, TuckerRetrieval)
+    cores, ours = layer.retrieval.cores, layer.state_dict()
     virtual = torch.arange(
         config.value_expansion * config.num_values, device=ours["values.weight"].device
     )
@@ -83,12 +84,12 @@ def export_official_v1(layer: nn.Module) -> dict[str, Tensor]:
         "keys": ours["retrieval.keys.weight"].transpose(-1, -2),
         "values_for_look_up": ours["values.weight"],
         "shuffle_index": layer.shuffle(virtual),
-        "tucker_core_u": layer.cores.u[None, :, None],
-        "tucker_core_v": layer.cores.t[None, :, None],
+        "tucker_core_u": cores.u[None, :, None],
+        "tucker_core_v": cores.t[None, :, None],
         "query_proj.weight": ours["query.proj.weight"],
         "values_proj.weight": ours["value_proj.weight"],
     }
-    for index, core in enumerate(layer.cores.weight):
+    for index, core in enumerate(cores.weight):
         theirs[f"tucker_core.{index}"] = core
     for mine, their in (("query.norm", "query_norm"), ("retrieval.keys.norm", "keys_norm")):
         for part in ("weight", "bias"):

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.memory.config import UltraMemConfig
-from ultramem_megatron.memory.linear import Linear
-from ultramem_megatron.memory.modules import build_norm
+from ultramem_megatron.memory.initialization.draws import Draw
+from ultramem_megatron.memory.initialization.scales import Scales
+from ultramem_megatron.memory.modules import Linear, build_norm, fill_gain
 
 
 class CausalConvolution(nn.Module):
@@ -45,6 +46,15 @@ class QueryProjection(nn.Module):
         self.conv = CausalConvolution(hidden_size, kernel) if kernel else None
         self.proj = Linear(hidden_size, config.num_queries * 2 * config.key_dim, bias=False)
         self.norm = build_norm(config.qk_norm, config.key_dim, eps)
+
+    @torch.no_grad()
+    def reset(self, draw: Draw, scales: Scales) -> None:
+        """Initial values; the convolution is the identity, inert at the start."""
+        draw.normal_(self.proj.weight, scales.query, "query")
+        fill_gain(self.norm, scales.query_gain)
+        if self.conv is not None:
+            self.conv.weight.zero_()
+            self.conv.weight[:, -1] = 1
 
     def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
         """x: (..., D), with a convolution (S, B, D). Returns (T, Q, 2, Dk)."""

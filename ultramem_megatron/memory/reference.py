@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.retrieval import RETRIEVALS
+from ultramem_megatron.memory.values import VALUES
 
 
 def reference_layer(
@@ -22,6 +24,7 @@ def reference_layer(
     state: the layer's `state_dict()` (tensors may require grad). eps: of the norms.
     """
     sequence, batch, hidden = x.shape
+    inputs = x.reshape(sequence * batch, hidden)
     u = x if "query.conv.weight" not in state else _conv(x, state["query.conv.weight"])
     u = u.reshape(sequence * batch, hidden)
     queries = (u @ state["query.proj.weight"].T).view(len(u), -1, 2, config.key_dim)
@@ -36,12 +39,8 @@ def reference_layer(
         shuffled = permutation[addresses]  # (T, m)
         rows = shuffled % config.num_values
         groups = shuffled // config.num_values
-        # eq. 17: slice i of a value is weighted by the score of core i.
-        weights = scores.repeat_interleave(config.value_dim // config.cores, dim=2)
-        weighted = state["values.weight"][rows] * weights
-        for group in range(config.value_expansion):  # eq. 15: pool per group, project later
-            in_group = (groups == group).unsqueeze(-1)
-            pooled[:, group] = pooled[:, group] + (weighted * in_group).sum(1)
+        kind = VALUES[config.values]
+        pooled = pooled + kind.reference(rows, groups, scores, inputs, state, config)
     out = pooled.flatten(1)
     if config.value_projection:
         out = out @ state["value_proj.weight"].T
@@ -113,19 +112,8 @@ def _retrieve(
     row = _rank_scores(query[:, 0], _keys(head, 0, state, config, eps), config)
     column = _rank_scores(query[:, 1], _keys(head, 1, state, config, eps), config)
     side, topk = config.keys_per_side, config.topk
-    if config.retrieval == "pkm":  # eq. 1-3: additive, shortlist exact
-        rows, columns = row[:, 0].topk(topk).indices, column[:, 0].topk(topk).indices
-        grids = [row[:, 0].gather(1, rows)[:, :, None] + column[:, 0].gather(1, columns)[:, None]]
-    else:
-        u, t = state["retrieval.cores.u"][head], state["retrieval.cores.t"][head]
-        rows = torch.einsum("tan,a->tn", row, u).topk(topk).indices  # eq. 8: rank-1 filter
-        columns = torch.einsum("tan,a->tn", column, t).topk(topk).indices
-        row_m = row.gather(2, rows[:, None].expand(-1, config.tucker_rank, -1))
-        column_m = column.gather(2, columns[:, None].expand(-1, config.tucker_rank, -1))
-        grids = [  # eq. 9 and 16: exact scores of the m x m candidates, one grid per core
-            row_m.transpose(1, 2) @ core[head] @ column_m
-            for core in state["retrieval.cores.weight"]
-        ]
+    kind = RETRIEVALS[config.retrieval]
+    rows, columns, grids = kind.reference(row, column, head, state, config)
     best = torch.stack(grids).sum(0).flatten(1).topk(topk).indices
     addresses = rows.gather(1, best // topk) * side + columns.gather(1, best % topk)
     scores = torch.stack([grid.flatten(1).gather(1, best) for grid in grids], dim=2)

@@ -32,7 +32,7 @@ def memory_size(config: UltraMemConfig, hidden_size: int) -> MemorySize:
         layer = UltraMemLayer(config, hidden_size=hidden_size, num_layers=config.spans[-1].end)
     total = sum(parameter.numel() for parameter in layer.parameters())
     sparse = layer.values.weight.numel()
-    pooled = config.heads * config.topk * config.value_dim
+    pooled = config.picks * config.value_dim
     layers = len(config.spans)
     dense = total - sparse
     return MemorySize(layers * dense, layers * sparse, layers * 2 * (dense + pooled))

@@ -63,11 +63,6 @@ def check_spans(spans: tuple[Span, ...], num_layers: int) -> None:
             )
 
 
-def span_starting_at(spans: tuple[Span, ...], layer_number: int) -> Span | None:
-    """The span whose memory reads at this layer, or None."""
-    return next((span for span in spans if span.start == layer_number), None)
-
-
 def span_covering(spans: tuple[Span, ...], layer_number: int) -> Span | None:
     """The span whose result is pending or added in this layer (start <= layer <= end), or None."""
     return next((span for span in spans if span.start <= layer_number <= span.end), None)

@@ -6,28 +6,21 @@ from collections.abc import Sequence
 
 from ultramem_megatron.errors import exit_on_user_error
 from ultramem_megatron.presets import PRESETS, find_preset
-from ultramem_megatron.presets.preset import SOURCES, Preset, Settings, as_words
+from ultramem_megatron.presets.flags import flags
+from ultramem_megatron.presets.preset import SOURCES, Preset, Settings
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ultramem presets", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ultramem presets",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="a preset; without one, all are listed")
     add("--model", action="store_true", help="print the model's flags: transformer and memory")
     add("--training", action="store_true", help="print the training's flags")
     return parser
-
-
-def flags(name: str, *, model: bool, training: bool) -> list[str]:
-    """Words of a command line; a memory stands as --ultramem-preset, which own flags override."""
-    preset = find_preset(name)
-    words: list[str] = []
-    if model:
-        words += as_words(preset.model)
-        words += ["--ultramem-preset", name] if preset.memory else []
-    if training:
-        words += as_words(preset.training)
-    return words
 
 
 def _listing() -> str:

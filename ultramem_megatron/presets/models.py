@@ -16,14 +16,23 @@ def _transformer(layers: int, hidden: int, heads: int) -> dict[str, Setting]:
     )  # fmt: skip
 
 
+# Megatron does not start, or not save, without. Of 238 checkpoints 23 and the latest are kept.
+# The decay of lr is given too: a run cut short by --train-iters is the beginning of the whole one.
+_UPKEEP = assumed(
+    eval_interval=1000, eval_iters=10, save_interval=1000, save_retain_interval=10_000
+)
+
+
 def _training(peak_lr: float) -> dict[str, Setting]:
     """Table 4: 1.000e12 tokens."""
     return (
         paper(lr=peak_lr, min_lr=round(peak_lr / 10, 8), lr_decay_style="cosine",
-              lr_warmup_fraction=0.01, global_batch_size=2048, train_iters=238_418,
+              lr_warmup_fraction=0.01, lr_decay_iters=238_418, train_iters=238_418,
+              global_batch_size=2048,
               optimizer="adam", adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.1,
               attention_dropout=0.1, hidden_dropout=0.1)
         | assumed(adam_eps=1e-8, clip_grad=1.0, bf16=True)
+        | _UPKEEP
     )  # fmt: skip
 
 
@@ -92,10 +101,11 @@ MODELS: dict[str, Preset] = {
         | assumed(untie_embeddings_and_output_weights=True, seq_length=4096,
                   max_position_embeddings=4096),
         # 5e11 tokens (arXiv 2508.18756, table 3); the rest is the schedule of OLMoE.
-        paper(train_iters=119_209)
+        paper(train_iters=119_209, lr_decay_iters=119_209)
         | assumed(lr=4e-4, min_lr=4e-5, lr_decay_style="cosine", lr_warmup_iters=2500,
                   global_batch_size=1024, optimizer="adam", adam_beta1=0.9, adam_beta2=0.95,
                   weight_decay=0.1, clip_grad=1.0, bf16=True)
+        | _UPKEEP
         | code(attention_dropout=0.0, hidden_dropout=0.0),
         code(spans="3:6/7:10/11:14/15:18", num_keys=808, key_dim=192, value_dim=384, topk=80,
              heads=2, share_query=True, retrieval="tdqkr", tucker_rank=2, rank_layout="full",

@@ -75,13 +75,3 @@ def assumed(**values: Value) -> dict[str, Setting]:
 
 def _from(source: Source, values: Mapping[str, Value]) -> dict[str, Setting]:
     return {name: Setting(value, source) for name, value in values.items()}
-
-
-def as_words(settings: Settings, prefix: str = "--") -> list[str]:
-    """`num_layers=12, swiglu=True, bias=False` as `--num-layers 12 --swiglu`."""
-    words: list[str] = []
-    for name, (value, _) in settings.items():
-        if value is not False:
-            words.append(prefix + name.replace("_", "-"))
-            words += [] if value is True else [str(value)]
-    return words

@@ -6,33 +6,11 @@ Without --ultramem flags it is a plain GPT. Without torchrun (`python -m ...`) i
 process.
 """
 
-import os
-import socket
 import sys
 from collections.abc import Callable, Collection, Sequence
 
 from ultramem_megatron.errors import exit_on_user_error
-from ultramem_megatron.faults.orphans import end_with_launcher
-from ultramem_megatron.megatron.flags import machine_flags
-from ultramem_megatron.patches import registry
-
-
-def set_single_process_environment() -> None:
-    """Describe a world of one process in the environment, where no launcher did."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free_port = probe.getsockname()[1]
-    for name, value in {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port),
-    }.items():
-        os.environ.setdefault(name, value)
+from ultramem_megatron.megatron.flags.process import open_process
 
 
 def main(
@@ -49,12 +27,8 @@ def main(
 
     Raises UltraMemError for a wrong flag, size or combination, before anything is built.
     """
-    end_with_launcher()
-    set_single_process_environment()
-    registry.apply_all(patches)
-    # Megatron reads sys.argv itself.
     given = sys.argv[1:] if argv is None else list(argv)
-    sys.argv = [sys.argv[0], *machine_flags.complete(given)]
+    open_process(given, patches=patches)
 
     # Imported here, as Megatron takes seconds to import and the patches come first.
     from megatron.core.enums import ModelType
@@ -65,22 +39,29 @@ def main(
     from ultramem_megatron.data.check import check_data
     from ultramem_megatron.faults.machine_errors import explained
     from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
+    from ultramem_megatron.megatron.flags.embedding_ranks import get_embedding_ranks
+    from ultramem_megatron.megatron.flags.refusals import refuse_other_tasks
+    from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
+    from ultramem_megatron.megatron.in_force import log_settings
     from ultramem_megatron.megatron.model_from_flags import model_config_from_args
-    from ultramem_megatron.training import gpt_datasets as gpt_task
+    from ultramem_megatron.training.gpt_datasets import train_valid_test_datasets_provider
+    from ultramem_megatron.training.gpt_step import forward_step
 
-    args = parse_and_validate_args(extra_args_provider=add_ultramem_arguments)
-    gpt_task.refuse_other_tasks(args)
+    with megatron_refuses():
+        args = parse_and_validate_args(extra_args_provider=add_ultramem_arguments)
+    refuse_other_tasks(args)
     check_data(args)
-    model_config = model_config_from_args(args, gpt_task.get_embedding_ranks)
+    model_config = model_config_from_args(args, get_embedding_ranks)
+    log_settings(args, model_config)
     if before_training is not None:
         before_training()
     with explained(args, given):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
-            gpt_task.train_valid_test_datasets_provider,
+            train_valid_test_datasets_provider,
             ModelType.encoder_or_decoder,
-            gpt_task.forward_step,
-            get_embedding_ranks=gpt_task.get_embedding_ranks,
+            forward_step,
+            get_embedding_ranks=get_embedding_ranks,
         )
 
 

@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
-from ultramem_megatron.faults.orphans import end_with_launcher
-from ultramem_megatron.megatron.flags import machine_flags
-from ultramem_megatron.patches import registry
-from ultramem_megatron.training.pretrain import set_single_process_environment
+from ultramem_megatron.megatron.flags.process import open_process
 
 _USAGE = "ultramem run path/to/pretrain_gpt.py <its flags> --ultramem-..."
 
@@ -33,17 +30,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     given = sys.argv[1:] if argv is None else list(argv)
     script = _script(given)
-    end_with_launcher()
-    set_single_process_environment()
-    registry.apply_all()
-    arguments = machine_flags.complete(given[1:])
+    open_process(given[1:], program=str(script))
     # As for a script started by itself: its folder comes first, for its own imports.
-    sys.argv, sys.path[:0] = [str(script), *arguments], [str(script.parent)]
+    sys.path.insert(0, str(script.parent))
     with _roads(script):
         runpy.run_path(str(script), run_name="__main__")
 
 
 def _script(given: Sequence[str]) -> Path:
+    if given and given[0] in ("-h", "--help"):
+        print(f"usage: {_USAGE}\n\n{__doc__}")
+        sys.exit(0)
     if not given or given[0].startswith("-"):
         raise UltraMemError(f"no script is given. Use: {_USAGE}")
     script = Path(given[0]).resolve()
@@ -75,6 +72,7 @@ def _roads(script: Path) -> Iterator[None]:
 
 def _with_our_flags(original: Callable[..., Namespace]) -> Callable[..., Namespace]:
     from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
+    from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
 
     @functools.wraps(original)
     def parse_and_validate_args(extra_args_provider: Any = None, *rest: Any, **kw: Any) -> Any:
@@ -82,14 +80,15 @@ def _with_our_flags(original: Callable[..., Namespace]) -> Callable[..., Namespa
             parser = parser if extra_args_provider is None else extra_args_provider(parser)
             return add_ultramem_arguments(parser)
 
-        return original(both, *rest, **kw)
+        with megatron_refuses():
+            return original(both, *rest, **kw)
 
     return parse_and_validate_args
 
 
 def _with_memories(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
+    from ultramem_megatron.megatron.flags.embedding_ranks import get_embedding_ranks
     from ultramem_megatron.megatron.model_from_flags import model_config_from_args
-    from ultramem_megatron.training.gpt_datasets import get_embedding_ranks
 
     @functools.wraps(original)
     def gpt_config_from_args(args: Namespace, *rest: Any, **kw: Any) -> Any:
@@ -110,6 +109,7 @@ def _checked(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
     from megatron.training import get_args
 
     from ultramem_megatron.data.check import check_data
+    from ultramem_megatron.megatron.in_force import log_settings
     from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
 
     @functools.wraps(original)
@@ -122,6 +122,8 @@ def _checked(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
                 f"script of your own' in README.md."
             )
         check_data(get_args())
+        if isinstance(model, UltraMemGPTModelConfig):
+            log_settings(get_args(), model)
         return original(config, *rest, **kw)
 
     return pretrain

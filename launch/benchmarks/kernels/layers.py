@@ -12,11 +12,12 @@ from launch.benchmarks.kernels.candidate import Candidate
 from launch.benchmarks.kernels.lookups import table_gradient
 from launch.benchmarks.kernels.plain_layer import plain_layer
 from launch.benchmarks.kernels.shapes import Shape
+from ultramem_megatron.megatron.flags.process import open_process
 from ultramem_megatron.memory.layer import UltraMemLayer
-from ultramem_megatron.patches import registry
 
 _LAYERS = 12  # of the imagined model: it sets initial variances only
 _COMPARED_ROWS = 4096
+_ULTRA_MEM_CORES = 2  # what the package calls heads, by default
 MOE_EXPERTS = 32
 
 
@@ -73,6 +74,12 @@ def others(shape: Shape, device: torch.device) -> list[Candidate]:
     return found
 
 
+def widths_of_others(shape: Shape) -> list[int]:
+    """Numbers in a row of the tables that `others` may build, each with as many rows as ours."""
+    ultra_mem, product_key_memory = _ULTRA_MEM_CORES * shape.value_dim, shape.hidden
+    return [ultra_mem, product_key_memory]
+
+
 def _other(name: str, module: nn.Module, x: Tensor) -> Candidate:
     def forward() -> Tensor:
         out: Any = module(x.unsqueeze(1))  # (S, B, D)
@@ -86,7 +93,7 @@ def _layer(shape: Shape, device: torch.device) -> UltraMemLayer:
     with torch.device(device), _default_dtype(shape.dtype):
         layer = UltraMemLayer(shape.config(), hidden_size=shape.hidden, num_layers=_LAYERS)
     table = layer.values.weight
-    table.main_grad = torch.zeros(table.shape, device=device)  # type: ignore[attr-defined]  # Megatron's tag
+    table.main_grad = torch.zeros(table.shape, device=device)
     return layer
 
 
@@ -131,13 +138,10 @@ def _initialize_megatron() -> None:
 
     if dist.is_initialized():
         return
-    registry.apply_all()
+    open_process()
     from megatron.core import parallel_state, tensor_parallel
 
-    dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        store=dist.HashStore(), rank=0, world_size=1,
-    )  # fmt: skip
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 

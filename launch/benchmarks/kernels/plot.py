@@ -1,23 +1,21 @@
 """Plots of the benchmark's CSV: latency over values and over tokens, and speed ratios as bars."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.tools.pictures import picture
+from ultramem_megatron.tools.rows import read
 
 Row = dict[str, str]
 _BOTH = "forward+backward"
-_NEEDED = {"sweep", "op", "candidate", "passes", "ms_min", "values", "hardware", "commit"}
+_MADE_BY = "python -m launch.benchmarks.kernels run --out DIR"
+_NEEDED = ("sweep", "op", "candidate", "passes", "ms_min", "values", "hardware", "commit")
 
 
 def plot(file: Path) -> list[Path]:
     """Draw beside the CSV; returns the pictures. Raises UltraMemError for another CSV."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    rows = _read(file)
+    rows = read(file, _MADE_BY, _NEEDED)
     drawn = [
         _lines(rows, file, sweep, axis)
         for sweep, axis in (("values", "values in the table"), ("tokens", "tokens"))
@@ -26,51 +24,42 @@ def plot(file: Path) -> list[Path]:
     return [*drawn, _bars(rows, file)]
 
 
-def _read(file: Path) -> list[Row]:
-    if not file.is_file():
-        raise UltraMemError(f"{file} is not there. Give the kernels.csv that `run` wrote.")
-    with file.open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    if not rows or not rows[0].keys() >= _NEEDED:
-        raise UltraMemError(f"{file} holds no rows of this benchmark. Give what `run` wrote.")
-    return rows
-
-
 def _lines(rows: Sequence[Row], file: Path, sweep: str, label: str) -> Path:
     """Milliseconds of lookup and layer, both passes, over one size."""
-    from matplotlib import pyplot
+    to = file.with_name(f"latency_over_{sweep}.png")
+    with picture(to, (11, 4.5), dpi=110) as figure:
+        for axes, op in zip(figure.subplots(1, 2), ("lookup", "layer"), strict=True):
+            chosen = [r for r in rows if (r["sweep"], r["op"], r["passes"]) == (sweep, op, _BOTH)]
+            _latencies(axes, chosen, sweep)
+            axes.set(xscale="log", yscale="log", xlabel=label, ylabel="ms", title=f"{op}, {_BOTH}")
+        _title(figure, rows)
+    return to
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axis, op in zip(axes, ("lookup", "layer"), strict=True):
-        chosen = [r for r in rows if (r["sweep"], r["op"], r["passes"]) == (sweep, op, _BOTH)]
-        for candidate in dict.fromkeys(row["candidate"] for row in chosen):
-            points = sorted(
-                (int(row[sweep]), float(row["ms_min"]))
-                for row in chosen
-                if row["candidate"] == candidate
-            )
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=candidate)
-        axis.set(
-            xscale="log", yscale="log", xlabel=label, ylabel="ms", title=f"{op}, forward+backward"
-        )
-        axis.legend(fontsize=7)
-    return _save(figure, rows, file.with_name(f"latency_over_{sweep}.png"))
+
+def _latencies(axes: Any, rows: Sequence[Row], sweep: str) -> None:
+    for candidate in dict.fromkeys(row["candidate"] for row in rows):
+        own = [row for row in rows if row["candidate"] == candidate]
+        points = sorted((int(row[sweep]), float(row["ms_min"])) for row in own)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=candidate)
+    axes.legend(fontsize=7)
 
 
 def _bars(rows: Sequence[Row], file: Path) -> Path:
     """Time of every candidate over ours, at the smallest and the largest table."""
-    from matplotlib import pyplot
-
     ours = "triton" if any(row["candidate"] == "triton" for row in rows) else "torch"
     ops = list(dict.fromkeys(row["op"] for row in rows))
-    figure, axes = pyplot.subplots(
-        1, len(ops), figsize=(4.2 * len(ops), 4), layout="constrained", squeeze=False
-    )
-    for axis, op in zip(axes[0], ops, strict=True):
-        _ratio_bars(axis, [r for r in rows if (r["op"], r["passes"]) == (op, _BOTH)], ours)
-        axis.set(title=f"{op}: time over {ours}'s", xscale="log")
-        axis.axvline(1, color="black", linewidth=0.7)
-    return _save(figure, rows, file.with_name("ratios.png"))
+    to = file.with_name("ratios.png")
+    with picture(to, (4.2 * len(ops), 4), dpi=110) as figure:
+        for axes, op in zip(figure.subplots(1, len(ops), squeeze=False)[0], ops, strict=True):
+            _ratio_bars(axes, [r for r in rows if (r["op"], r["passes"]) == (op, _BOTH)], ours)
+            axes.set(title=f"{op}: time over {ours}'s", xscale="log")
+            axes.axvline(1, color="black", linewidth=0.7)
+        _title(figure, rows)
+    return to
+
+
+def _title(figure: Any, rows: Sequence[Row]) -> None:
+    figure.suptitle(f"{rows[0]['hardware']}, commit {rows[0]['commit']}", fontsize=8)
 
 
 def _ratio_bars(axis: Any, rows: Sequence[Row], ours: str) -> None:
@@ -89,10 +78,3 @@ def _ratio_bars(axis: Any, rows: Sequence[Row], ours: str) -> None:
         )  # fmt: skip
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.legend(fontsize=7)
-
-
-def _save(figure: Any, rows: Sequence[Row], path: Path) -> Path:
-    row = rows[0]
-    figure.suptitle(f"{row['hardware']}, commit {row['commit']}", fontsize=8)
-    figure.savefig(path, dpi=110)
-    return path

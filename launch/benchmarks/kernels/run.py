@@ -1,7 +1,6 @@
 """Check every candidate against the reference, then time it; one CSV row a candidate and pass."""
 
 import contextlib
-import csv
 import gc
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -14,12 +13,16 @@ from launch.benchmarks.kernels import layers, lookups, measure, topks
 from launch.benchmarks.kernels.candidate import Candidate, check
 from launch.benchmarks.kernels.ratios import print_ratios
 from launch.benchmarks.kernels.shapes import Shape, sweeps
+from ultramem_megatron.tools.rows import write_as_made
 
 Row = dict[str, str | int | float]
 _FORWARD, _BOTH = "forward", "forward+backward"
 _LOOKUP_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 # Two keys of nearly equal score may change places between two orders of summation.
 _SELECTION_TOLERANCE = 3e-2
+_WITH_TABLE = ("lookup", "layer")
+_USABLE_SHARE = 0.8
+"""Of the free memory; the rest is left to activations and to what the allocator cannot join."""
 
 _OPS: dict[str, Callable[[Shape, torch.device], list[Candidate]]] = {
     "lookup": lookups.candidates,
@@ -36,16 +39,7 @@ def run(file: Path, device: torch.device, quick: bool) -> None:
     try:
         bandwidth = measure.copy_bandwidth(device)
         print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
-        rows: list[Row] = []
-        with file.open("w", newline="") as handle:
-            for row in _rows(device, quick, bandwidth):
-                if not rows:
-                    writer = csv.DictWriter(handle, row)
-                    writer.writeheader()
-                writer.writerow(row)
-                handle.flush()
-                rows.append(row)
-        print_ratios(rows)
+        print_ratios(write_as_made(file, _rows(device, quick, bandwidth)))
     finally:
         torch.set_num_threads(threads)
 
@@ -66,11 +60,8 @@ def _rows(device: torch.device, quick: bool, bandwidth: float) -> Iterator[Row]:
 
 def _measured(op: str, shape: Shape, device: torch.device, bandwidth: float) -> Iterator[Row]:
     print(f"\n{op}: {', '.join(f'{k} {v}' for k, v in shape.columns().items())}")
-    # The table, its main_grad, and two dense gradients of the slower candidates while checked;
-    # beside a layer the other packages' own tables and gradients, twice as wide in one of them.
-    tables = 7 if op == "layer" else 2
-    needed = tables * shape.table_bytes + 2 * shape.values * shape.value_dim * 4
-    if op in ("lookup", "layer") and needed > 0.8 * measure.free_memory(device):
+    needed = _needed_bytes(op, shape)
+    if needed > _USABLE_SHARE * measure.free_memory(device):
         print(f"  left out: needs about {needed / 1e9:.0f} GB of memory")
         return
     torch.manual_seed(1)
@@ -88,6 +79,18 @@ def _measured(op: str, shape: Shape, device: torch.device, bandwidth: float) -> 
             yield row
     del candidates
     gc.collect()
+
+
+def _needed_bytes(op: str, shape: Shape) -> int:
+    """What the tables of all candidates take, and their gradients, of which one lives at a time."""
+    if op not in _WITH_TABLE:
+        return 0
+    # Ours and the baseline read one table. Beside the layer stand other packages' tables.
+    widths = [shape.value_dim, *(layers.widths_of_others(shape) if op == "layer" else [])]
+    in_its_dtype = (sum(widths) + max(widths)) * shape.dtype.itemsize
+    # main_grad, and a dense gradient of a slower candidate before it is rounded.
+    in_float32 = 2 * shape.value_dim * torch.float32.itemsize
+    return shape.values * (in_its_dtype + in_float32)
 
 
 def _timings(candidate: Candidate, device: torch.device) -> Iterator[Row]:

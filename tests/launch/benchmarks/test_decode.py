@@ -65,6 +65,25 @@ def _counts():
     return found
 
 
+def _shared_experts():
+    """Bytes counted of a model whose MoE layers have an expert for all tokens, and as modelled."""
+    from launch.benchmarks.decode_models import SCALES
+    from launch.benchmarks.decode_step import DecodeStep
+    from launch.benchmarks.weight_access import count_weight_bytes, other_weight_bytes, read_sizes
+    from ultramem_megatron.inference.untrained import untrained_model
+
+    _, moe, _ = SCALES["small"].trio
+    built, _ = untrained_model([*moe.flags, "--moe-shared-expert-intermediate-size", "24"])
+    step = DecodeStep(built, 3, 8, 512)
+    with torch.no_grad(), count_weight_bytes(built) as counted:
+        step()
+    everything = sum(parameter.nbytes for parameter in built.parameters())
+    embedding = built.embedding.word_embeddings.weight.nbytes
+    routed = sum(p.nbytes for n, p in built.named_parameters() if ".experts." in n)
+    left = everything - embedding - routed - other_weight_bytes(built)
+    return counted["mlp"], read_sizes(built, 2, 0).mlp, left
+
+
 @pytest.fixture(scope="module")
 def counts():
     return run_on_ranks(1, _counts)[0]
@@ -82,6 +101,12 @@ def test_weights_read_are_counted(counts):
     assert len(used) == 4
     assert all(2 <= count <= 3 * 2 for count in used)
     assert moe == {"mlp": 0, "experts": sum(used) * expert, "values": 0}
+
+
+def test_experts_that_all_tokens_share_are_read_like_an_mlp():
+    """Their class is a subclass of Megatron's MLP; the routed experts' own MLPs do not count."""
+    shared = 4 * 2 * 64 * 24  # layers, matrices, sizes
+    assert run_on_ranks(1, _shared_experts) == [(4 * shared, shared, 4 * shared)]
 
 
 def test_the_model_of_weight_access_saturates(counts):
@@ -125,5 +150,5 @@ def test_figures_need_the_benchmarks_csv(tmp_path):
         draw(tmp_path / "none.csv")
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
-    with pytest.raises(UltraMemError, match="holds no rows of the decode benchmark"):
+    with pytest.raises(UltraMemError, match=r"no rows of this kind\..*benchmarks\.decode "):
         draw(other)

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from launch.benchmarks.kernels import lookups, measure, plot
+from launch.benchmarks.kernels import lookups, measure, plot, run
 from launch.benchmarks.kernels.__main__ import main
 from launch.benchmarks.kernels.candidate import check
 from launch.benchmarks.kernels.plain_layer import plain_layer
 from launch.benchmarks.kernels.ratios import ratios
 from launch.benchmarks.kernels.shapes import Shape
-from tests.closeness import assert_close
-from tests.layers import HIDDEN, small_layer
+from tests.closeness import assert_close, rounding
+from tests.layers import HIDDEN, small_layer, sum_lengths
 from tests.ranks import run_on_ranks
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.reference import reference_layer
@@ -28,7 +28,8 @@ def test_the_plain_baseline_computes_the_layer(changes):
     layer = small_layer(**changes)
     x = torch.randn(6, HIDDEN, dtype=torch.float64)
     expected = reference_layer(x.unsqueeze(1), layer.state_dict(), layer.config, eps=1e-5)
-    assert_close(plain_layer(layer, x), expected.squeeze(1), 1e-11)
+    tolerance = rounding(x.dtype, sum_lengths(layer.config))
+    assert_close(plain_layer(layer, x), expected.squeeze(1), tolerance)
 
 
 def test_what_is_wrong_is_not_timed():
@@ -45,6 +46,22 @@ def test_bytes_and_flops_of_a_lookup():
     assert shape.lookup_bytes(backward=False) == (2 * 3 * 4 + 2 * 4) * 4
     assert shape.lookup_bytes(backward=True) == 2 * 128 + 2 * 6 * 4 * 4
     assert shape.lookup_flops(backward=False) == 2 * 2 * 3 * 4
+
+
+def test_memory_that_tables_and_gradients_need():
+    shape = Shape(num_keys=10, value_dim=4, hidden=8, dtype=torch.bfloat16)
+    # A table and its gradient in bf16; main_grad and a dense gradient in float32.
+    assert run._needed_bytes("lookup", shape) == 100 * 4 * (2 * 2 + 2 * 4)
+    # Beside them tables of two cores and of the hidden width, each twice ours, and the gradient
+    # of one of these in place of ours.
+    assert run._needed_bytes("layer", shape) == 100 * 4 * ((1 + 2 + 2 + 2) * 2 + 2 * 4)
+    assert run._needed_bytes("side top-m", shape) == 0
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "free_memory", lambda device: 1000)
+    assert list(run._measured("lookup", _TINY, _CPU, 1e9)) == []
+    assert "left out: needs about" in capsys.readouterr().out
 
 
 def _quick_run(folder):
@@ -85,5 +102,5 @@ def test_ratios():
 
 def test_another_csv_is_refused(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UltraMemError, match="holds no rows of this benchmark"):
+    with pytest.raises(UltraMemError, match=r"no rows of this kind\..*benchmarks\.kernels run"):
         plot.plot(tmp_path / "other.csv")

@@ -3,12 +3,19 @@
 import os
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 
 from tests import ROOT
 from tests.ranks import RanksFailed
 from tests.training_runs import run_pretrain, tiny_gpt
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.flags.refusals import (
+    refuse_unsupported_flags,
+    refuse_unsupported_settings,
+)
+from ultramem_megatron.memory.config import UltraMemConfig
 
 _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
            "ultramem_topk": 4}  # fmt: skip
@@ -55,3 +62,37 @@ def test_the_command_prints_one_message_and_no_traceback():
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: --ultramem-heads is 3") == 1
+
+
+_DESIGN = UltraMemConfig(spans=(), num_keys=4, key_dim=4, value_dim=4, lazy_adam=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "flag"),
+    [
+        ("cuda_graph_impl", "local", "--cuda-graph-impl local"),
+        ("overlap_moe_expert_parallel_comm", True, "--overlap-moe-expert-parallel-comm"),
+        ("use_megatron_fsdp", True, "--use-megatron-fsdp"),
+        ("use_torch_fsdp2", True, "--use-torch-fsdp2"),
+        ("hybrid_layer_pattern", "M*M*", "--hybrid-layer-pattern M*M*"),
+        ("fp8", "e4m3", "--fp8-format e4m3"),
+    ],
+)
+def test_a_flag_and_the_field_of_that_name_are_refused_for_one_reason(name, value, flag):
+    with pytest.raises(UltraMemError) as of_flag:
+        refuse_unsupported_flags(Namespace(**{name: value}), _DESIGN)
+    with pytest.raises(UltraMemError) as of_field:
+        refuse_unsupported_settings({name: value})
+    given, reason = str(of_flag.value).split(" cannot be combined with memory layers: ")
+    assert given == flag
+    assert reason.endswith(". Drop the flag.")
+    field, same = str(of_field.value).split(" cannot be combined with memory layers: ")
+    assert field == f"{name}={value}"
+    assert same.removesuffix(" Leave it out.") == reason.removesuffix(" Drop the flag.")
+
+
+def test_nothing_is_refused_that_is_off_or_without_memories():
+    off = {"cuda_graph_impl": "none", "use_torch_fsdp2": False, "fp8": None}
+    refuse_unsupported_settings(off)
+    refuse_unsupported_flags(Namespace(**off, use_distributed_optimizer=False), _DESIGN)
+    refuse_unsupported_flags(Namespace(fp8="e4m3"), None)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.closeness import assert_close
+from tests.closeness import assert_close, rounding
 from tests.ranks import init_gloo, run_on_ranks
 
 _BATCH, _HIDDEN = 2, 3
@@ -67,5 +67,6 @@ def test_like_the_whole_sequence(tp, cp, length, taps):
     expected = _convolution(weight)(x)
     expected.backward(grad)
     for positions, out, own_grad in run_on_ranks(tp * cp, _on_rank, tp, cp, length, taps):
-        assert_close(out, expected.detach()[positions], 1e-12)
-        assert_close(own_grad, x.grad[positions], 1e-12)
+        tolerance = rounding(torch.float64, taps)
+        assert_close(out, expected.detach()[positions], tolerance)
+        assert_close(own_grad, x.grad[positions], tolerance)

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from tests.closeness import assert_close
+from tests.closeness import assert_close, rounding
 from tests.training_runs import tiny_gpt
 from tests.whole_model import assert_same_training, train, whole
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.optimizer.lazy_adam import make_lazy
 
+# What a step does to a number, one operation after the other.
+_STEP = rounding(torch.float64, 8)
 _SETTINGS = {"lr": 0.1, "weight_decay": 0.3, "betas": (0.8, 0.9)}
 
 
@@ -39,7 +41,7 @@ def test_with_every_row_in_use_it_is_adamw():
         for pair in (dense, lazy):
             _step(*pair, list(range(7)))
     for ours, theirs in zip(lazy[0], dense[0], strict=True):
-        assert_close(ours, theirs, 1e-12)
+        assert_close(ours, theirs, 4 * _STEP)
 
 
 def test_a_row_with_gradient_moves_as_under_adamw_and_the_others_not_at_all():
@@ -52,11 +54,11 @@ def test_a_row_with_gradient_moves_as_under_adamw_and_the_others_not_at_all():
         _step(*pair, [1, 4])
     other = [0, 2, 3, 5, 6]
     assert torch.equal(lazy[0][other], values[other])
-    assert_close(lazy[0][[1, 4]], dense[0][[1, 4]], 1e-12)
+    assert_close(lazy[0][[1, 4]], dense[0][[1, 4]], 2 * _STEP)
     for name in ("exp_avg", "exp_avg_sq"):
         found = optimizer.state[lazy[0]][name]
         assert torch.equal(found[other], before[name][other])
-        assert_close(found[[1, 4]], adamw.state[dense[0]][name][[1, 4]], 1e-12)
+        assert_close(found[[1, 4]], adamw.state[dense[0]][name][[1, 4]], 2 * _STEP)
     assert not torch.equal(dense[0][other], values[other])
     assert torch.equal(lazy[1], dense[1])
 
@@ -81,7 +83,7 @@ def test_the_first_step_of_a_training_run_is_adams(bf16):
         train(2, _flags(train_iters=1, bf16=bf16, ultramem_lazy_adam=lazy))
         for lazy in (True, False)
     ]
-    assert_same_training(*runs, 1e-6)
+    assert_same_training(*runs, rounding(torch.float32, 8))
 
 
 def test_in_training_rows_that_no_token_reads_stay():

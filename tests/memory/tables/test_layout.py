@@ -3,18 +3,21 @@
 import pytest
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.memory.tables.layout import TableLayout, check_layout
+from ultramem_megatron.memory.tables.layout import TableLayout
+from ultramem_megatron.memory.tables.partitions import PARTITIONS
+
+_NUMBER, _DIMENSION = PARTITIONS["number"], PARTITIONS["dimension"]
 
 
 @pytest.mark.parametrize(("values", "size"), [(10, 3), (16, 4), (121, 8), (5, 5)])
 def test_rows_are_a_fair_cut(values, size):
-    parts = [TableLayout("number", values, 8, 2, size, rank).rows() for rank in range(size)]
+    parts = [_NUMBER.layout(values, 8, 2, size, rank).rows() for rank in range(size)]
     assert [row for part in parts for row in part] == list(range(values))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_columns_are_equal_slices():
-    parts = [TableLayout("dimension", 9, 12, 2, 3, rank) for rank in range(3)]
+    parts = [_DIMENSION.layout(9, 12, 2, 3, rank) for rank in range(3)]
     assert [list(part.columns()) for part in parts] == [
         [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11],
     ]  # fmt: skip
@@ -27,21 +30,28 @@ def test_columns_are_equal_slices():
     [(1, 4, [[0], [0], [0], [0]]), (2, 4, [[0], [0], [1], [1]]), (4, 2, [[0, 1], [2, 3]])],
 )
 def test_cores_of_a_rank(cores, size, expected):
-    layout = TableLayout("dimension", 9, 8, cores, size)
+    layout = _DIMENSION.layout(9, 8, cores, size)
     assert [list(layout.cores_of(rank)) for rank in range(size)] == expected
 
 
 @pytest.mark.parametrize(
-    ("layout", "message"),
+    ("partition", "sizes", "message"),
     [
-        (
-            TableLayout("dimension", 9, 10, 2, 4),
-            "10 is not divisible by --ultramem-par",
-        ),
-        (TableLayout("dimension", 9, 12, 3, 2), "--ultramem-cores 3 straddle ranks"),
-        (TableLayout("number", 4, 10, 2, 5), "more than the 4 values"),
+        ("dimension", (9, 10, 2, 4), "10 is not divisible by --ultramem-par"),
+        ("dimension", (9, 12, 3, 2), "--ultramem-cores 3 straddle ranks"),
+        ("number", (4, 10, 2, 5), "more than the 4 values"),
+        ("replicated", (9, 12, 2, 2), "not shared, but 2 ranks"),
     ],
 )
-def test_impossible_cuts_are_refused(layout, message):
+def test_impossible_cuts_are_refused(partition, sizes, message):
+    kind = PARTITIONS[partition]
     with pytest.raises(UltraMemError, match=message):
-        check_layout(layout)
+        kind.check(kind.layout(*sizes))
+
+
+def test_rows_and_columns_are_cut_at_once():
+    """Every number of the table is held by exactly one of 2 x 3 ranks, neighbours share rows."""
+    parts = [TableLayout(7, 12, 2, 2, 3, rank) for rank in range(6)]
+    held = [(row, column) for part in parts for row in part.rows() for column in part.columns()]
+    assert sorted(held) == [(row, column) for row in range(7) for column in range(12)]
+    assert parts[0].rows() == parts[2].rows() != parts[3].rows()

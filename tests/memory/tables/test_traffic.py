@@ -1,19 +1,14 @@
-"""The cost model: the paper's figures, its own consistency, the choice, and its command."""
+"""The cost model: the paper's figures, its own consistency, and the choice."""
 
 import pytest
 
-from tests import ROOT
-from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.tables import dimension_wise, number_wise
+from ultramem_megatron.memory.tables.number_wise import pools_at_owner
+from ultramem_megatron.memory.tables.partitions import choose
 from ultramem_megatron.memory.tables.traffic import (
     Exchange,
-    choose,
-    dimension_wise,
     distinct,
-    main,
-    number_wise,
-    number_wise_rows,
     paper_crossover,
-    pools_at_owner,
     seconds_per_token,
 )
 
@@ -34,15 +29,15 @@ def test_crossover_is_where_the_papers_volumes_are_equal(size, picks):
 
 def test_volumes_are_the_papers_where_values_are_not_expanded():
     x = Exchange(size=16, picks=84, value_dim=1024, expansion=1, cores=1)
-    assert dimension_wise(x).forward == pytest.approx(6 * 84 * 15 + 2 * 1024 * 15 / 16)
+    assert dimension_wise.volume(x).forward == pytest.approx(6 * 84 * 15 + 2 * 1024 * 15 / 16)
     rows = 4 * 84 * 15 / 16 + 2 * 84 * 1024 * 15 / 16
-    assert number_wise_rows(x).forward == pytest.approx(rows)
+    assert number_wise.volume_of_rows(x).forward == pytest.approx(rows)
 
 
 def test_nothing_moves_on_one_rank():
     x = Exchange(size=1, picks=84, value_dim=1024)
-    assert dimension_wise(x).total == number_wise(x).total == seconds_per_token(number_wise(x), x)
-    assert number_wise(x).total == 0
+    for volume in (dimension_wise.volume(x), number_wise.volume(x)):
+        assert volume.total == seconds_per_token(volume, x) == 0
 
 
 def test_one_node_is_dimension_wise_and_many_ranks_number_wise():
@@ -54,6 +49,8 @@ def test_one_node_is_dimension_wise_and_many_ranks_number_wise():
 def test_only_what_the_sizes_allow_is_chosen():
     assert choose(Exchange(size=3, picks=84, value_dim=1024)) == "number"
     assert choose(Exchange(size=6, picks=84, value_dim=1536, cores=4)) == "number"
+    assert choose(Exchange(size=512, picks=84, value_dim=1024), num_values=400) == "dimension"
+    assert choose(Exchange(size=1, picks=84, value_dim=1024)) == "replicated"
 
 
 def test_owners_sum_where_many_picks_meet():
@@ -65,23 +62,3 @@ def test_distinct():
     assert distinct(1, 5) == 1
     assert distinct(10, 1) == pytest.approx(1)
     assert distinct(2, 2) == pytest.approx(1.5)
-
-
-def test_command_prints_the_table_and_draws_the_figure(tmp_path, capsys):
-    picture = tmp_path / "figure9.png"
-    numbers = tmp_path / "figure9.csv"
-    main(["--sizes", "8", "512", "--plot", str(picture), "--csv", str(numbers)])
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.rsplit("| ")[-1] for line in printed[3:5]] == ["dimension", "number"]
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    committed = ROOT / "launch/results/figure9.csv"
-    assert numbers.read_text() == committed.read_text()
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [(["--topk", "0"], "--topk is 0"), (["--sizes", "4", "-1"], "--sizes has -1")],
-)
-def test_command_refuses_wrong_values(argv, message):
-    with pytest.raises(UltraMemError, match=message):
-        main(argv)

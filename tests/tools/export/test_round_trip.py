@@ -9,7 +9,7 @@ import torch
 
 from tests import ROOT
 from tests.closeness import assert_close
-from tests.decoding import full_logits
+from tests.decoding import LOGITS, full_logits
 from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import make_saving_fast, run_pretrain, tiny_gpt
 from ultramem_megatron.errors import UltraMemError
@@ -121,7 +121,7 @@ def test_the_plain_model_gives_the_same_logits_without_megatron(exported, plain_
     original, back = exported[1][name]
     assert torch.equal(back, original)
     assert plain_logits[name].dtype == original.dtype
-    assert_close(plain_logits[name], original, _TOLERANCES.get(name, 2e-5))
+    assert_close(plain_logits[name], original, _TOLERANCES.get(name, LOGITS))
 
 
 def test_training_goes_on_from_an_import(exported):

@@ -69,7 +69,7 @@ def _same_as_spec():
 
     from launch.own_loop import ULTRAMEM
     from ultramem_megatron.megatron.layer.specs import with_memory
-    from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+    from ultramem_megatron.memory.layer import memory_layers
 
     results = []
     for by_hand in (False, True):
@@ -105,7 +105,7 @@ def _auxiliary_gradients():
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 
     from launch.own_loop import ULTRAMEM
-    from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
+    from ultramem_megatron.memory.layer import memory_layers
 
     strong = functools.partial(type(ULTRAMEM), **{**vars(ULTRAMEM), "aux_loss_weight": 1.0})
     provider = _provider(groups, ultramem=strong(aux_loss_margin=0.0))
@@ -122,8 +122,8 @@ def _auxiliary_gradients():
     for chunk in models:
         chunk.zero_grad_buffer()
         for layer in memory_layers(chunk):
-            (expected,) = torch.autograd.grad(layer.auxiliary_loss(), layer.cores.weight)
-            found.append((layer.cores.weight, expected))
+            (expected,) = torch.autograd.grad(layer.auxiliary_loss(), layer.retrieval.cores.weight)
+            found.append((layer.retrieval.cores.weight, expected))
     provider.finalize_model_grads_func(models)
     return [(weight.main_grad.clone(), expected) for weight, expected in found]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.faults.integrity import RELEASE
+from ultramem_megatron.faults.integrity import RELEASE, TRACKER, iteration_folder
 
 
 def save_weights(model: Any, args: Namespace, folder: str | Path) -> None:
@@ -15,12 +15,11 @@ def save_weights(model: Any, args: Namespace, folder: str | Path) -> None:
     """
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, parallel_state
-    from megatron.training.checkpointing import get_checkpoint_tracker_filename as tracker_name
 
-    tracker, iteration_folder = Path(tracker_name(str(folder))), Path(folder) / RELEASE
-    if tracker.exists() or (iteration_folder.exists() and any(iteration_folder.iterdir())):
+    tracker, weights = Path(folder) / TRACKER, iteration_folder(Path(folder), RELEASE)
+    if tracker.exists() or (weights.exists() and any(weights.iterdir())):
         raise UltraMemError(f"{folder} holds a checkpoint already. Choose another folder.")
-    iteration_folder.mkdir(parents=True, exist_ok=True)
+    weights.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     state = {
@@ -29,7 +28,7 @@ def save_weights(model: Any, args: Namespace, folder: str | Path) -> None:
         "iteration": 0,
         "model": model.sharded_state_dict(metadata={"dp_cp_group": data_group}),
     }
-    dist_checkpointing.save(state, str(iteration_folder), verify_integrity=True)
+    dist_checkpointing.save(state, str(weights), verify_integrity=True)
     if dist.get_rank() == 0:
         tracker.write_text(RELEASE)
     dist.barrier()

@@ -1,14 +1,25 @@
 """The --ultramem-* flags, and their one translation into an UltraMemConfig."""
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.memory.config import CHOICES, UltraMemConfig, flag
+from ultramem_megatron.memory.config import UltraMemConfig, flag
+from ultramem_megatron.memory.initialization import INITIALISATIONS
+from ultramem_megatron.memory.retrieval import RETRIEVALS
 from ultramem_megatron.memory.spans import parse_spans
-from ultramem_megatron.memory.tables.settings import PARTITIONS
+from ultramem_megatron.memory.tables.partitions import shared_partitions
+from ultramem_megatron.memory.validation import CHOICES, validate
+from ultramem_megatron.memory.values import VALUES
 from ultramem_megatron.presets import MEMORY_PRESETS, preset_fields
+
+
+def _named(entries: Mapping[str, Any]) -> str:
+    """ "name: about" of every entry of a list."""
+    return "; ".join(f"{name}: {entry.about}" for name, entry in entries.items())
+
 
 _INTEGER_HELP = {
     "num_keys": "Physical keys per side, n; a memory layer holds n*n values.",
@@ -29,11 +40,12 @@ _NUMBER_HELP = {
     "value_lr_decay": "...and falls linearly to 1x over this fraction of training.",
 }
 _CHOICE_HELP = {
-    "retrieval": "tdqkr: Tucker-decomposed query-key retrieval; pkm: product keys, the baseline.",
+    "retrieval": f"How queries find values: {_named(RETRIEVALS)}.",
     "rank_layout": "split: each rank has a slice of the key (paper); full: each has all of it "
     "(authors' code).",
     "qk_norm": "Norm of queries and keys.",
-    "init": "paper: appendix A, calibrated to mean score 1; official: the authors' code.",
+    "values": f"What is read: {_named(VALUES)}.",
+    "init": f"Initial values: {_named(INITIALISATIONS)}.",
 }
 _SWITCH_HELP = {
     "share_query": "Two heads use one query.",
@@ -43,16 +55,22 @@ _SWITCH_HELP = {
     "batches and fine-tuning.",
 }
 
+_TRAINING = (*_NUMBER_HELP, "lazy_adam")
+"""Of these, what shapes no tensor and nothing that is read from one."""
+GROUPS = "UltraMem memory layers: "
+"""How the titles of our groups begin, in Megatron's --help."""
+
 
 def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add the group; an `extra_args_provider` for Megatron's argument parser.
+    """Add our groups; an `extra_args_provider` for Megatron's argument parser.
 
     Every flag defaults to None here: unset flags take the preset's value, then the config's.
     """
     group = parser.add_argument_group(
-        "UltraMem", "Memory layers (arXiv 2411.12364). Without --ultramem-spans or a preset there "
-        "are none, and the model is a plain GPT."
-    )  # fmt: skip
+        f"{GROUPS}where they are",
+        "Memory layers (arXiv 2411.12364). Without --ultramem-spans or a preset there are none, "
+        "and the model is a plain GPT.",
+    )
     group.add_argument(
         "--ultramem-spans",
         metavar="A:B/C:D",
@@ -64,21 +82,31 @@ def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
         metavar="NAME",
         help="Fill the flags not given from a named design: " + ", ".join(MEMORY_PRESETS) + ".",
     )
-    defaults = {field.name: field.default for field in fields(UltraMemConfig)}
-    for names, extra in ((_INTEGER_HELP, {"type": int}), (_NUMBER_HELP, {"type": float})):
-        for name, text in names.items():
-            group.add_argument(flag(name), **extra, help=text + _shown_default(defaults[name]))
-    for name, text in _CHOICE_HELP.items():
-        group.add_argument(
-            flag(name), choices=CHOICES[name], help=text + _shown_default(defaults[name])
-        )
-    for name, text in _SWITCH_HELP.items():
-        group.add_argument(
-            flag(name), action=BooleanOptionalAction, help=text + _shown_default(defaults[name])
-        )
-    _add_table_arguments(group)
-    _add_start_arguments(group)
+    _add_config_arguments(
+        parser.add_argument_group(f"{GROUPS}their design"),
+        parser.add_argument_group(f"{GROUPS}their training"),
+    )
+    _add_table_arguments(parser.add_argument_group(f"{GROUPS}their tables on many ranks"))
+    _add_start_arguments(parser.add_argument_group(f"{GROUPS}from a dense model"))
     return parser
+
+
+def _add_config_arguments(design: Any, training: Any) -> None:
+    """A flag for each field of UltraMemConfig, in one of two groups."""
+    defaults = {field.name: field.default for field in fields(UltraMemConfig)}
+
+    def add(name: str, text: str, **extra: Any) -> None:
+        group = training if name in _TRAINING else design
+        group.add_argument(flag(name), **extra, help=text + _shown_default(defaults[name]))
+
+    for name, text in _INTEGER_HELP.items():
+        add(name, text, type=int)
+    for name, text in _NUMBER_HELP.items():
+        add(name, text, type=float)
+    for name, text in _CHOICE_HELP.items():
+        add(name, text, choices=CHOICES[name])
+    for name, text in _SWITCH_HELP.items():
+        add(name, text, action=BooleanOptionalAction)
 
 
 def _add_start_arguments(group: Any) -> None:
@@ -105,9 +133,9 @@ def _add_table_arguments(group: Any) -> None:
     )
     group.add_argument(
         "--ultramem-partition",
-        choices=PARTITIONS,
-        help="How they share it: number: each has a range of values; dimension: each has a slice "
-        "of every value; auto (default): the cheaper by bytes moved.",
+        choices=("auto", *shared_partitions()),
+        help=f"How they share it: {_named(shared_partitions())}; auto (default): the cheaper by "
+        "bytes moved.",
     )
     group.add_argument(
         "--ultramem-overlap",
@@ -142,7 +170,7 @@ def config_from_args(args: Namespace) -> UltraMemConfig | None:
             )
         return None
     config = UltraMemConfig(**_with_defaults(values, args))
-    config.validate(hidden_size=args.hidden_size, num_layers=args.num_layers)
+    validate(config, hidden_size=args.hidden_size, num_layers=args.num_layers)
     return config
 
 
@@ -158,8 +186,8 @@ def _given(args: Namespace) -> dict[str, Any]:
 def _with_defaults(values: dict[str, Any], args: Namespace) -> dict[str, Any]:
     """Add what depends on the transformer or on another flag."""
     values = {"key_dim": args.hidden_size // 2, "value_dim": args.hidden_size // 2} | values
-    if values.get("retrieval") == "pkm":
-        values = {"tucker_rank": 1, "cores": 1} | values
+    kind = RETRIEVALS.get(values.get("retrieval", ""))
+    values = {**(kind.defaults if kind else {}), **values}
     if "num_keys" not in values:
         raise UltraMemError(
             "--ultramem-num-keys is not given: a memory layer holds its square of values. Give a "

@@ -8,8 +8,6 @@ import importlib.util
 import os
 from collections.abc import Sequence
 
-import torch
-
 
 def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
@@ -20,6 +18,8 @@ def needed_flags(*, bare: bool = False) -> dict[str, tuple[str, ...]]:
 
     bare: as if it had none of CUDA, Transformer Engine and Apex.
     """
+    import torch  # takes seconds; --help needs none
+
     cuda = torch.cuda.is_available() and not bare
     transformer_engine = _has("transformer_engine")
     fused_norm = transformer_engine or _has("apex")
@@ -47,6 +47,8 @@ def complete(argv: Sequence[str]) -> list[str]:
 
     A flag the user wrote, as `--flag value` or `--flag=value`, is left as it is.
     """
+    import torch
+
     given = {argument.split("=", 1)[0] for argument in argv}
     missing = {flag: values for flag, values in needed_flags().items() if flag not in given}
     added = [word for flag, values in missing.items() for word in (flag, *values)]

@@ -3,6 +3,8 @@
 S sequence, B batch, D hidden; under sequence and context parallelism S is this rank's share.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,11 +17,9 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ultramem_megatron.communication.branch import Branch
-from ultramem_megatron.communication.exchange import gather_shares, take_share
-from ultramem_megatron.communication.pausing import Steps, run
+from ultramem_megatron.communication.pausing import Pausing, run
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.layer.query_history import (
     decoding_history,
@@ -29,10 +29,9 @@ from ultramem_megatron.megatron.layer.query_history import (
 from ultramem_megatron.megatron.table_groups import TableGroups, table_groups
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import UltraMemLayer
-from ultramem_megatron.memory.tables.settings import Partition, TableSettings
-from ultramem_megatron.memory.tables.value_table import ValueTable
-
-_TABLE = "values.weight"
+from ultramem_megatron.memory.placement import Placement
+from ultramem_megatron.memory.tables.value_table import ValueTable, value_tables
+from ultramem_megatron.memory.values import VALUES
 
 
 class TransformerMemory(UltraMemLayer):
@@ -45,26 +44,42 @@ class TransformerMemory(UltraMemLayer):
         ultramem: UltraMemConfig,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        partition: Partition = "dimension",
+        placement: Placement,
+        values_by_table: dict[int, torch.nn.Module],
+        partition: str = "dimension",
     ) -> None:
         """config: sizes, norm epsilon, parameter dtype and device are taken from it.
 
-        partition: how the table is cut over the expert-parallel group, if that has several ranks.
+        placement: of this memory. values_by_table: of the memories built before on this stage, in
+        which one that reads another's values finds them. partition: how tables are cut over the
+        expert-parallel group, if that has several ranks. Raises UltraMemError.
         """
         groups = table_groups(pg_collection)
         with _parameter_dtype(config.params_dtype), _parameter_device(config):
+            if placement.table == placement.reads:
+                values_by_table[placement.table] = _values(ultramem, groups, partition)
+            elif placement.table not in values_by_table:
+                raise UltraMemError(
+                    f"The memory of layer {placement.reads} reads the values of layer "
+                    f"{placement.table}, which is on another pipeline stage. Choose a pipeline "
+                    f"layout that keeps the two together."
+                )
             super().__init__(
                 ultramem,
                 hidden_size=config.hidden_size,
                 num_layers=config.num_layers,
                 layer_number=layer_number,
                 eps=config.layernorm_epsilon,
-                values=_value_table(ultramem, groups, partition),
+                values=values_by_table[placement.table],
+                table_number=placement.table,
             )
         self.groups = groups
         self.tensor_group = pg_collection.tp
         self.context_group = pg_collection.cp
         self.sequence_parallel = config.sequence_parallel
+        if groups is not None and not self.sequence_parallel and self.tensor_group.size() > 1:
+            for table in value_tables(self).values():
+                table.share_tokens(self.tensor_group)
         self._tag_parameters()
 
     def _tag_parameters(self) -> None:
@@ -72,11 +87,13 @@ class TransformerMemory(UltraMemLayer):
         for parameter in self.parameters():
             # Seen by each tensor-parallel rank with other tokens: summed over them.
             parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]  # Megatron's tag
-        if self.groups is not None:
-            table = self.values.weight
-            table.sequence_parallel = False  # type: ignore[attr-defined]  # Megatron's tag
+        if self.groups is None:
+            return
+        for table in value_tables(self).values():
+            weight = table.weight
+            weight.sequence_parallel = False  # type: ignore[attr-defined]  # Megatron's tag
             # An "expert" parameter: reduced over the ranks that hold the same part.
-            table.allreduce = False  # type: ignore[attr-defined]  # Megatron's tag
+            weight.allreduce = False  # type: ignore[attr-defined]  # Megatron's tag
 
     def forward(
         self, x: Tensor, inference_context: Any = None, packed_seq_params: Any = None
@@ -86,7 +103,7 @@ class TransformerMemory(UltraMemLayer):
 
     def steps(
         self, x: Tensor, inference_context: Any = None, packed_seq_params: Any = None
-    ) -> Steps:
+    ) -> Pausing:
         """As forward, pausing whenever other ranks have to answer."""
         return (yield from super().steps(x, self._history(x, inference_context, packed_seq_params)))
 
@@ -125,39 +142,6 @@ class TransformerMemory(UltraMemLayer):
             return neighbours_history(x, taps, shares, self.context_group)
         return None
 
-    def read_values(self, addresses: Tensor, scores: Tensor) -> Steps:
-        """As UltraMemLayer.read_values, every token being read by one rank only.
-
-        Without sequence parallelism all tensor-parallel ranks hold the same tokens; each reads its
-        share, and the pooled values are gathered. What comes before and after is computed on all of
-        them alike, so gradients of the small parameters need no reduction.
-        """
-        if not self._shares_tokens:
-            return (yield from super().read_values(addresses, scores))
-        ranks = self.tensor_group.size()
-        tokens = len(addresses)
-        missing = -tokens % ranks  # shares must be equal: fill up with tokens that weigh nothing
-        share = (tokens + missing) // ranks
-        start = self.tensor_group.rank() * share
-        own_addresses = pad(addresses, (0, 0, 0, missing))[start : start + share]
-        padded = pad(scores, (0, 0, 0, 0, 0, missing))
-        own_scores = take_share(padded, self.tensor_group, "shared scores").wait()
-        pooled = yield from super().read_values(own_addresses, own_scores)
-        gathering = gather_shares(pooled, self.tensor_group, "shared values")
-        yield
-        return gathering.wait()[:tokens]
-
-    @property
-    def _shares_tokens(self) -> bool:
-        """Whether several ranks hold the same tokens and read a share each."""
-        shared = self.groups is not None and not self.sequence_parallel
-        return shared and self.tensor_group.size() > 1
-
-    @property
-    def pauses(self) -> int:
-        """How often `steps` pauses."""
-        return super().pauses + self._shares_tokens
-
     def sharded_state_dict(
         self,
         prefix: str = "",
@@ -176,31 +160,33 @@ class TransformerMemory(UltraMemLayer):
         )
         if self.groups is not None:
             assert not sharded_offsets, "layers with memory are not homogeneous"
-            state[prefix + _TABLE] = self._sharded_table(prefix + _TABLE)
+            for name, table in value_tables(self).items():
+                key = f"{prefix}{name}.weight"
+                state[key] = _sharded_table(table, key, self.groups)
         return state
 
-    def _sharded_table(self, key: str) -> ShardedTensor:
-        assert self.groups is not None
-        layout, table = self.values.layout, self.values.weight
-        return ShardedTensor(
-            key,
-            table,
-            table.dtype,
-            tuple(table.shape),
-            (layout.num_values, layout.value_dim),
-            (layout.rows().start, layout.columns().start),
-            None,  # parts may differ in size by a row: no regular grid
-            replica_id=(0, 0, self.groups.replicas.rank()),
-        )
+
+def _sharded_table(table: ValueTable, key: str, groups: TableGroups) -> ShardedTensor:
+    layout, weight = table.layout, table.weight
+    return ShardedTensor(
+        key,
+        weight,
+        weight.dtype,
+        tuple(weight.shape),
+        (layout.num_values, layout.value_dim),
+        (layout.rows().start, layout.columns().start),
+        None,  # parts may differ in size by a row: no regular grid
+        replica_id=(0, 0, groups.replicas.rank()),
+    )
 
 
-def _value_table(
-    ultramem: UltraMemConfig, groups: TableGroups | None, partition: Partition
-) -> ValueTable:
+def _values(
+    ultramem: UltraMemConfig, groups: TableGroups | None, partition: str
+) -> torch.nn.Module:
+    kind = VALUES[ultramem.values]
     if groups is None:
-        return ValueTable(ultramem)
-    settings = TableSettings(groups.table.size(), partition)
-    return ValueTable(ultramem, settings.layout(ultramem, groups.table.rank()), groups.table)
+        return kind.build(ultramem, "replicated", None)
+    return kind.build(ultramem, partition, groups.table)
 
 
 def _parameter_device(config: TransformerConfig) -> torch.device:
@@ -211,14 +197,12 @@ def _parameter_device(config: TransformerConfig) -> torch.device:
     return torch.device(torch.cuda.current_device())
 
 
-class _parameter_dtype:  # noqa: N801 - used as a context manager
-    """Make torch create floating parameters in `dtype` for a while."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.before = dtype, torch.get_default_dtype()
-
-    def __enter__(self) -> None:
-        torch.set_default_dtype(self.dtype)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_default_dtype(self.before)
+@contextlib.contextmanager
+def _parameter_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it torch creates floating parameters in `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

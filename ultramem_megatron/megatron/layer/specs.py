@@ -28,6 +28,7 @@ from ultramem_megatron.megatron.layer.transformer_layer import (
 )
 from ultramem_megatron.megatron.pipeline.layout import check_pipeline, spans_cross_stages
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.placement import placements
 from ultramem_megatron.memory.spans import span_covering
 
 
@@ -54,15 +55,17 @@ def with_memory(
         pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
     layers = _layer_specs(spec, get_num_layers_to_build(config, vp_stage, pp_rank))
-    memory = ModuleSpec(
-        module=TransformerMemory, params={"ultramem": ultramem, "partition": partition}
-    )
+    shared = {"ultramem": ultramem, "partition": partition, "values_by_table": {}}
+    memories = {
+        placement.reads: ModuleSpec(TransformerMemory, {**shared, "placement": placement})
+        for placement in placements(ultramem)
+    }
     with_memories = []
     for number, layer in enumerate(layers, start=offset + 1):
         role = _role(number, offset, len(layers), ultramem, config)
         if overlap:
             role = _overlapped(role, config)
-        with_memories.append(_with_role(layer, memory, role, number, config))
+        with_memories.append(_with_role(layer, memories.get(number), role, config))
     final_norm = spec.layer_norm if isinstance(spec, TransformerBlockSubmodules) else LayerNormImpl
     return TransformerBlockSubmodules(
         layer_specs=with_memories, layer_norm=allowed_norm(final_norm, config)
@@ -98,7 +101,7 @@ def _overlapped(role: LayerRole, config: TransformerConfig) -> LayerRole:
 
 
 def _with_role(
-    layer: ModuleSpec, memory: ModuleSpec, role: LayerRole, number: int, config: TransformerConfig
+    layer: ModuleSpec, memory: ModuleSpec | None, role: LayerRole, config: TransformerConfig
 ) -> ModuleSpec:
     fields = {
         field.name: getattr(layer.submodules, field.name)
@@ -109,7 +112,7 @@ def _with_role(
     if role == LayerRole():
         submodules = dataclasses.replace(layer.submodules, **fields)
         return ModuleSpec(module=layer.module, params=layer.params, submodules=submodules)
-    if role.span is not None and role.span.start == number:
+    if memory is not None:
         fields |= {"memory": memory} | _separate_pre_mlp_norm(fields)
     return ModuleSpec(
         module=with_memory_branch(layer.module),

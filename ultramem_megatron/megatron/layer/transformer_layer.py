@@ -162,7 +162,7 @@ class MemoryLayerMixin:
         assert memory_input is not None, "the pre-MLP norm did not run"
         if self.training:
             # Once per optimizer step would do; with unchanged cores repeating it changes nothing.
-            self.memory.update_filter()
+            self.memory.after_step()
         inputs = memory_input, kwargs.get("inference_context"), kwargs.get("packed_seq_params")
         if self.role.branch_end is None:
             return self.memory(*inputs)

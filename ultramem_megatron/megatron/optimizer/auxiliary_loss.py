@@ -1,4 +1,4 @@
-"""The auxiliary loss of the Tucker cores (paper eq. 11-12), applied exactly once per step.
+"""The auxiliary loss of memories (paper eq. 11-12: of the Tucker cores), exactly once per step.
 
 It depends on parameters only, so it needs no forward pass. Its gradient is added after Megatron has
 finished the gradients of a step (reduced them over ranks, averaged them, divided them by tokens)
@@ -14,7 +14,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
 
 from ultramem_megatron.kernels.precision import at_least_float32
-from ultramem_megatron.memory.layer import UltraMemLayer
+from ultramem_megatron.memory.layer import UltraMemLayer, memory_layers
 
 
 def finalize_with_auxiliary_loss(model: list[Any], *args: Any, **kwargs: Any) -> None:
@@ -36,28 +36,28 @@ def finalize_then_auxiliary_loss(
         add_auxiliary_gradients(memory_layers(chunk), loss_scale)
 
 
-def memory_layers(model: torch.nn.Module) -> Iterable[UltraMemLayer]:
-    """The memory layers of a model, wrapped or not."""
-    return (module for module in model.modules() if isinstance(module, UltraMemLayer))
-
-
 def add_auxiliary_gradients(layers: Iterable[UltraMemLayer], loss_scale: float) -> None:
-    """Add loss_scale * d(auxiliary loss)/d(cores) to the cores' main_grad (or grad)."""
+    """Add loss_scale * d(auxiliary loss)/d(parameter) to each main_grad (or grad)."""
     for layer in layers:
-        if layer.cores is None or not layer.cores.weight.requires_grad:
-            continue
         with torch.enable_grad():
             loss = layer.auxiliary_loss()
-        if loss is None:
+        if loss is None or not loss.requires_grad:
             continue
-        weight = layer.cores.weight
-        (gradient,) = torch.autograd.grad(loss, weight)
-        target = getattr(weight, "main_grad", None)
-        if target is None:
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            target = weight.grad
-        # Scaled before the cast: too large a loss scale must show as infinity, and skip the step.
-        target.add_((at_least_float32(gradient) * loss_scale).to(target.dtype))
+        trained = [p for p in layer.retrieval.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None:
+                _add(parameter, at_least_float32(gradient) * loss_scale)
+
+
+def _add(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+    target = getattr(parameter, "main_grad", None)
+    if target is None:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        target = parameter.grad
+    # Scaled before the cast: too large a loss scale must show as infinity, and skip the step.
+    target.add_(gradient.to(target.dtype))
 
 
 def _loss_scale(config: Any) -> float:

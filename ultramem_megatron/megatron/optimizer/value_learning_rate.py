@@ -10,13 +10,14 @@ from megatron.core.optimizer import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.tables.value_table import VALUES_TAG
 
 
 def value_overrides(config: UltraMemConfig) -> dict[ParamKey, dict[str, Any]]:
     """Optimizer overrides that put the value tables into a parameter group with lr_mult = k."""
     if config.value_lr_mult == 1.0:
         return {}
-    return {ParamKey(attr="ultramem_values"): {"lr_mult": config.value_lr_mult}}
+    return {ParamKey(attr=VALUES_TAG): {"lr_mult": config.value_lr_mult}}
 
 
 def value_lr_factor(start: float, progress: float, decay: float) -> float:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ultramem_megatron.kernels.precision import as_multiplied
 from ultramem_megatron.kernels.side_topk import side_topk
 from ultramem_megatron.memory.config import UltraMemConfig
-from ultramem_megatron.memory.modules import build_norm
+from ultramem_megatron.memory.initialization.draws import Draw
+from ultramem_megatron.memory.initialization.scales import Scales
+from ultramem_megatron.memory.modules import build_norm, fill_gain
 
 
 class ProductKeys(nn.Module):
@@ -27,6 +29,12 @@ class ProductKeys(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
         self.norm = build_norm(config.qk_norm, config.key_dim, eps)
         self.register_buffer("fixed", None, persistent=False)
+
+    @torch.no_grad()
+    def reset(self, draw: Draw, scales: Scales) -> None:
+        """Initial values."""
+        draw.normal_(self.weight, scales.keys, "keys")
+        fill_gain(self.norm, scales.key_gain)
 
     def forward(self, query: Tensor, directions: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         """The m keys of each side with the largest scores, combined over ranks by `directions`.

@@ -1,21 +1,21 @@
 """Product-key retrieval (PKM): additive scores over two sides, the baseline (paper eq. 1-3)."""
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Mapping
 
+import torch
+from torch import Tensor
+
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.tucker_topk import tucker_topk
-from ultramem_megatron.memory.config import UltraMemConfig
-from ultramem_megatron.memory.retrieval.keys import ProductKeys
+from ultramem_megatron.memory.config import UltraMemConfig, flag
+from ultramem_megatron.memory.retrieval.contract import Grids, Retrieval, RetrievalKind
 from ultramem_megatron.memory.retrieval.retrieved import Retrieved
 
 
-class ProductKeyRetrieval(nn.Module):
+class ProductKeyRetrieval(Retrieval):
     """score(i, j) = <K_row[i], q_row> + <K_col[j], q_col>; the m x m shortlist is exact."""
 
-    def __init__(self, config: UltraMemConfig, eps: float) -> None:
-        super().__init__()
-        self.config = config
-        self.keys = ProductKeys(config, eps)
+    score_power = 1.0
 
     def forward(self, query: Tensor) -> Retrieved:
         """query: (T, Q, 2, Dk)."""
@@ -28,3 +28,30 @@ class ProductKeyRetrieval(nn.Module):
         of_rank_2 = torch.stack([torch.cat([row, ones], 2), torch.cat([ones, column], 2)], dim=2)
         core = torch.eye(2, dtype=scores.dtype, device=scores.device).expand(1, heads, 2, 2)
         return Retrieved.by_head(*tucker_topk(of_rank_2, keys, core, self.config.keys_per_side))
+
+
+def _check(config: UltraMemConfig) -> None:
+    if (config.tucker_rank, config.cores) != (1, 1):
+        raise UltraMemError(
+            f"{flag('retrieval')} pkm has no Tucker cores: {flag('tucker_rank')} is "
+            f"{config.tucker_rank} and {flag('cores')} is {config.cores}; both must be 1."
+        )
+
+
+def _reference(
+    row: Tensor, column: Tensor, _head: int, _state: Mapping[str, Tensor], config: UltraMemConfig
+) -> Grids:
+    topk = config.topk
+    rows, columns = row[:, 0].topk(topk).indices, column[:, 0].topk(topk).indices
+    grid = row[:, 0].gather(1, rows)[:, :, None] + column[:, 0].gather(1, columns)[:, None]
+    return rows, columns, [grid]
+
+
+KIND = RetrievalKind(
+    name="pkm",
+    about="product keys, the baseline",
+    build=ProductKeyRetrieval,
+    check=_check,
+    reference=_reference,
+    defaults={"tucker_rank": 1, "cores": 1},
+)

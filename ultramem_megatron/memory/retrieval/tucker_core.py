@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.initialization.draws import Draw
+from ultramem_megatron.memory.initialization.scales import Scales
 
 
 class TuckerCores(nn.Module):
@@ -30,6 +32,14 @@ class TuckerCores(nn.Module):
 
         self.spectrum: Tensor | None = None
         """Singular values (H, R) at the last update of the filter, for reports."""
+
+    @torch.no_grad()
+    def reset(self, draw: Draw, scales: Scales) -> None:
+        """Initial values."""
+        if scales.cores is None:
+            draw.uniform_(self.weight, "cores")
+        else:
+            draw.normal_(self.weight, scales.cores, "cores")
 
     def forward(self, update_filter: bool = False) -> Tensor:
         """The cores (C, H, R, R); `update_filter` first brings u and t up to date with them."""

@@ -1,13 +1,18 @@
-"""What every partition of a value table offers: read values for this rank's tokens.
+"""What every partition of a value table offers, and how it is listed.
 
 T tokens of this rank, P picks per token (H*m), C cores, E expansion groups, V value dim.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.communication.pausing import Pausing
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.tables.layout import TableLayout
+from ultramem_megatron.memory.tables.traffic import Exchange, Volume
 
 
 class TableReader(Protocol):
@@ -18,7 +23,7 @@ class TableReader(Protocol):
         """How often a read pauses for the other ranks."""
         ...
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """Pooled values of this rank's tokens, differentiable in `part` and `scores`; in steps.
 
         part: this rank's part of the table, `TableLayout.shape`. addresses: (T, P) int64, shuffled
@@ -26,3 +31,37 @@ class TableReader(Protocol):
         dtype, the same for every partition up to the order of summation.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One way to cut a table, in the list.
+
+    name, about: the flag's value and a line of help. parts: row and column parts for P ranks.
+    check: raises UltraMemError for a layout that cannot be read so. reader: of a layout with so
+    many expansion groups, over a process group, exchanging what the cost model's view says. volume:
+    bytes that a read moves. waits_for_host: whether a read lets the host wait for the device, as
+    no CUDA graph can.
+    """
+
+    name: str
+    about: str
+    parts: Callable[[int], tuple[int, int]]
+    check: Callable[[TableLayout], None]
+    reader: Callable[[TableLayout, int, Any, Exchange], TableReader]
+    volume: Callable[[Exchange], Volume]
+    waits_for_host: bool = False
+
+    def layout(
+        self, num_values: int, value_dim: int, cores: int, size: int = 1, rank: int = 0
+    ) -> TableLayout:
+        """The part of one of `size` ranks."""
+        return TableLayout(num_values, value_dim, cores, *self.parts(size), rank)
+
+    def fits(self, x: Exchange, num_values: int) -> bool:
+        """Whether a table of these sizes can be cut so."""
+        try:
+            self.check(self.layout(num_values, x.value_dim, x.cores, x.size))
+        except UltraMemError:
+            return False
+        return True

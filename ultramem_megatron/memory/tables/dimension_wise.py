@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.communication.exchange import Transfer, all_to_all, gather_tokens
-from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.communication.pausing import Pausing
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.memory.retrieval.addresses import split_address
+from ultramem_megatron.memory.tables.contract import Partition
 from ultramem_megatron.memory.tables.layout import TableLayout
+from ultramem_megatron.memory.tables.traffic import ADDRESS_BYTES, Exchange, Volume
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class DimensionWiseReader:
     group: Any
     pauses = 2
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """See TableReader.read."""
         tokens = len(addresses)
         gathering = gather_tokens(addresses.to(torch.int32), self.group, "addresses")
@@ -56,3 +59,45 @@ class DimensionWiseReader:
         # Sent in the table's dtype, which the lookup computes in anyway.
         by_rank = scores.to(part.dtype)[:, :, cores].permute(2, 0, 1, 3)  # (G, T, P, c)
         return all_to_all(by_rank.flatten(0, 1), self.group, "scores")
+
+
+def volume(x: Exchange) -> Volume:
+    """Addresses and scores of all tokens come in, pooled slices go home."""
+    others = x.size - 1
+    cores = max(1, x.cores // x.size)  # cores whose columns one rank holds
+    addresses = ADDRESS_BYTES * x.picks * others
+    scores = x.number_bytes * cores * x.picks * others
+    pooled = x.number_bytes * x.expansion * x.value_dim * others / x.size
+    return Volume(addresses + scores + pooled, scores + pooled)
+
+
+def _check(layout: TableLayout) -> None:
+    size = layout.size
+    if layout.value_dim % size:
+        raise UltraMemError(
+            f"--ultramem-partition dimension cuts the value dimension, but --ultramem-value-dim "
+            f"{layout.value_dim} is not divisible by --ultramem-parallel-size {size}. Use a "
+            f"multiple of {size}, another size, or --ultramem-partition number."
+        )
+    if size % layout.cores and layout.cores % size:
+        raise UltraMemError(
+            f"--ultramem-partition dimension with --ultramem-parallel-size {size} would make the "
+            f"slices of --ultramem-cores {layout.cores} straddle ranks: one must divide the other. "
+            f"Use another size, other cores, or --ultramem-partition number."
+        )
+
+
+def _reader(
+    layout: TableLayout, num_groups: int, group: Any, _exchange: Exchange
+) -> DimensionWiseReader:
+    return DimensionWiseReader(layout, num_groups, group)
+
+
+PARTITION = Partition(
+    name="dimension",
+    about="each rank has a slice of every value",
+    parts=lambda size: (1, size),
+    check=_check,
+    reader=_reader,
+    volume=volume,
+)

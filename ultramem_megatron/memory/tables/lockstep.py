@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ultramem_megatron.communication.exchange import gather_tokens
-from ultramem_megatron.communication.pausing import Steps, run
+from ultramem_megatron.communication.pausing import Pausing, run
 from ultramem_megatron.memory.tables.contract import TableReader
 
 _FINISHED = -1
@@ -34,7 +34,7 @@ class LockstepReader:
         """See TableReader.pauses."""
         return self.reader.pauses
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """See TableReader.read; T may be 0."""
         tokens = len(addresses)
         missing = self._most_tokens(tokens, part.device) - tokens

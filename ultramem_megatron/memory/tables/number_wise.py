@@ -2,7 +2,7 @@
 
 Indices go to the owners of their rows. Back come either the rows, weighted and summed at home, or
 what the owner has already summed: one vector per (token, expansion group) that has a pick there.
-Which of the two moves fewer bytes is decided by sizes alone (`traffic.py`), once.
+Which of the two moves fewer bytes is decided by sizes alone, once.
 
 How many indices go where depends on them, and the host must know it: it waits for the sizes, once
 for each read. What comes before that is enqueued without waiting.
@@ -19,11 +19,15 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.communication.exchange import Transfer, all_to_all
-from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.communication.pausing import Pausing
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.kernels.shapes import kept_for_backward
 from ultramem_megatron.memory.retrieval.addresses import split_address
+from ultramem_megatron.memory.tables.contract import Partition
 from ultramem_megatron.memory.tables.layout import TableLayout
+from ultramem_megatron.memory.tables.traffic import ADDRESS_BYTES, Exchange, Volume, distinct
 
 
 class _Picks(NamedTuple):
@@ -49,14 +53,25 @@ class NumberWiseReader:
     pool_at_owner: bool
     pauses = 3
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """See TableReader.read."""
+        if part.is_meta:
+            return (yield from self._read_shapes(part, addresses, scores))
         picks = self._by_owner(addresses)
         weights = scores.flatten(0, 1)[picks.order].to(part.dtype)  # (T*P, C)
         exchange = self._read_sums if self.pool_at_owner else self._read_rows
         values, buckets = yield from exchange(part, picks, weights)
         pooled = _sums(values, buckets, len(addresses) * self.num_groups)
         return pooled.to(part.dtype).view(len(addresses), self.num_groups, part.shape[1])
+
+    def _read_shapes(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
+        """Without numbers nobody knows how much goes where: as if all picked rows were at home."""
+        for _ in range(self.pauses):
+            yield
+        rows = part.new_empty(addresses.numel(), part.shape[1]).requires_grad_()
+        picked = kept_for_backward((1,), part.dtype, rows)
+        own, groups = split_address(addresses, self.layout.num_values)
+        return lookup_reduce(part, own, groups, scores, self.num_groups) + picked
 
     def _by_owner(self, addresses: Tensor) -> _Picks:
         layout = self.layout
@@ -146,3 +161,55 @@ def _sums(values: Tensor, buckets: Tensor, count: int) -> Tensor:
     """Sum of the values (S, V) of each bucket 0..count-1, at least float32."""
     values = at_least_float32(values)
     return values.new_zeros(count, values.shape[1]).index_add(0, buckets, values)
+
+
+def volume_of_rows(x: Exchange) -> Volume:
+    """Addresses go to the owners, rows come back."""
+    away = (x.size - 1) / x.size
+    addresses = ADDRESS_BYTES * x.picks * away
+    rows = x.number_bytes * x.picks * x.value_dim * away
+    return Volume(addresses + rows, rows)
+
+
+def volume_of_sums(x: Exchange) -> Volume:
+    """Addresses and scores go to the owners, one sum per owner and group comes back."""
+    away = (x.size - 1) / x.size
+    addresses = 2 * ADDRESS_BYTES * x.picks * away  # the row, and the number of its sum
+    scores = x.number_bytes * x.cores * x.picks * away
+    sums = x.number_bytes * x.value_dim * distinct(x.size * x.expansion, x.picks) * away
+    return Volume(addresses + scores + sums, scores + sums)
+
+
+def volume(x: Exchange) -> Volume:
+    """The cheaper of the two ways to bring values home."""
+    return min(volume_of_rows(x), volume_of_sums(x), key=lambda way: way.total)
+
+
+def pools_at_owner(x: Exchange) -> bool:
+    """Whether sums move fewer bytes than rows."""
+    return volume_of_sums(x).total < volume_of_rows(x).total
+
+
+def _check(layout: TableLayout) -> None:
+    if layout.num_values < layout.size:
+        raise UltraMemError(
+            f"--ultramem-parallel-size is {layout.size}, more than the {layout.num_values} values "
+            f"of a table (--ultramem-num-keys squared). Use a smaller size or more keys."
+        )
+
+
+def _reader(
+    layout: TableLayout, num_groups: int, group: Any, exchange: Exchange
+) -> NumberWiseReader:
+    return NumberWiseReader(layout, num_groups, group, pools_at_owner(exchange))
+
+
+PARTITION = Partition(
+    name="number",
+    about="each rank has a range of values",
+    parts=lambda size: (size, 1),
+    check=_check,
+    reader=_reader,
+    volume=volume,
+    waits_for_host=True,
+)

@@ -4,9 +4,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ultramem_megatron.communication.pausing import Steps
+from ultramem_megatron.communication.pausing import Pausing
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.memory.retrieval.addresses import split_address
+from ultramem_megatron.memory.tables.contract import Partition
+from ultramem_megatron.memory.tables.layout import TableLayout
+from ultramem_megatron.memory.tables.traffic import Exchange, Volume
 
 
 @dataclass(frozen=True)
@@ -17,8 +21,29 @@ class ReplicatedReader:
     num_groups: int
     pauses = 0
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Steps:
+    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """See TableReader.read."""
         yield from ()
         rows, groups = split_address(addresses, self.num_values)
         return lookup_reduce(part, rows, groups, scores, self.num_groups)
+
+
+def _check(layout: TableLayout) -> None:
+    if layout.size > 1:
+        raise UltraMemError(f"A whole table is not shared, but {layout.size} ranks were given.")
+
+
+def _reader(
+    layout: TableLayout, num_groups: int, _group: object, _exchange: Exchange
+) -> ReplicatedReader:
+    return ReplicatedReader(layout.num_values, num_groups)
+
+
+PARTITION = Partition(
+    name="replicated",
+    about="every rank has the whole table",
+    parts=lambda size: (size, 1),
+    check=_check,
+    reader=_reader,
+    volume=lambda _: Volume(0.0, 0.0),
+)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
-from ultramem_megatron.inference.generate import add_layout_arguments, layout_from
+from ultramem_megatron.inference.layout_flags import add_layout_arguments, layout_from
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,7 +31,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ultramem evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ultramem evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--load", required=True, help="Checkpoint folder (training's --save).")
     add("--ckpt-step", type=int, help="Iteration to load; default: the latest.")
@@ -86,8 +90,8 @@ def _tasks(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if layout.tensor_parallel not in (None, ranks):
         raise UltraMemError(
-            f"--tensor-parallel-size {layout.tensor_parallel} with --tasks must be all {ranks} "
-            f"ranks: the harness asks one model."
+            f"--tensor-model-parallel-size {layout.tensor_parallel} with --tasks must be all "
+            f"{ranks} ranks: the harness asks one model."
         )
     loaded = load_for_inference(
         options.load, ckpt_step=options.ckpt_step, tokenizer_model=options.tokenizer_model,

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from lm_eval.api.model import TemplateLM
 
-from ultramem_megatron.inference.generate import generate
 from ultramem_megatron.inference.loading import LoadedModel
+from ultramem_megatron.inference.sampling import generate
 from ultramem_megatron.tools.evaluate.scoring import continuation_scores
 from ultramem_megatron.tools.evaluate.windows import batches
 

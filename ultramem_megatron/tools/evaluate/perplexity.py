@@ -64,7 +64,7 @@ def perplexity(model: Any, stream: np.ndarray, length: int, batch: int) -> Perpl
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from ultramem_megatron.inference.loading import serve_until_all_finish
+    from ultramem_megatron.inference.lockstep import serve_until_all_finish
 
     replicas = parallel_state.get_data_parallel_group()
     device = next(model.parameters()).device

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
-from ultramem_megatron.tools.export.files import load_plain, read_config, save_plain
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ultramem export", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ultramem export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--load", metavar="DIR", help="Checkpoint folder (training's --save).")
     add("--ckpt-step", type=int, help="Iteration to load; default: the latest.")
@@ -50,6 +53,7 @@ def to_plain(load: str, folder: str, ckpt_step: int | None = None) -> None:
 
     from ultramem_megatron.inference.loading import load_model
     from ultramem_megatron.megatron.flags.arguments import config_from_args
+    from ultramem_megatron.tools.export.files import save_plain
     from ultramem_megatron.tools.export.megatron import plain_config, plain_model
 
     model, args = load_model(load, ckpt_step=ckpt_step, local_layers=True)
@@ -62,6 +66,7 @@ def to_megatron(plain: str, folder: str) -> None:
     """Write an export as a checkpoint that training and inference load. Raises UltraMemError."""
     from ultramem_megatron.inference.untrained import untrained_model
     from ultramem_megatron.megatron.checkpoint.weights import save_weights
+    from ultramem_megatron.tools.export.files import load_plain, read_config
     from ultramem_megatron.tools.export.megatron import flags_of, load_into
 
     config, notes = read_config(plain)

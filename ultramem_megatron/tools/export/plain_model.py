@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import UltraMemLayer
-from ultramem_megatron.memory.linear import Linear
+from ultramem_megatron.memory.modules import Linear
 from ultramem_megatron.memory.spans import Span
 
 Dtype = Literal["float32", "bfloat16", "float16"]

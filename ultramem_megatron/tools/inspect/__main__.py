@@ -13,11 +13,16 @@ from itertools import chain
 from pathlib import Path
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.tools import rows
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(prog="ultramem inspect", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="ultramem inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--load", required=True, help="checkpoint folder (training's --save)")
     add("--ckpt-step", type=int, help="iteration to load (default: the latest)")
@@ -50,15 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     words, layers = record_reads(loaded, text, options.max_tokens)
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    tables.write(chain(*(tables.fired(words, r, options.top) for r in layers)), out / "fired.csv")
+    rows.write(out / "fired.csv", chain(*(tables.fired(words, r, options.top) for r in layers)))
     shared = chain(*(tables.shared(words, r, options.values) for r in layers))
-    tables.write(shared, out / "shared.csv")
-    tables.write(chain(*map(tables.grid, layers)), out / "grid.csv")
+    rows.write(out / "shared.csv", shared)
+    rows.write(out / "grid.csv", chain(*map(tables.grid, layers)))
     pictures.draw_grid(layers, out / "grid.png")
     logged = options.tensorboard or loaded.args.tensorboard_dir
     usage = tables.usage(Path(logged)) if logged else []
     if usage:
-        tables.write(usage, out / "usage.csv")
+        rows.write(out / "usage.csv", usage)
         pictures.draw_usage(usage, out / "usage.png")
     else:
         print(f"no metrics of memories in {logged}: usage over training is left out")

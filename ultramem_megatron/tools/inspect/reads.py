@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.inference.loading import LoadedModel
-from ultramem_megatron.megatron.optimizer.auxiliary_loss import memory_layers
-from ultramem_megatron.memory.layer import UltraMemLayer
+from ultramem_megatron.memory.layer import UltraMemLayer, memory_layers
 from ultramem_megatron.memory.retrieval.addresses import split_address
 
 

@@ -1,8 +1,7 @@
 """What was recorded, as lines of CSV."""
 
-import csv
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -88,13 +87,3 @@ def usage(tensorboard: Path) -> list[dict[str, object]]:
                 for s in events.Scalars(tag)
             ]
     return lines
-
-
-def write(lines: Iterable[dict[str, object]], file: Path) -> None:
-    """Writes lines with equal keys; nothing for none."""
-    lines = list(lines)
-    if lines:
-        with file.open("w", newline="", encoding="utf-8") as output:
-            writer = csv.DictWriter(output, list(lines[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)

@@ -1,13 +1,15 @@
 """Figures 1c and 7b: weight bytes that a decode step reads, over batch size."""
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from ultramem_megatron.tools.pictures import colours, picture
+from ultramem_megatron.tools.rows import Row
 
 _MODELS = {"Dense": "dense-1.6b", "MoE": "moe-1.6b-2in34", "UltraMem": "ultramem-1.6b-x12"}
 
 
-def weight_access() -> list[dict[str, int | str]]:
+def points() -> list[Row]:
     """One row per model and batch size; bytes in bf16, by the paper's count (section 4)."""
     from ultramem_megatron.tools.plan.sizes import (  # Megatron
         BATCHES,
@@ -25,34 +27,21 @@ def weight_access() -> list[dict[str, int | str]]:
     ]  # fmt: skip
 
 
-def write_csv(path: Path) -> None:
-    """The numbers of the figure."""
-    rows = weight_access()
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def draw(path: Path, rows: Sequence[Mapping[str, int | str]]) -> None:
+def draw(file: Path, rows: Sequence[Row]) -> None:
     """Bars in GB over batch size; above MoE's how many times UltraMem's bytes they are."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     found = {(row["model"], int(row["batch"])): float(row["weight_bytes_read"]) for row in rows}
     batches = sorted({batch for _, batch in found})
-    figure, axes = pyplot.subplots(figsize=(7.5, 4), layout="constrained")
-    for index, name in enumerate(_MODELS):
-        places = [place + 0.27 * (index - 1) for place in range(len(batches))]
-        axes.bar(places, [found[name, batch] / 1e9 for batch in batches], 0.25, label=name)
-    for place, batch in enumerate(batches):
-        ratio = found["MoE", batch] / found["UltraMem", batch]
-        axes.annotate(f"{ratio:.1f}x", (place, found["MoE", batch] / 1e9), ha="center", va="bottom")
-    axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
-    axes.set(xlabel="batch size", ylabel="weights read per decode step, GB", ylim=(0, 47),
-             title="1.6B models, bf16: MLP, expert and value weights (computed)")  # fmt: skip
-    axes.legend(loc="upper left")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with picture(file, (7.5, 4)) as figure:
+        axes = figure.subplots()
+        for index, (name, colour) in enumerate(colours(_MODELS).items()):
+            places = [place + 0.27 * (index - 1) for place in range(len(batches))]
+            heights = [found[name, batch] / 1e9 for batch in batches]
+            axes.bar(places, heights, 0.25, color=colour, label=name)
+        for place, batch in enumerate(batches):
+            ratio = found["MoE", batch] / found["UltraMem", batch]
+            at = place, found["MoE", batch] / 1e9
+            axes.annotate(f"{ratio:.1f}x", at, ha="center", va="bottom")
+        axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+        axes.set(xlabel="batch size", ylabel="weights read per decode step, GB", ylim=(0, 47),
+                 title="1.6B models, bf16: MLP, expert and value weights (computed)")  # fmt: skip
+        axes.legend(loc="upper left")

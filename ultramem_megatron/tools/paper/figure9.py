@@ -1,14 +1,15 @@
-"""The paper's figure 9: where both partitions of a value table move the same number of bytes."""
+"""Figure 9: the value dim at which both partitions of a value table move the same bytes."""
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ultramem_megatron.memory.tables.traffic import paper_crossover
+from ultramem_megatron.tools.pictures import picture
+from ultramem_megatron.tools.rows import Row
 
 
-def equal_traffic() -> list[dict[str, str | float]]:
-    """Value dim at which both partitions move the same, for each top-m over P."""
+def points() -> list[Row]:
+    """One row per top-m and number of ranks P."""
     return [
         {"top_m": count, "ranks": p, "value_dim": round(paper_crossover(p, count), 3)}
         for count in (2, 4, 16, 84)
@@ -16,35 +17,21 @@ def equal_traffic() -> list[dict[str, str | float]]:
     ]
 
 
-def write_csv(path: Path) -> None:
-    """The numbers of figure 9."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["top_m", "ranks", "value_dim"])
-        writer.writeheader()
-        writer.writerows(equal_traffic())
-
-
-def draw(path: Path, rows: Sequence[Mapping[str, str | float]]) -> None:
+def draw(file: Path, rows: Sequence[Row]) -> None:
     """One curve per top-m; above it the one, below it the other partition moves fewer bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     curves: dict[int, list[tuple[int, float]]] = {}
     for row in rows:
         point = int(row["ranks"]), float(row["value_dim"])
         curves.setdefault(int(row["top_m"]), []).append(point)
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for count, points in curves.items():
-        axes.plot(*zip(*points, strict=True), label=f"top-m {count}")
-    sizes, highest = zip(*curves[min(curves)], strict=True)
-    axes.fill_between(sizes, highest, 1700, color="tab:green", alpha=0.12)
-    axes.text(20, 1580, "dimension-wise moves fewer bytes", color="tab:green")
-    axes.text(190, 120, "number-wise moves fewer bytes", color="tab:gray")
-    axes.set(xlabel="ranks P that share a table", ylabel="value dim",
-             xlim=(2, 512), ylim=(0, 1700),
-             title="Equal traffic of the two partitions (the paper's formulas, E = 1)")  # fmt: skip
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with picture(file, (7, 4.5)) as figure:
+        axes = figure.subplots()
+        for count, curve in curves.items():
+            axes.plot(*zip(*curve, strict=True), label=f"top-m {count}")
+        sizes, highest = zip(*curves[min(curves)], strict=True)
+        axes.fill_between(sizes, highest, 1700, color="tab:green", alpha=0.12)
+        axes.text(20, 1580, "dimension-wise moves fewer bytes", color="tab:green")
+        axes.text(190, 120, "number-wise moves fewer bytes", color="tab:gray")
+        axes.set(xlabel="ranks P that share a table", ylabel="value dim", xlim=(2, 512))
+        axes.set(title="Equal traffic of the two partitions (the paper's formulas, E = 1)")
+        axes.set(ylim=(0, 1700))
+        axes.legend(loc="lower right")

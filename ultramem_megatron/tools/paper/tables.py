@@ -4,14 +4,14 @@ Sizes of presets are partly inferred from these very columns; a row whose roundi
 where the fit is rough.
 """
 
-import csv
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ultramem_megatron.presets import PRESETS
+from ultramem_megatron.presets.printed import FIGURE_1C, TABLE_1, TABLE_2, TABLE_3
 from ultramem_megatron.tools.plan.build import command_line, parse
 from ultramem_megatron.tools.plan.sizes import ModelSizes, access_ratio, model_sizes, preset_sizes
+from ultramem_megatron.tools.rows import Row
 
 
 class Cell(NamedTuple):
@@ -32,50 +32,22 @@ class Cell(NamedTuple):
         return f"{self.paper} | {shown}" + ("" if self.agrees else " (rough)")
 
 
-# Parameters in billions and FLOPs in billions, as printed.
-TABLE_1 = {
-    "dense-151m": ("0.15", "0.30"),
-    "moe-151m-2in32": ("2.04", "0.35"),
-    "ultramem-151m-x12": ("2.03", "0.35"),
-    "dense-680m": ("0.68", "1.36"),
-    "moe-680m-2in33": ("8.95", "1.50"),
-    "ultramem-680m-x12": ("8.93", "1.49"),
-    "dense-1.6b": ("1.61", "3.21"),
-    "moe-1.6b-2in34": ("21.36", "3.52"),
-    "ultramem-1.6b-x12": ("21.41", "3.50"),
-    "dense-6.5b": ("6.44", "12.88"),
-}
-# Dense parameters in millions, sparse in billions, FLOPs in millions, as printed.
-TABLE_2 = {
-    "pkm-151m-x10": ("173.01", "1.534", "346.06"),
-    "ablation-151m-x10-no-softmax": ("173.01", "1.534", "346.06"),
-    "ablation-151m-x10-half-value-dim": ("178.47", "1.529", "356.98"),
-    "ablation-151m-x10-share-query": ("173.46", "1.529", "346.96"),
-    "ablation-151m-x10-split-skip": ("161.64", "1.536", "323.32"),
-    "ablation-151m-x10-qk-norm": ("161.64", "1.536", "323.54"),
-    "ablation-151m-x10-ive": ("172.37", "1.536", "344.98"),
-    "ablation-151m-x10-tdqkr": ("172.37", "1.536", "344.98"),
-    "ablation-151m-x10-mcs": ("172.37", "1.536", "344.98"),
-    "ablation-151m-x10-init": ("172.37", "1.536", "344.98"),
-    "ablation-151m-x10-value-lr": ("172.37", "1.536", "344.98"),
-    "ablation-151m-x10-query-conv": ("172.38", "1.536", "345.02"),
-}
 _ONE_HEADS_VALUES = frozenset(list(TABLE_2)[:5])
 """Rows in which the paper counts the values read by one head of one layer only."""
-# Row, the row it is compared with, what varies, and the change of FLOPs in percent, as printed.
-TABLE_3 = (
-    ("ablation-151m-x10-ive", "ablation-151m-x10-qk-norm", "E = 4", "6.6"),
-    ("ablation-151m-x10-e9", "ablation-151m-x10-qk-norm", "E = 9", "14.9"),
-    ("ablation-151m-x10-e16", "ablation-151m-x10-qk-norm", "E = 16", "26.4"),
-    ("ablation-151m-x10-tdqkr", "ablation-151m-x10-ive", "r = 2", "0.001"),
-    ("ablation-151m-x10-r3", "ablation-151m-x10-ive", "r = 3", "0.002"),
-    ("ablation-151m-x10-r4", "ablation-151m-x10-ive", "r = 4", "0.003"),
-    ("ablation-151m-x10-mcs", "ablation-151m-x10-tdqkr", "h = 2", "0.001"),
-    ("ablation-151m-x10-h4", "ablation-151m-x10-tdqkr", "h = 4", "0.003"),
-    ("ablation-151m-x10-h8", "ablation-151m-x10-tdqkr", "h = 8", "0.007"),
-)
-FIGURE_1C = {16: "18.1", 64: "18.8", 256: "17.3", 1024: "13.0"}
-"""MoE's weight bytes over UltraMem's, by batch size, 1.6B models."""
+
+_X10 = "ablation-151m-x10-"
+_CHANGES = {
+    "E = 4": ("ive", "qk-norm"),
+    "E = 9": ("e9", "qk-norm"),
+    "E = 16": ("e16", "qk-norm"),
+    "r = 2": ("tdqkr", "ive"),
+    "r = 3": ("r3", "ive"),
+    "r = 4": ("r4", "ive"),
+    "h = 2": ("mcs", "tdqkr"),
+    "h = 4": ("h4", "tdqkr"),
+    "h = 8": ("h8", "tdqkr"),
+}
+"""Rows of table 3: the ablation, and the one that it is compared with."""
 
 
 def table_1() -> dict[str, tuple[Cell, ...]]:
@@ -112,7 +84,8 @@ def _pooled(name: str, sizes: ModelSizes) -> int:
 def table_3() -> dict[str, tuple[Cell, ...]]:
     """Change of FLOPs in percent. The row of r = 3 is compared at its own key width, 501."""
     rows: dict[str, tuple[Cell, ...]] = {}
-    for name, base, change, percent in TABLE_3:
+    for change, percent in TABLE_3.items():
+        name, base = (_X10 + row for row in _CHANGES[change])
         memory = PRESETS[name].memory
         same_keys = ("--ultramem-key-dim", str(memory["key_dim"].value))
         before = model_sizes(parse(command_line(base, same_keys))).flops_per_token
@@ -157,16 +130,15 @@ def markdown() -> str:
     return "\n\n".join(_markdown(*table) for table in _all())
 
 
-def write_csv(path: Path) -> None:
-    """All of them, a quantity a line; `agrees`: to the digits that the paper prints."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["table", "row", "quantity", "paper", "ours", "agrees"])
-        for title, _, quantities, rows in _all():
-            for name, cells in rows.items():
-                for quantity, cell in zip(quantities, cells, strict=True):
-                    line = [title, name, quantity, cell.paper, f"{cell.ours:.6g}", int(cell.agrees)]
-                    writer.writerow(line)
+def lines() -> Iterator[Row]:
+    """All of them for a CSV, a quantity a line; `agrees`: to the digits that the paper prints."""
+    for title, _, quantities, table in _all():
+        for name, cells in table.items():
+            for quantity, cell in zip(quantities, cells, strict=True):
+                yield {
+                    "table": title, "row": name, "quantity": quantity, "paper": cell.paper,
+                    "ours": f"{cell.ours:.6g}", "agrees": int(cell.agrees),
+                }  # fmt: skip
 
 
 def _markdown(

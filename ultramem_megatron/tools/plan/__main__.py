@@ -4,26 +4,20 @@
     ultramem plan ultramem-1.6b-x12 --gpus 8 64 --use-distributed-optimizer \\
         --tensor-model-parallel-size 2 --sequence-parallel
     ultramem plan --num-layers 4 ... --ultramem-spans 2:3 ...     # no preset
-    ultramem plan --tables             # the paper's tables beside ours, markdown
-    ultramem plan --figure figure1c.png --csv figure1c.csv
 
 All of Megatron's flags and ours may follow; they override the preset's. Nothing is trained, no
 memory is taken: the model is built without storage, for each rank that differs.
 """
 
 import argparse
-import contextlib
-import io
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 from ultramem_megatron.presets import find_preset
+from ultramem_megatron.tools.quiet import quiet
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,15 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         help="numbers of ranks to lay the model out on (default: as few as the flags need)",
     )
     add("--json", action="store_true", help="print one JSON object: elements, bytes, FLOPs")
-    add(
-        "--tables",
-        action="store_true",
-        help="print tables 1-3 and figure 1c of the paper, and ours, as markdown",
-    )
-    add("--figure", type=Path, help="draw the weight bytes read by the 1.6B models (figure 1c)")
-    add("--csv", type=Path, help="write the numbers of the figure into this file")
-    add("--tables-csv", type=Path, help="write the numbers of the tables into this file")
-    return parser  # fmt: skip
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,19 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     preset = words.pop(0) if words and not words[0].startswith("-") else None
     options, flags = _parser().parse_known_args(words)
-    # Megatron tells what this machine lacks, which is of no account here.
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    if options.tables or options.figure or options.csv or options.tables_csv:
-        _paper(options, preset, flags)
-        return
+    _refuse_moved(flags)
     if preset is None and not flags:
         raise UltraMemError(
             "Nothing to plan: give a preset (ultramem presets lists them) or Megatron's flags."
         )
     if options.gpus and min(options.gpus) < 1:
         raise UltraMemError(f"--gpus has {min(options.gpus)}; numbers of ranks must be at least 1.")
-    with contextlib.redirect_stdout(io.StringIO()):
+    with quiet():
         plan = make_plan(preset, flags, options.gpus)
     if options.json:
         print(json.dumps(plan, indent=1))
@@ -104,26 +85,19 @@ def make_plan(
     }
 
 
-def _paper(options: argparse.Namespace, preset: str | None, flags: Sequence[str]) -> None:
-    if preset or flags or options.gpus:
-        given = " ".join([preset or "", *flags]).strip() or "--gpus"
-        raise UltraMemError(
-            "--tables, --tables-csv, --figure and --csv are about the paper's own models: give no "
-            f"preset and no other flags (given: {given})."
-        )
-    with contextlib.redirect_stdout(io.StringIO()):
-        from ultramem_megatron.tools.paper import figure1c as figures
-        from ultramem_megatron.tools.paper import tables
+_MOVED = {
+    "--tables": "ultramem paper tables",
+    "--tables-csv": "ultramem paper tables --csv FILE",
+    "--figure": "ultramem paper figure1c --plot FILE",
+    "--csv": "ultramem paper figure1c --csv FILE",
+}
+"""Flags of 0.1, named until the next release."""
 
-        shown = tables.markdown() if options.tables else ""
-        if options.tables_csv:
-            tables.write_csv(options.tables_csv)
-    if shown:
-        print(shown)
-    if options.csv:
-        figures.write_csv(options.csv)
-    if options.figure:
-        figures.draw(options.figure, figures.weight_access())
+
+def _refuse_moved(flags: Sequence[str]) -> None:
+    for flag in (word.partition("=")[0] for word in flags):
+        if command := _MOVED.get(flag):
+            raise UltraMemError(f"{flag} of plan is a command of its own now: {command}")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ import dataclasses
 import io
 import math
 import os
-import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 from unittest import mock
 
 import torch
@@ -20,12 +19,13 @@ import torch.distributed as dist
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags import machine_flags
+from ultramem_megatron.megatron.flags.layout_flags import lay_on_one_rank
+from ultramem_megatron.megatron.flags.parse import parse_words
+from ultramem_megatron.megatron.flags.table_flags import settings_from_args
 from ultramem_megatron.memory.config import UltraMemConfig
-from ultramem_megatron.memory.tables.settings import TableSettings, settings_from_args
+from ultramem_megatron.memory.tables.settings import TableSettings
 from ultramem_megatron.patches import registry
-from ultramem_megatron.presets.__main__ import flags as preset_flags
-
-registry.apply_all()  # before anything of Megatron is built
+from ultramem_megatron.presets.flags import flags as preset_flags
 
 # Used where the flags do not say otherwise. 50277 is the GPT-NeoX tokenizer, which the paper uses.
 _DEFAULTS = {
@@ -65,15 +65,15 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import validate_args
 
-    from ultramem_megatron.megatron.checkpoint.design import refuse_unsupported_flags
     from ultramem_megatron.megatron.flags.arguments import config_from_args
+    from ultramem_megatron.megatron.flags.refusals import refuse_unsupported_flags
     from ultramem_megatron.megatron.pipeline.layout import check_pipeline
 
     args = _parse_only(words)
     _without_transformer_engine(args)
     args.rank, args.world_size = 0, world_size or 1
     if world_size is None:
-        _on_one_rank(args)
+        lay_on_one_rank(args)
     try:
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(os.environ):
             os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # a launcher's business, not a plan's
@@ -108,40 +108,15 @@ def smallest_world(words: Sequence[str]) -> int:
 
 def _parse_only(words: Sequence[str]) -> Namespace:
     """Unchecked. Flags of a bare machine come last, so that a plan is the same on every one."""
-    from megatron.training.arguments import parse_args
-
-    from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
-
+    registry.apply_all()  # before anything of Megatron is built
     bare = machine_flags.needed_flags(bare=True).items()
-    needed = [word for flag, values in bare for word in (flag, *values)]
-    # Megatron reads sys.argv itself, and prints every flag it has when one is wrong.
-    with (
-        mock.patch.object(sys, "argv", ["ultramem plan", *words, *needed]),
-        mock.patch.object(ArgumentParser, "error", _refuse_flag),
-    ):
-        args: Namespace = parse_args(add_ultramem_arguments)
-    return args
-
-
-def _refuse_flag(_: ArgumentParser, message: str) -> NoReturn:
-    raise UltraMemError(f"Wrong flags: {message}. Megatron's and --ultramem flags may follow.")
+    return parse_words([*words, *(word for flag, values in bare for word in (flag, *values))])
 
 
 def _without_transformer_engine(args: Namespace) -> None:
     # These need Transformer Engine, and change neither sizes nor what is kept or sent.
     args.moe_grouped_gemm = args.tp_comm_overlap = False
-
-
-def _on_one_rank(args: Namespace) -> None:
-    """Undo the layout: the whole model on one rank."""
-    args.tensor_model_parallel_size = args.pipeline_model_parallel_size = 1
-    args.expert_model_parallel_size, args.expert_tensor_parallel_size = 1, None
-    args.context_parallel_size = 1
-    args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
-    args.pipeline_model_parallel_layout = None
-    args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
-    args.sequence_parallel = False
-    args.ultramem_parallel_size = None
+    args.ultramem_overlap = False  # sends the same at other times
 
 
 @contextlib.contextmanager
@@ -182,14 +157,10 @@ def built_stage(run: Run, stage: int = 0) -> Iterator[list[Any]]:
 
 def _chunks(run: Run) -> list[Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args
 
-    from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
+    from ultramem_megatron.megatron.model_from_flags import fill
 
-    config = gpt_config_from_args(
-        run.args, config=run.transformer, model_config_cls=UltraMemGPTModelConfig
-    )
-    config.ultramem, config.table_partition = run.ultramem, run.tables.partition
+    config = fill(run.args, run.transformer, run.ultramem, run.tables)
     if run.ultramem is None:
         config.transformer_layer_spec = _plain_spec
     builder = config.get_builder_cls()(config)

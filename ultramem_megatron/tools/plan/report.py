@@ -4,6 +4,7 @@ from typing import Any
 
 from ultramem_megatron.presets import PRESETS
 from ultramem_megatron.presets.preset import Source
+from ultramem_megatron.presets.printed import TABLE_1, TABLE_2
 
 
 def text(plan: dict[str, Any]) -> str:
@@ -50,11 +51,9 @@ def _sizes(plan: dict[str, Any]) -> str:
 
 def _agreement(plan: dict[str, Any]) -> list[str]:
     """What the paper prints for a preset that stands in table 1 or 2."""
-    from ultramem_megatron.tools.paper import tables
-
     for rows, columns in (
-        (tables.TABLE_1, "{} B parameters, {} G FLOPs (table 1)"),
-        (tables.TABLE_2, "{} M dense, {} B sparse, {} M FLOPs (table 2)"),
+        (TABLE_1, "{} B parameters, {} G FLOPs (table 1)"),
+        (TABLE_2, "{} M dense, {} B sparse, {} M FLOPs (table 2)"),
     ):
         if plan["preset"] in rows:
             return ["the paper prints " + columns.format(*rows[plan["preset"]])]

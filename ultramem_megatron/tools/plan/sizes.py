@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ultramem_megatron.memory.tables.value_table import is_value_table
 from ultramem_megatron.tools.plan.build import Run, built_stage, command_line, parse
 
 BATCHES = tuple(4**power for power in range(6))
@@ -113,7 +114,7 @@ _KINDS = ("values", "embedding", "expert", "uncounted", "dense")
 
 
 def _kind(name: str, parameter: Any) -> str:
-    if getattr(parameter, "ultramem_values", False):
+    if is_value_table(parameter):
         return "values"
     if name.startswith(("embedding.", "output_layer.")):
         return "embedding"
@@ -138,7 +139,7 @@ def _read_sizes(run: Run, mlp: int, all_experts: int) -> ReadSizes:
         memory_layers=len(memory.spans) if memory else 0,
         values=memory.num_values if memory else 0,
         value_dim=memory.value_dim if memory else 0,
-        picks=memory.topk * memory.heads if memory else 0,
+        picks=memory.picks if memory else 0,
     )
 
 

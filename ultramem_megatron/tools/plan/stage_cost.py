@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ultramem_megatron.megatron.layer.memory_submodule import TransformerMemory
 from ultramem_megatron.megatron.pipeline.layout import pipeline_chunks, spans_cross_stages
 from ultramem_megatron.memory.tables.settings import exchange_of
-from ultramem_megatron.memory.tables.traffic import number_wise
 from ultramem_megatron.tools.plan.build import Run, built_stage
 from ultramem_megatron.tools.plan.shapes_only import shapes_only
 
@@ -145,13 +144,13 @@ def _transfers(run: Run, stage: int, chunks: int) -> int:
 
 def _micro_batch(run: Run, chunks: list[Any]) -> tuple[int, dict[str, int]]:
     """Bytes kept for the backward, and bytes received, in one micro-batch through all chunks."""
-    kept, received = 0, _Received(run)
-    with shapes_only(chunks) as attended, received:
+    kept, received, attended = 0, _Received(run), shapes_only(chunks)
+    with received:
         for chunk in chunks:
             output, bytes_kept = _forward(run, chunk)
             output.backward(torch.empty_like(output))
             kept += bytes_kept
-    _add_number_wise(run, chunks, received.bytes)
+    _add_sizes_unknown(run, chunks, received.bytes)
     others = run.args.context_parallel_size - 1
     # Forward: keys and values of the others; backward: both again, and what they add to the
     # gradients of the rank's own, or as much in the ring of Transformer Engine.
@@ -219,13 +218,13 @@ def _nbytes(tensors: Any) -> int:
     return sum(map(_nbytes, tensors))
 
 
-def _add_number_wise(run: Run, chunks: list[Any], received: dict[str, int]) -> None:
-    """The stand-in moves nothing: bytes of the exchange by the cost model, for uniform use."""
-    if run.ultramem is None or run.tables.size == 1 or run.tables.partition != "number":
+def _add_sizes_unknown(run: Run, chunks: list[Any], received: dict[str, int]) -> None:
+    """Bytes of exchanges whose sizes depend on numbers: by the cost model, for uniform use."""
+    if run.ultramem is None or not run.tables.kind.waits_for_host:
         return
     memories = sum(isinstance(m, TransformerMemory) for chunk in chunks for m in chunk.modules())
     tokens = _own_length(run) * run.args.micro_batch_size // run.args.tensor_model_parallel_size
     itemsize = run.transformer.params_dtype.itemsize
-    volume = number_wise(exchange_of(run.ultramem, run.tables.size, itemsize))
+    volume = run.tables.kind.volume(exchange_of(run.ultramem, run.tables.size, itemsize))
     count = received.get("value tables", 0) + round(memories * tokens * volume.total)
     received["value tables"] = count

@@ -19,11 +19,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.flags.refusals import refuse_unsupported_settings
 from ultramem_megatron.megatron.layer.specs import with_memory
 from ultramem_megatron.megatron.optimizer.auxiliary_loss import finalize_then_auxiliary_loss
 from ultramem_megatron.megatron.pipeline.carrier import widen_pipeline_tensors
 from ultramem_megatron.megatron.pipeline.layout import spans_cross_stages
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.validation import validate
 
 try:
     from megatron.bridge.models.gpt_provider import GPTModelProvider
@@ -52,16 +54,11 @@ class UltraMemGPTModelProvider(GPTModelProvider):
     def finalize(self) -> None:
         """Check the design, then everything else as GPTModelProvider does."""
         if self.ultramem is not None:
-            self.ultramem.validate(hidden_size=self.hidden_size, num_layers=self.num_layers)
+            validate(self.ultramem, hidden_size=self.hidden_size, num_layers=self.num_layers)
             # Layers with and without memory differ, so checkpoint keys must name the layer.
             self.hetereogenous_dist_checkpoint = True
-            self._refuse(self.cuda_graph_impl != "none", f"cuda_graph_impl={self.cuda_graph_impl}")
-            self._refuse(self.fp8 is not None, f"fp8={self.fp8}")
+            refuse_unsupported_settings(vars(self))
         super().finalize()
-
-    def _refuse(self, present: bool, given: str) -> None:
-        if present:
-            raise UltraMemError(f"{given} cannot be combined with memory layers: leave it out.")
 
     def provide(
         self,
@@ -83,8 +80,7 @@ class UltraMemGPTModelProvider(GPTModelProvider):
         """All chunks of this rank in their wrappers."""
         if self.ultramem is None:
             return list(super().provide_distributed_model(*args, **kwargs))
-        for flag in ("use_megatron_fsdp", "use_torch_fsdp2"):
-            self._refuse(bool(kwargs.get(flag)), flag)
+        refuse_unsupported_settings(kwargs)
         models: list[Any] = super().provide_distributed_model(*args, **kwargs)
         if spans_cross_stages(self.ultramem.spans, self):
             widen_pipeline_tensors(models)

@@ -50,7 +50,7 @@ def ultramem_pretrain_config(preset: str = "ultramem-151m-x12") -> Any:
     found = find_preset(preset)
     if not found.memory:
         raise UltraMemError(f"{preset} has no memory layers; use Bridge's own recipes for it.")
-    registry.apply_all()
+    registry.apply_all()  # and no more: the process is Bridge's to open
     cfg = vanilla_gpt_pretrain_config()
     training = _values(found.training)
     cfg.model = provider_of(found.model, found.memory, training)

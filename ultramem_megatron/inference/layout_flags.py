@@ -1,0 +1,45 @@
+"""The flags of commands that decode which say how the ranks of a torchrun share the model."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ultramem_megatron.errors import UltraMemError
+
+if TYPE_CHECKING:  # imported where it is used: --help needs no torch
+    from ultramem_megatron.inference.layout import InferenceLayout
+
+
+def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say how the ranks of a torchrun share the model."""
+    parser.add_argument(
+        "--tensor-model-parallel-size", "--tensor-parallel-size", type=int,
+        dest="tensor_parallel_size", metavar="T",
+        help="Ranks that share each weight. Default: all. (The short name goes with the next "
+        "release.)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ultramem-parallel-size", type=int, metavar="P",
+        help="Ranks that share each value table. Default: all (with experts, those of one tensor-"
+        "parallel group).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ultramem-partition", default="auto", metavar="NAME",
+        help="How they share it, as in training (ultramem flags has the names). Default: auto, by "
+        "bytes moved.",
+    )  # fmt: skip
+
+
+def layout_from(options: argparse.Namespace) -> "InferenceLayout":
+    """The layout those flags ask for. Raises UltraMemError for an unknown partition."""
+    from ultramem_megatron.inference.layout import InferenceLayout
+    from ultramem_megatron.memory.tables.partitions import shared_partitions
+
+    allowed = ("auto", *shared_partitions())
+    if options.ultramem_partition not in allowed:
+        raise UltraMemError(
+            f"--ultramem-partition is {options.ultramem_partition}; it must be one of "
+            f"{', '.join(allowed)}."
+        )
+    return InferenceLayout(
+        options.tensor_parallel_size, options.ultramem_parallel_size, options.ultramem_partition
+    )

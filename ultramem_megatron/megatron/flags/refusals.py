@@ -1,0 +1,78 @@
+"""Every setting of Megatron's that is refused before anything is built, and why."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.config import UltraMemConfig, flag
+
+_MEMORIES_REFUSE = {
+    "cuda_graph_impl": "graphs capture a layer without its memory branch",
+    "overlap_moe_expert_parallel_comm": "its schedule does not call the layer's forward",
+    "use_megatron_fsdp": "value tables need Megatron's DDP, also with its distributed optimizer",
+    "use_torch_fsdp2": "value tables need Megatron's DDP, also with its distributed optimizer",
+    "hybrid_layer_pattern": "memory layers attach to GPT models only",
+    "fp8": "memory layers compute in fp32, fp16 or bf16",
+}
+"""By the name that it has in Megatron's parsed flags and in its configs."""
+_TRAIN_REFUSES = (
+    "sft", "fim_data", "hybrid_layer_pattern", "hybrid_context_parallel", "logits_load_dir",
+)  # fmt: skip
+_OFF = (None, False, "none")
+_FLAGS = {"fp8": "--fp8-format"}  # the others are named as what they set
+
+
+def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -> None:
+    """Raise UltraMemError for Megatron flags that memory layers cannot honour."""
+    if ultramem is None:
+        return
+    for name, reason in _MEMORIES_REFUSE.items():
+        value = getattr(args, name, None)
+        if value not in _OFF:
+            given = _flag(name) if value is True else f"{_flag(name)} {value}"
+            raise UltraMemError(
+                f"{given} cannot be combined with memory layers: {reason}. Drop the flag."
+            )
+    if ultramem.lazy_adam and args.use_distributed_optimizer:
+        raise UltraMemError(
+            f"--use-distributed-optimizer cannot be combined with {flag('lazy_adam')}: it cuts "
+            f"tables into pieces that are no rows. Drop one of the two."
+        )
+
+
+def refuse_unsupported_settings(settings: Mapping[str, Any]) -> None:
+    """As `refuse_unsupported_flags`, of settings by name where they are fields and not flags."""
+    for name, reason in _MEMORIES_REFUSE.items():
+        value = settings.get(name)
+        if value not in _OFF:
+            raise UltraMemError(
+                f"{name}={value} cannot be combined with memory layers: {reason}. Leave it out."
+            )
+
+
+def refuse_other_tasks(args: Namespace) -> None:
+    """Raise for flags that ask for another task than pre-training a GPT.
+
+    Raises:
+        UltraMemError: names the flag and what to do.
+    """
+    for name in _TRAIN_REFUSES:
+        if getattr(args, name) not in _OFF:
+            raise UltraMemError(
+                f"{_flag(name)} is not supported by ultramem train (plain GPT pre-training); "
+                f"remove the flag."
+            )
+
+
+def require_eval_interval(args: Namespace) -> None:
+    """Raise UltraMemError without --eval-interval: Megatron 0.19 divides by it, whatever it is."""
+    if not (args.eval_interval or args.full_validation or args.skip_train):
+        raise UltraMemError(
+            f"--eval-interval is {args.eval_interval}; Megatron counts by it how many samples to "
+            f"validate with. Give a number of steps, and --eval-iters 0 for no validation."
+        )
+
+
+def _flag(name: str) -> str:
+    return _FLAGS.get(name, "--" + name.replace("_", "-"))

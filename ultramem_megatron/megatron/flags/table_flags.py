@@ -1,0 +1,62 @@
+"""From Megatron's parsed flags to how value tables are cut: as given, or by the cost model."""
+
+from argparse import Namespace
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.tables.partitions import choose
+from ultramem_megatron.memory.tables.settings import TableSettings, exchange_of
+
+
+def settings_from_args(args: Namespace, config: UltraMemConfig) -> TableSettings:
+    """Group size and partition that the flags ask for, checked.
+
+    Without --ultramem-parallel-size all ranks of a pipeline stage share a table; with experts it is
+    the expert-parallel group, the only other geometry Megatron has. Raises UltraMemError.
+    """
+    stage = args.world_size // args.pipeline_model_parallel_size
+    size = args.ultramem_parallel_size
+    if size is None:
+        size = args.expert_model_parallel_size if args.num_experts else stage
+    _check_size(size, stage, args)
+    partition = args.ultramem_partition or "auto"
+    if partition == "auto":
+        number_bytes = args.params_dtype.itemsize
+        partition = choose(exchange_of(config, size, number_bytes), config.num_values)
+    settings = TableSettings(size, partition)
+    settings.check(config)
+    return settings
+
+
+def _check_size(size: int, stage: int, args: Namespace) -> None:
+    given = f"--ultramem-parallel-size {size}"
+    if size < 1 or stage % size:
+        allowed = ", ".join(str(p) for p in range(1, stage + 1) if stage % p == 0)
+        raise UltraMemError(
+            f"{given}: it must divide the {stage} ranks of a pipeline stage (tensor x context x "
+            f"data parallel). Use one of {allowed}."
+        )
+    if args.num_experts and size != args.expert_model_parallel_size:
+        raise UltraMemError(
+            f"{given}: with experts, value tables share Megatron's expert-parallel groups, so it "
+            f"must equal --expert-model-parallel-size {args.expert_model_parallel_size}."
+        )
+    if args.num_experts and args.tensor_model_parallel_size > 1 and (
+        args.expert_tensor_parallel_size != 1
+    ):  # fmt: skip
+        raise UltraMemError(
+            f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size}: with memory layers "
+            f"it must be 1, because tables are read with each tensor-parallel rank's own tokens."
+        )
+    if size == 1:
+        return
+    if args.use_tp_pp_dp_mapping:
+        raise UltraMemError(
+            f"{given} needs the ranks of a stage to be neighbours; --use-tp-pp-dp-mapping puts "
+            f"pipeline stages between them. Drop one of the two flags."
+        )
+    if args.num_distributed_optimizer_instances > 1:
+        raise UltraMemError(
+            f"{given} cannot be combined with --num-distributed-optimizer-instances "
+            f"{args.num_distributed_optimizer_instances}. Use 1."
+        )

@@ -1,0 +1,138 @@
+"""What a model with memories does inside Megatron's pretrain(), hung on its doors.
+
+`patches/doors/` gives pretrain() callbacks and knows no memories; here are the functions that the
+model builder hangs on them, for the model it has built, in the place of those of the one before.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ultramem_megatron.megatron.metrics import MemoryMonitor, console_line, tensorboard_tag
+from ultramem_megatron.megatron.optimizer.lazy_adam import make_lazy
+from ultramem_megatron.megatron.optimizer.value_learning_rate import (
+    ValueLearningRateScheduler,
+    value_overrides,
+)
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.size import memory_size, training_flops
+from ultramem_megatron.memory.tables.value_table import is_value_table
+from ultramem_megatron.patches.doors import (
+    flops,
+    footprint,
+    optimizer_built,
+    optimizer_config,
+    training_log,
+)
+
+_BILLION = 10**9
+_hung: list[tuple[list[Any], Any]] = []
+
+
+@dataclass
+class MemoryHooks:
+    """The functions of one model. fullest_stage: memories on the stage that has most of them."""
+
+    ultramem: UltraMemConfig
+    hidden_size: int
+    table_ranks: int
+    fullest_stage: int
+    monitor: MemoryMonitor
+    scheduler: ValueLearningRateScheduler | None = None
+
+    def hang(self) -> None:
+        """Hang all of them; those of a model before are taken off."""
+        take_off()
+        doors: tuple[tuple[list[Any], Any], ...] = (
+            (training_log.after, self.report),
+            (optimizer_config.overrides, self.overrides),
+            (optimizer_config.schedulers, self.make_scheduler),
+            (optimizer_built.after, self.make_lazy),
+            (flops.more, self.flops),
+            (footprint.more, self.footprint),
+        )
+        for door, function in doors:
+            door.append(function)
+            _hung.append((door, function))
+
+    def report(self, iteration: int) -> None:
+        """Metrics follow Megatron's own log line and go to the same writers; a collective."""
+        from megatron.training import (
+            get_args,
+            get_tensorboard_writer,
+            get_wandb_writer,
+            print_rank_last,
+        )
+
+        if iteration % get_args().log_interval:
+            return
+        by_layer = self.monitor.collect()
+        scalars = {
+            tensorboard_tag(layer, name): value
+            for layer, metrics in by_layer.items()
+            for name, value in metrics.items()
+            if not math.isnan(value)
+        }
+        rate = None if self.scheduler is None else self.scheduler.value_learning_rate()
+        shared = {} if rate is None else {"value learning rate": rate}
+        if rate is not None:
+            scalars["ultramem/value-learning-rate"] = rate
+        for layer, metrics in by_layer.items():
+            print_rank_last(console_line(layer, {**metrics, **shared}))
+        writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
+        if writer:
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, iteration)
+        if wandb_writer:
+            wandb_writer.log(scalars, iteration)
+
+    def overrides(self) -> dict[Any, dict[str, Any]]:
+        """The value tables' parameter group."""
+        return value_overrides(self.ultramem)
+
+    def make_scheduler(self, *args: Any, **kwargs: Any) -> ValueLearningRateScheduler:
+        """The scheduler that lets the value tables' rate fall."""
+        self.scheduler = ValueLearningRateScheduler(
+            *args, value_lr_decay=self.ultramem.value_lr_decay, **kwargs
+        )
+        return self.scheduler
+
+    def make_lazy(self, optimizer: Any, model_chunks: list[Any]) -> None:
+        """With --ultramem-lazy-adam rows of value tables without gradient are left alone."""
+        if not self.ultramem.lazy_adam:
+            return
+        # Half precision trains a float32 copy of each parameter.
+        tables = [
+            getattr(parameter, "main_param", parameter)
+            for chunk in model_chunks
+            for parameter in chunk.parameters()
+            if is_value_table(parameter)
+        ]
+        for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+            if tables and single.optimizer is not None:
+                make_lazy(single.optimizer, tables)
+
+    def flops(self, tokens: int) -> int:
+        """Of forward and backward through all memories."""
+        return training_flops(self.ultramem, self.hidden_size, tokens)
+
+    def footprint(self, args: Any, verbose: bool) -> float:
+        """Bytes of the memories on one rank of the fullest stage: weights, gradients, Adam."""
+        size = memory_size(self.ultramem, self.hidden_size)
+        if verbose:
+            print(
+                "Number of parameters in memory layers in billions: "
+                f"sparse {size.sparse / _BILLION:.4f}, dense {size.dense / _BILLION:.4f} "
+                "(not in the totals above)"
+            )
+        share = self.fullest_stage / len(self.ultramem.spans)
+        # Everything but the tables is whole on every tensor-parallel rank.
+        held = size.sparse / self.table_ranks + size.dense
+        return share * held * footprint.bytes_per_parameter(args)
+
+
+def take_off() -> None:
+    """Leave the doors as they were before a model with memories was built."""
+    while _hung:
+        door, function = _hung.pop()
+        door.remove(function)

@@ -1,0 +1,75 @@
+"""Random numbers of a layer, which depend on (seed, layer, name) and nothing else.
+
+Every tensor is drawn from a generator of its own, a table block of rows by block, so that the
+result depends neither on what else was drawn nor on how a table is cut over ranks.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS_PER_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draws for one layer."""
+
+    seed: int
+    layer_number: int
+
+    def generator(self, name: str, device: torch.device) -> torch.Generator:
+        """The generator of a name."""
+        return generator_for(device, self.seed, self.layer_number, name)
+
+    def normal_(self, tensor: Tensor, std: float, name: str) -> None:
+        """Fill from a normal distribution around 0, drawn in float32."""
+        generator = self.generator(name, tensor.device)
+        drawn = torch.randn(
+            tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32
+        )
+        tensor.copy_(drawn * std)
+
+    def uniform_(self, tensor: Tensor, name: str) -> None:
+        """Fill evenly between 0 and 1, drawn in float32."""
+        generator = self.generator(name, tensor.device)
+        drawn = torch.rand(
+            tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32
+        )
+        tensor.copy_(drawn)
+
+    def table_(
+        self, part: Tensor, rows: range, columns: range, width: int, std: float, name: str
+    ) -> None:
+        """As normal_, for these rows and columns of a table of `width` columns."""
+        normal_part(part, rows, columns, width, std, self.seed, self.layer_number, name)
+
+
+def generator_for(device: torch.device, *key: object) -> torch.Generator:
+    """A generator on `device` whose seed is a hash of the key."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def normal_part(
+    part: Tensor, rows: range, columns: range, width: int, std: float, *key: object
+) -> None:
+    """Fill `part` with these rows and columns of a table that is drawn block of rows by block.
+
+    part: (len(rows), len(columns)). width: columns of the whole table. Never more than a block of
+    whole rows is held, and every part comes out as the whole table would have it.
+    """
+    for block in range(rows.start // ROWS_PER_BLOCK, -(-rows.stop // ROWS_PER_BLOCK)):
+        start = block * ROWS_PER_BLOCK
+        drawn = torch.randn(
+            ROWS_PER_BLOCK,
+            width,
+            device=part.device,
+            dtype=torch.float32,
+            generator=generator_for(part.device, *key, block),
+        )
+        low, high = max(start, rows.start), min(start + ROWS_PER_BLOCK, rows.stop)
+        piece = drawn[low - start : high - start, columns.start : columns.stop]
+        part[low - rows.start : high - rows.start] = piece * std

@@ -1,0 +1,120 @@
+"""Whether a config describes a memory layer that can be built in a given model."""
+
+import math
+from typing import get_args
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.config import Norm, RankLayout, UltraMemConfig, flag
+from ultramem_megatron.memory.initialization import INITIALISATIONS
+from ultramem_megatron.memory.retrieval import RETRIEVALS
+from ultramem_megatron.memory.spans import check_spans
+from ultramem_megatron.memory.values import VALUES
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "retrieval": tuple(RETRIEVALS),
+    "rank_layout": get_args(RankLayout),
+    "qk_norm": get_args(Norm),
+    "values": tuple(VALUES),
+    "init": tuple(INITIALISATIONS),
+}
+"""Fields of the config that take one of a few words."""
+
+
+def validate(config: UltraMemConfig, *, hidden_size: int, num_layers: int) -> None:
+    """Raise UltraMemError, naming flag, value, what is allowed and what to change."""
+    _check_ranges(config)
+    check_spans(config.spans, num_layers)
+    _check_expansion(config.value_expansion)
+    _check_heads(config)
+    RETRIEVALS[config.retrieval].check(config)
+    _check_values(config, hidden_size)
+
+
+def _check_ranges(config: UltraMemConfig) -> None:
+    for field in ("num_keys", "key_dim", "value_dim", "topk", "heads", "tucker_rank", "cores"):
+        _require(getattr(config, field) >= 1, field, getattr(config, field), "a whole number >= 1")
+    _require(
+        config.query_conv_kernel >= 0,
+        "query_conv_kernel",
+        config.query_conv_kernel,
+        "a whole number >= 0 (0: no convolution)",
+    )
+    for field in ("aux_loss_weight", "aux_loss_margin"):
+        value = getattr(config, field)
+        _require(math.isfinite(value) and value >= 0, field, value, "a finite number >= 0")
+    _require(
+        math.isfinite(config.value_lr_mult) and config.value_lr_mult > 0,
+        "value_lr_mult",
+        config.value_lr_mult,
+        "a finite number > 0 (1: the base rate)",
+    )
+    _require(
+        0 < config.value_lr_decay <= 1,
+        "value_lr_decay",
+        config.value_lr_decay,
+        "a fraction of training, > 0 and <= 1",
+    )
+    for field, allowed in CHOICES.items():
+        _require(
+            getattr(config, field) in allowed,
+            field,
+            getattr(config, field),
+            "one of " + ", ".join(allowed),
+        )
+
+
+def _require(holds: bool, field: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise UltraMemError(f"{flag(field)} is {value}; it must be {allowed}.")
+
+
+def _check_expansion(expansion: int) -> None:
+    root = math.isqrt(max(expansion, 0))
+    if expansion < 1 or root * root != expansion:
+        below, above = max(root, 1) ** 2, (root + 1) ** 2
+        raise UltraMemError(
+            f"{flag('value_expansion')} is {expansion}; it must be a square (1, 4, 9, 16, ...), "
+            f"because each side of the key grid grows by its root. Use {below} or {above}."
+        )
+
+
+def _check_heads(config: UltraMemConfig) -> None:
+    if config.topk > config.keys_per_side:
+        raise UltraMemError(
+            f"{flag('topk')} is {config.topk}, more than the {config.keys_per_side} keys of a side "
+            f"({flag('num_keys')} {config.num_keys} x sqrt of {flag('value_expansion')} "
+            f"{config.value_expansion}). Lower top-k or raise the number of keys."
+        )
+    if config.share_query and config.heads > 1 and config.heads % 2:
+        raise UltraMemError(
+            f"{flag('heads')} is {config.heads}; with a query shared by two heads it must be 1 or "
+            f"even. Use {config.heads + 1}, or --no-ultramem-share-query."
+        )
+
+
+def _check_values(config: UltraMemConfig, hidden_size: int) -> None:
+    if config.value_dim % config.cores:
+        raise UltraMemError(
+            f"{flag('value_dim')} is {config.value_dim}, not divisible by {flag('cores')} "
+            f"{config.cores}: each core scores an equal slice of a value. Use a multiple of "
+            f"{config.cores}."
+        )
+    if not config.value_projection and config.value_expansion != 1:
+        raise UltraMemError(
+            f"{flag('value_expansion')} is {config.value_expansion}; without the value projection "
+            f"it must be 1, because the projection is what expands the values. Drop "
+            f"--no-ultramem-value-projection or use {flag('value_expansion')} 1."
+        )
+    if not config.value_projection and config.value_dim != hidden_size:
+        raise UltraMemError(
+            f"{flag('value_dim')} is {config.value_dim}; without the value projection it must be "
+            f"the hidden size ({hidden_size}). Drop --no-ultramem-value-projection or use "
+            f"{flag('value_dim')} {hidden_size}."
+        )
+    virtual = config.value_expansion * config.num_values
+    if virtual >= 2**31:
+        raise UltraMemError(
+            f"{flag('num_keys')} {config.num_keys} with {flag('value_expansion')} "
+            f"{config.value_expansion} gives {virtual} virtual values; addresses are 32-bit, so at "
+            f"most {2**31 - 1} are possible in one layer. Use fewer keys, or more spans."
+        )

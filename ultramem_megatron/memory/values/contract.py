@@ -1,0 +1,52 @@
+"""What every kind of values offers a memory layer, and how it is listed.
+
+T tokens, D hidden, P picks per token, C cores, E expansion groups, V value dim, N values.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ultramem_megatron.communication.pausing import Pausing
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.initialization.draws import Draw
+from ultramem_megatron.memory.initialization.scales import Scales
+
+
+class Values(Protocol):
+    """A module with one or several value tables (`ValueTable`), cut over the same ranks."""
+
+    weight: Tensor
+    """(This rank's part of) the values themselves, N x V."""
+
+    @property
+    def pauses(self) -> int:
+        """How often a read pauses for other ranks."""
+        ...
+
+    def __call__(self, addresses: Tensor, scores: Tensor, x: Tensor) -> Pausing:
+        """(T, E, V) for shuffled virtual addresses (T, P), scores (T, P, C), inputs (..., D)."""
+        ...
+
+    def reset(self, draw: Draw, scales: Scales) -> None:
+        """Initial values."""
+        ...
+
+
+@dataclass(frozen=True)
+class ValuesKind:
+    """One kind of values in the list.
+
+    name, about: the flag's value and a line of help. build: of a config, the name of a partition
+    and the group of ranks (None: this one). reference: the plain form, of rows, groups (T, P) and
+    scores (T, P, C), inputs (T, D), the layer's state dict and the config, to (T, E, V).
+    """
+
+    name: str
+    about: str
+    build: Callable[[UltraMemConfig, str, Any], Any]
+    reference: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Mapping[str, Tensor], UltraMemConfig], Tensor
+    ]

@@ -1,0 +1,51 @@
+"""Values pooled by their scores: the paper's (eq. 3, 15 and 17)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ultramem_megatron.communication.pausing import Pausing
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.initialization.draws import Draw
+from ultramem_megatron.memory.initialization.scales import Scales
+from ultramem_megatron.memory.tables.value_table import ValueTable
+from ultramem_megatron.memory.values.contract import ValuesKind
+
+
+class PooledValues(ValueTable):
+    """Sums of scores times values, one for each expansion group."""
+
+    def forward(self, addresses: Tensor, scores: Tensor, x: Tensor) -> Pausing:
+        """See Values; x is not looked at."""
+        return self.read(addresses, scores)
+
+    def reset(self, draw: Draw, scales: Scales) -> None:
+        """Initial values."""
+        self.draw(draw, scales.values, "values")
+
+
+def _reference(
+    rows: Tensor,
+    groups: Tensor,
+    scores: Tensor,
+    _x: Tensor,
+    state: Mapping[str, Tensor],
+    config: UltraMemConfig,
+) -> Tensor:
+    # eq. 17: slice i of a value is weighted by the score of core i.
+    weights = scores.repeat_interleave(config.value_dim // config.cores, dim=2)
+    weighted = state["values.weight"][rows] * weights
+    pooled = []
+    for group in range(config.value_expansion):  # eq. 15: pool per group, project later
+        in_group = (groups == group).unsqueeze(-1)
+        pooled.append((weighted * in_group).sum(1))
+    return torch.stack(pooled, dim=1)
+
+
+KIND = ValuesKind(
+    name="pooled",
+    about="scores times values, summed",
+    build=PooledValues,
+    reference=_reference,
+)
