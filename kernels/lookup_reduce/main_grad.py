@@ -20,7 +20,7 @@ SPARSE = "ultramem_sparse_gradient"
 
 def main_grad_of(table: Tensor) -> Tensor | None:
     """The buffer that backward adds this table's gradient to, None if it has none."""
-    main_grad = getattr(table, "main_grad", None) if table.is_leaf else None
+    main_grad = getattr(table, "main_grad", None)
     return main_grad if isinstance(main_grad, Tensor) else None
 
 

@@ -16,7 +16,9 @@ def _by_sorting(values, topk):
 )
 def test_it_equals_a_stable_sort_whatever_the_ties(columns, topk):
     distinct = torch.randn(6, columns)
-    for values in (distinct, distinct.mul(2).round(), distinct.clamp(max=1), distinct * 0):
+    negative = -1 - distinct.abs()  # nothing that rows are filled up with may be larger
+    tied = distinct.mul(2).round(), distinct.clamp(max=1), distinct * 0
+    for values in (distinct, negative, *tied):
         assert torch.equal(largest(values, topk), _by_sorting(values, topk))
     assert largest(distinct[:0], topk).shape == (0, topk)
     assert torch.equal(

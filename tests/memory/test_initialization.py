@@ -72,6 +72,28 @@ def test_official_initialisation_is_the_authors():
     assert layer.retrieval.cores.weight.max() <= 1
 
 
+def test_paper_initialisation_is_that_of_appendix_a():
+    layer = _layer(num_layers=8, heads=2, topk=9, value_expansion=4, cores=2)
+    stds = {
+        layer.query.proj.weight: 64**-0.5,
+        layer.retrieval.keys.weight: 32**-0.5,
+        layer.retrieval.cores.weight: 2**-0.5,
+        layer.values.weight: (4 / (2 * 9 * 2 * 8)) ** 0.5,
+        layer.value_proj.weight: (4 * 32) ** -0.5,
+    }
+    for weight, std in stds.items():
+        # A standard deviation of n numbers is off by std / sqrt(2 n), and rarely by four times it.
+        assert weight.std().item() == pytest.approx(std, rel=4 * (2 * weight.numel()) ** -0.5)
+    assert layer.retrieval.keys.norm.weight.unique().tolist() == pytest.approx([32**-0.5])
+
+
+def test_under_a_softmax_queries_are_left_as_they_are():
+    """Its weights add up to one, whatever the scale of the scores."""
+    assert _layer(softmax=True).query.norm.weight.unique().tolist() == [1]
+    (gain,) = _layer().query.norm.weight.unique().tolist()
+    assert gain != 1
+
+
 def test_summed_cores_have_unit_variance():
     layer = _layer(tucker_rank=8, cores=4, heads=8)
     assert layer.retrieval.cores.total().std().item() == pytest.approx(1, rel=0.15)

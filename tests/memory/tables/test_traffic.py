@@ -1,5 +1,7 @@
 """The cost model: the paper's figures, its own consistency, and the choice."""
 
+from dataclasses import replace
+
 import pytest
 
 from ultramem_megatron.memory.tables import dimension_wise, number_wise
@@ -7,6 +9,7 @@ from ultramem_megatron.memory.tables.number_wise import pools_at_owner
 from ultramem_megatron.memory.tables.partitions import choose
 from ultramem_megatron.memory.tables.traffic import (
     Exchange,
+    Volume,
     distinct,
     paper_crossover,
     seconds_per_token,
@@ -32,6 +35,32 @@ def test_volumes_are_the_papers_where_values_are_not_expanded():
     assert dimension_wise.volume(x).forward == pytest.approx(6 * 84 * 15 + 2 * 1024 * 15 / 16)
     rows = 4 * 84 * 15 / 16 + 2 * 84 * 1024 * 15 / 16
     assert number_wise.volume_of_rows(x).forward == pytest.approx(rows)
+
+
+def test_scores_move_for_every_core_whose_columns_a_rank_holds():
+    x = Exchange(size=4, picks=10, value_dim=64, expansion=9, cores=8, number_bytes=2)
+    addresses, pooled = 4 * 10 * 3, 2 * 9 * 64 * 3 / 4
+    scores = 2 * 2 * 10 * 3  # of two of the eight cores
+    assert dimension_wise.volume(x) == (addresses + scores + pooled, scores + pooled)
+    few = replace(x, cores=2)  # fewer than ranks: each holds a part of one
+    assert dimension_wise.volume(few) == (addresses + scores / 2 + pooled, scores / 2 + pooled)
+
+
+def test_sums_move_once_for_each_owner_and_group_that_is_asked():
+    x = Exchange(size=4, picks=10, value_dim=64, expansion=9, cores=8, number_bytes=2)
+    addresses, scores = 2 * 4 * 10 * 3 / 4, 2 * 8 * 10 * 3 / 4
+    sums = 2 * 64 * distinct(4 * 9, 10) * 3 / 4
+    assert number_wise.volume_of_sums(x) == (addresses + scores + sums, scores + sums)
+
+
+def test_seconds_are_those_of_the_node_and_of_the_network():
+    x = Exchange(
+        size=16, picks=1, value_dim=1, ranks_per_node=4, node_bandwidth=300, network_bandwidth=12
+    )
+    # Of 15 others 3 are in the node.
+    assert seconds_per_token(Volume(1000, 500), x) == pytest.approx(300 / 300 + 1200 / 12)
+    inside = replace(x, ranks_per_node=64)
+    assert seconds_per_token(Volume(1000, 500), inside) == pytest.approx(1500 / 300)
 
 
 def test_nothing_moves_on_one_rank():
