@@ -26,7 +26,8 @@ def test_paths_of_a_listing():
 
 
 def _tree() -> list[str]:
-    return _paths_of((ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1][4:])
+    section = (ROOT / "README.md").read_text().split("## The tree")[1]
+    return _paths_of(section.split("```text\n")[1].split("```")[0])
 
 
 def test_folders_of_code_stand_in_the_tree_and_the_tree_is_true():
