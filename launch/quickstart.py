@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -25,10 +24,11 @@ from typing import Any
 
 from launch import recipe, report, stage
 from ultramem_megatron.data import prepare
+from ultramem_megatron.data.own_folder import entries, remove
 from ultramem_megatron.errors import UltraMemError
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = "settings.json"  # marks a folder as ours, and says what its checkpoints belong to
+SETTINGS = "settings.json"  # what the checkpoints belong to, and the files that stages have made
 PRODUCTS = ("checkpoints", "tensorboard", "logs", "loss.png", "sample.txt", "summary.json")
 STDLIB_PROMPT = "import os\n\ndef "
 PROMPT_TOKENS = 12  # of the validation text, where the text is the user's own
@@ -43,6 +43,7 @@ class Run:
     folder: Path
     ranks: int
     seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
+    settings: dict[str, Any] = field(default_factory=dict)  # of settings.json, once it is ours
 
     @property
     def checkpoints(self) -> Path:
@@ -51,10 +52,17 @@ class Run:
 
     @contextmanager
     def stage(self, name: str, announcement: str) -> Iterator[None]:
-        """Announces a stage and takes its time."""
+        """Announces a stage, takes its time and lists the files that it made."""
         print(f"== {announcement}", flush=True)
         started = time.monotonic()
-        yield
+        before = entries(self.folder, PRODUCTS)
+        try:
+            yield
+        finally:
+            if self.settings:
+                made = entries(self.folder, PRODUCTS) - before
+                self.settings["made"] = sorted({*self.settings["made"], *made})
+                report.write_json(self.settings, self.folder / SETTINGS)
         self.seconds[name] = round(time.monotonic() - started, 1)
 
 
@@ -144,14 +152,15 @@ def open_folder(run: Run) -> Iterator[None]:
     """Makes the run folder, refusing one that is not ours or in use by another quickstart."""
     folder = run.folder
     if folder.is_dir():
-        foreign = {item.name for item in folder.iterdir()} & {*PRODUCTS, "data", "data_index"}
+        own = {*PRODUCTS, SETTINGS, "data", "data_index"}
+        foreign = {item.name for item in folder.iterdir()} & own
         if foreign and not (folder / ".quickstart").exists():
             raise UltraMemError(
                 f"--output {folder}: has {', '.join(sorted(foreign))}, but not from a quickstart. "
                 "Give a new or an empty folder."
             )
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".quickstart").open("w") as lock:
+    with (folder / ".quickstart").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -166,32 +175,51 @@ def start_afresh_or_continue(run: Run, data: prepare.Prepared) -> None:
     """Removes an earlier run's products, or makes sure that they fit the run to be continued.
 
     Raises:
-        UltraMemError: --continue, and there is nothing to continue or it had other settings.
+        UltraMemError: --continue, and there is nothing to continue or it had other settings; or
+            there are files in the way that no stage of an earlier run has made.
     """
     settings = json.loads(json.dumps({**asdict(run.recipe), "ranks": run.ranks, "data": data.key}))
-    file = run.folder / SETTINGS
+    earlier = read_settings(run.folder / SETTINGS)
     if not run.args.finish:
-        for name in (*PRODUCTS, SETTINGS):
-            remove(run.folder / name)
-        report.write_json(settings, file)
+        remove_products(run.folder, earlier["made"])
+        run.settings = {**settings, "made": []}
+        report.write_json(run.settings, run.folder / SETTINGS)
         return
-    if not file.exists():
+    if earlier.keys() == {"made"}:
         raise UltraMemError(f"--continue: no run in {run.folder}. Leave out --continue.")
-    earlier = json.loads(file.read_text(encoding="utf-8"))
     if differing := sorted(name for name in settings if settings[name] != earlier.get(name)):
         raise UltraMemError(
             f"--continue: the run in {run.folder} had another {', '.join(differing)} "
             f"({'; '.join(f'{n}: {earlier.get(n)} then, {settings[n]} now' for n in differing)}). "
             "Give the same options as then, or leave out --continue to train afresh."
         )
+    run.settings = earlier
 
 
-def remove(path: Path) -> None:
-    """Removes a file or folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def read_settings(file: Path) -> dict[str, Any]:
+    """What an earlier run has written; no more than an empty list of files where there was none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {"made": []}
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UltraMemError(f"{file}: is not a quickstart's. Move it away.")
+    return {"made": [], **content}
+
+
+def remove_products(folder: Path, made: Sequence[str]) -> None:
+    """Removes what stages of an earlier run have made; refuses to start beside anything else."""
+    found = entries(folder, PRODUCTS)
+    if others := sorted(found - set(made)):
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UltraMemError(
+            f"--output {folder}: {others[0]}{more} is in the way, and in no list of what an "
+            "earlier run made: that run was killed, or it is yours. Finish the run with "
+            "--continue, move the files away, or give another folder."
+        )
+    remove(folder, found)
 
 
 def train(run: Run, name: str, after: int, upto: int) -> None:
@@ -327,5 +355,6 @@ def describe(run: Run, summary: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     # Ended from outside as by Ctrl-C: the ranks must end too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for end in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(end, signal.default_int_handler)
     sys.exit(main())

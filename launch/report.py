@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ultramem_megatron.data.own_folder import write_whole
 from ultramem_megatron.tools.pictures import picture
 
 LOSS, VALIDATION_LOSS = "lm loss", "lm loss validation"  # Megatron's tags
@@ -121,6 +122,4 @@ def plot(curves: Curves, unigram_entropy: float, resume_at: int, file: Path) -> 
 
 def write_json(content: Mapping[str, Any], file: Path) -> None:
     """Writes JSON for people and programs, whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

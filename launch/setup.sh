@@ -51,7 +51,8 @@ MESSAGE
     : >"$unfinished"
     # PIP_USER and PYTHONHOME would send packages, or Python itself, elsewhere.
     if ! (cd "$root" && env -u PYTHONHOME -u PYTHONPATH PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 \
-        "$venv/bin/python" -m pip install --editable ".[dev]"); then
+        "$venv/bin/python" -m pip install --requirement requirements.txt \
+        --editable ".[dev]"); then
         cat >&2 <<MESSAGE
 error: pip could not install the packages; its message is above. Most often:
   no network, or a mirror is needed:   export PIP_INDEX_URL=https://your.mirror/simple

@@ -28,6 +28,7 @@ PATCH_MODULES = (
     "cpu.jit_warmup",
     "defects.dataset_helpers",
     "defects.help_text",
+    "defects.dataset_cache",
     # What memory layers need.
     "doors.optimizer_config",
     "doors.optimizer_built",

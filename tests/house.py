@@ -41,6 +41,7 @@ class File(NamedTuple):
     """First words of all other imports: `torch`, `megatron`, `json`."""
 
 
+@cache
 def _modules() -> dict[str, Path]:
     """Dotted name -> file; `kernels/` and `patches/` lie in the package, as pyproject.toml says."""
     found = {}
@@ -51,6 +52,12 @@ def _modules() -> dict[str, Path]:
                 parts = (PACKAGE, *parts)
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
+
+
+def file_of(module: str) -> str | None:
+    """The file of a dotted name, as a path from the root; None: it is no module of ours."""
+    path = _modules().get(module)
+    return None if path is None else str(path.relative_to(ROOT))
 
 
 def named(source: str, module: str, is_package: bool = False) -> list[str]:

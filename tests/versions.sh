@@ -23,8 +23,8 @@ tiny=(
     --ultramem-spans 1:2 --ultramem-num-keys 12 --ultramem-topk 6
 )
 features=(
-    "layer, retrieval, golden values|-m pytest tests/memory/test_layer.py tests/retrieval tests/memory/test_official_v1.py"
-    "tables over ranks|-m pytest tests/partition"
+    "layer, retrieval, golden values|-m pytest tests/memory/test_layer.py tests/memory/retrieval tests/memory/test_official_v1.py"
+    "tables over ranks|-m pytest tests/memory/tables"
     "a loop of your own: DP, TP, tables, checkpoints|-m pytest tests/launch/test_own_loop.py"
     "\`ultramem train\`|-m ultramem_megatron train ${tiny[*]}"
     "\`ultramem plan\`|-m ultramem_megatron plan ${tiny[*]}"

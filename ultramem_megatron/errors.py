@@ -2,14 +2,32 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
 REFUSAL_FILE = "ULTRAMEM_REFUSAL"
 """Environment: where a launched rank leaves its message, so that nothing starts it again."""
+
+
+_SECONDS_TO_END_IN = 30
+"""launch/torchrun.sh looks for that file every second, and ends torchrun and its ranks."""
+
+_EXTRAS = {
+    "tokenizers": "train",
+    "transformers": "train",
+    "tensorboard": "train",
+    "omegaconf": "train",
+    "matplotlib": "plots",
+    "safetensors": "export",
+    "pyarrow": "data",
+    "lm_eval": "eval",
+}
+"""Package -> the extra of pyproject.toml that brings it."""
 
 
 class UltraMemError(ValueError):
@@ -20,14 +38,21 @@ class UltraMemError(ValueError):
 def exit_on_user_error() -> Iterator[None]:
     """End the process with status 2 and the message of an UltraMemError, shown once, on rank 0.
 
-    So it does where a supported, but older Megatron lacks what a command imports.
+    So it does where a supported, but older Megatron lacks what a command imports, or an extra of
+    this package is not installed.
     """
     try:
         yield
     except UltraMemError as error:
         _refuse(str(error))
     except ImportError as error:
-        if not (error.name or "").startswith("megatron.") or not _has_older_megatron():
+        package = (error.name or "").partition(".")[0]
+        if package in _EXTRAS and find_spec(package) is None:
+            _refuse(
+                f"this command needs {package}, which is not installed. Run pip install "
+                f'"ultramem-megatron[{_EXTRAS[package]}]".'
+            )
+        if package != "megatron" or not _has_older_megatron():
             raise
         _refuse(
             f"this command needs megatron-core 0.19, {version('megatron-core')} is installed. With "
@@ -46,4 +71,5 @@ def _refuse(message: str) -> NoReturn:
     if told:
         with suppress(OSError):  # the exit status says it too
             Path(told).write_text(f"error: {message}\n")
+            time.sleep(_SECONDS_TO_END_IN)  # at an exit torchrun would start all ranks again
     sys.exit(2)

@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ultramem_megatron.data.own_folder import write_whole
+from ultramem_megatron.errors import UltraMemError
+
 BATCH = 64
 DEFINITIONS = 1000  # of the corpus's; every k-th is taken
 
@@ -18,10 +21,13 @@ def write_dictionary(definitions: Path, folder: Path) -> None:
     """Writes evenly chosen lines of definitions.tsv as text to train on, `headword: definition`."""
     lines = definitions.read_text(encoding="utf-8").splitlines()
     chosen = lines[:: max(1, len(lines) // DEFINITIONS)][:DEFINITIONS]
+    file = folder / "dictionary.txt"
     folder.mkdir(parents=True, exist_ok=True)
     # Each begins with a line break, so that the first of a piece looks like all others.
     text = "".join("\n" + line.replace("\t", ": ", 1) for line in chosen) + "\n"
-    (folder / "dictionary.txt").write_text(text, encoding="utf-8")
+    if file.exists() and file.read_text(encoding="utf-8", errors="replace") != text:
+        raise UltraMemError(f"{file}: is not what is written there. Move it away.")
+    write_whole(file, text)
 
 
 def measure(run: Path, data: Path) -> dict[str, float]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,13 +89,13 @@ def train(
     Raises:
         StageError: the training failed; the message holds the last lines of its log.
     """
-    folder = runs / training.key()
-    result = folder / RESULT
+    result = runs / training.key() / RESULT
     if result.exists():
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return found
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    result.parent.mkdir(parents=True, exist_ok=True)
+    # New: what an interrupted attempt left, or anybody else, stays beside it.
+    folder = Path(tempfile.mkdtemp(prefix="attempt-", dir=result.parent))
     started = time.monotonic()
     name = f"{training.model.name}, seed {training.seed}"
     in_process(name, folder / "train.log", _train, training.arguments(folder))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MoE twin of the 680M models: 33 experts over 3 ranks, so multiples of 3 GPUs (24 by default).
 set -euo pipefail
-: "${GPUS:=24}"
+PLAN_GPUS=24
 PRESET=moe-680m-2in33
 LAYOUT=(
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather

@@ -4,7 +4,7 @@
 #   DATA=prefix       Megatron's indexed data set (DATA.bin, DATA.idx), and
 #   TOKENIZER=folder  of a Hugging Face tokenizer; with neither: random mock data
 #   RUN=runs/PRESET   checkpoints, TensorBoard
-#   GPUS=8            that the printed plan is for; default: NNODES x NPROC where NPROC is given
+#   GPUS              that the printed plan is for; default: NNODES x NPROC, or what the recipe says
 # and the settings of launch/torchrun.sh. Later flags override: --wandb-project NAME logs there too.
 # shellcheck shell=bash
 set -euo pipefail
@@ -36,7 +36,7 @@ if [[ -z ${GPUS:-} && -n ${NPROC:-} ]]; then
     most=${NNODES:-1}
     GPUS=$((${most#*:} * NPROC))
 fi
-require_number GPUS "${GPUS:=8}" 1
+require_number GPUS "${GPUS:=${PLAN_GPUS:-8}}" 1
 
 preset=$("$python" -m ultramem_megatron presets "$PRESET" --model --training)
 read -ra preset <<<"$preset"

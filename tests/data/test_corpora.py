@@ -81,6 +81,26 @@ def test_fetch_unpacks_once(root: Path, tmp_path: Path, monkeypatch: pytest.Monk
         corpora.fetch(out)  # the folder is of an unknown edition
 
 
+def test_nothing_of_others_is_replaced(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpora, "_unpacked", lambda _: root)
+    out = tmp_path / "out"
+    for name in ("packages/thesis.tex", "text/gcide.txt", "definitions.tsv"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    with pytest.raises(UltraMemError, match="out: was not made by this command"):
+        corpora.fetch(out, any_edition=True)
+    assert all(file.read_text() == "mine" for file in out.rglob("*") if file.is_file())
+    corpora.fetch(tmp_path / "ours", any_edition=True)
+    (tmp_path / "ours" / "packages").mkdir()
+    (tmp_path / "ours" / "packages" / "thesis.tex").write_text("mine")
+    (tmp_path / "ours" / "definitions.tsv").write_text("cut short")
+    corpora.fetch(tmp_path / "ours", any_edition=True)
+    assert (tmp_path / "ours" / "packages" / "thesis.tex").read_text() == "mine"
+    assert (tmp_path / "ours" / "definitions.tsv").read_text() != "cut short"
+
+
 @pytest.mark.parametrize(
     ("tools", "message"),
     [

@@ -2,15 +2,21 @@
 
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from ultramem_megatron.data import indexed, prepare, tokenizer
+from ultramem_megatron.data import encode, indexed, prepare, tokenizer
 from ultramem_megatron.errors import UltraMemError
 
 VOCAB_SIZE = 400
@@ -89,7 +95,7 @@ def test_entropy_of_known_distributions() -> None:
 
 def test_same_text_gives_the_same_bytes(source: Path, output: Path, tmp_path: Path) -> None:
     prepare.prepare(source, tmp_path / "again", VOCAB_SIZE)
-    for name in prepare._sizes(output):
+    for name in json.loads((output / prepare.MANIFEST).read_text())["sizes"]:
         assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes(), name
 
 
@@ -103,7 +109,7 @@ def test_second_preparation_does_nothing(
     assert prepare.prepare(source, output, VOCAB_SIZE) == prepare.load(output)
 
 
-@pytest.mark.parametrize("change", ["vocabulary", "text", "truncated", "deleted", "manifest"])
+@pytest.mark.parametrize("change", ["vocabulary", "text", "truncated", "deleted"])
 def test_whatever_changed_is_prepared_again(
     source: Path, output: Path, tmp_path: Path, change: str
 ) -> None:
@@ -116,13 +122,11 @@ def test_whatever_changed_is_prepared_again(
         file.write_text(SENTENCES.replace("699th", "799th"), encoding="utf-8")
     elif change == "truncated":
         (folder / "train.bin").write_bytes((output / "train.bin").read_bytes()[:-2])
-    elif change == "deleted":
-        (folder / "tokenizer" / "tokenizer.json").unlink()
     else:
-        (folder / prepare.MANIFEST).write_text('{"key": "half')
-    before = (folder / prepare.MANIFEST).stat().st_ino
+        (folder / "tokenizer" / "tokenizer.json").unlink()
+    before = (folder / prepare.MANIFEST).stat().st_mtime_ns
     prepared = prepare.prepare(file, folder, vocab_size)
-    assert (folder / prepare.MANIFEST).stat().st_ino != before
+    assert (folder / prepare.MANIFEST).stat().st_mtime_ns != before
     assert prepare.load(folder) == prepared
 
 
@@ -138,7 +142,7 @@ def test_interrupted_preparation_leaves_the_old_one_and_is_redone(
             prepare.prepare(source, folder, VOCAB_SIZE + 1)
     assert prepare.load(folder) == before
     assert prepare.prepare(source, folder, VOCAB_SIZE + 1).vocab_size == VOCAB_SIZE + 1
-    assert not (tmp_path / ".data.partial").exists()
+    assert not list(folder.glob(".unfinished-*"))
 
 
 def test_folder_of_someone_else_is_not_replaced(source: Path, tmp_path: Path) -> None:
@@ -152,7 +156,12 @@ def test_folder_of_someone_else_is_not_replaced(source: Path, tmp_path: Path) ->
     ("arguments", "message"),
     [
         ({"vocab_size": 257}, "--vocab-size 257: must be at least 258"),
+        ({"vocab_size": 99999999999}, "--vocab-size 99999999999: must be at least 258"),
+        ({"vocab_size": -5}, "--vocab-size -5: must be at least 258"),
         ({"text": "nowhere"}, "--text nowhere: no such file or folder"),
+        ({"rest": ["--workers", "0"]}, "--workers 0: must be at least 1"),
+        ({"output": "caf\udce9"}, "--output caf\\xe9: the name is not UTF-8"),
+        ({"rest": ["--json-key", "text"]}, "text.txt, line 1 is not JSON in UTF-8"),
     ],
 )
 def test_command_line_reports_bad_input_in_one_line(
@@ -162,14 +171,95 @@ def test_command_line_reports_bad_input_in_one_line(
     arguments: dict[str, object],
     message: str,
 ) -> None:
-    given = SimpleNamespace(**{"text": source, "vocab_size": VOCAB_SIZE, **arguments})
+    defaults = {"text": source, "vocab_size": VOCAB_SIZE, "output": tmp_path / "x", "rest": []}
+    given = SimpleNamespace(**{**defaults, **arguments})
     status = prepare.main(
-        f"--text {given.text} --output {tmp_path / 'x'} --vocab-size {given.vocab_size}".split()
-    )
+        ["--text", str(given.text), "--output", str(given.output), "--vocab-size",
+         str(given.vocab_size), *given.rest]
+    )  # fmt: skip
     error = capsys.readouterr().err
     assert status == 2
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_any_number_of_processes_gives_the_same_bytes(
+    source: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "WORTH", 1000)
+    monkeypatch.setattr(encode, "BATCH", 2000)  # several for each process
+    prepare.prepare(source, tmp_path / "data", VOCAB_SIZE, workers=3)
+    for name in json.loads((output / prepare.MANIFEST).read_text())["sizes"]:
+        assert (tmp_path / "data" / name).read_bytes() == (output / name).read_bytes(), name
+
+
+def test_a_killed_process_is_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "WORTH", 1000)
+    monkeypatch.setattr(encode, "BATCH", 2000)
+    in_order = encode._in_order
+
+    def kill_one(pool, *rest):
+        batches = in_order(pool, *rest)
+        yield next(batches)
+        os.kill(next(iter(pool._processes)), signal.SIGKILL)
+        yield from batches
+
+    monkeypatch.setattr(encode, "_in_order", kill_one)
+    with pytest.raises(UltraMemError, match=r"one of 2 processes .* Give fewer --workers"):
+        prepare.prepare(source, tmp_path / "data", VOCAB_SIZE, workers=2)
+    assert [item.name for item in (tmp_path / "data").iterdir()] == [".data.lock"]
+
+
+def test_killed_from_outside_no_process_stays_and_the_next_call_goes_through(
+    tmp_path: Path,
+) -> None:
+    text, folder = tmp_path / "text.txt", tmp_path / "data"
+    text.write_text("".join(f"{i * i} words in line {i}, {i % 97}.\n" for i in range(330_000)))
+    command = [sys.executable, "-m", "ultramem_megatron", "data", "prepare", "--workers", "2"]
+    command += ["--vocab-size", "300", "--text", str(text), "--output", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while "documents to train.bin ..." not in process.stdout.readline():
+            assert process.poll() is None
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_for(lambda: len(children.read_text().split()) >= 3)  # two, and the resource tracker
+        workers = children.read_text().split()
+        process.kill()
+    wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    assert prepare.load(folder) is None
+    text.write_text(SENTENCES)
+    assert prepare.prepare(text, folder, VOCAB_SIZE).text_bytes == len(SENTENCES.encode())
+    assert not list(folder.glob(".unfinished-*"))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_memory_stays_small_whatever_the_size(tmp_path: Path) -> None:
+    """A corpus of 100 MB; what is held of it is less."""
+    text = tmp_path / "text.txt"
+    line = "".join(f"{i * i} words in line {i}, {i % 97}.\n" for i in range(20_000))
+    text.write_text(line * (100_000_000 // len(line)))
+    script = (
+        "import resource; from pathlib import Path\n"
+        "from ultramem_megatron.data import spool, collect\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"before = peak(); file = open({str(tmp_path / 'spool')!r}, 'w+b')\n"
+        "spooled = spool.Spool(file)\n"
+        f"collect.collect(Path({str(text)!r}), None, Path('none'), spooled); file.flush()\n"
+        "documents = spool.cut(file.fileno(), spooled, 1)\n"
+        "assert sum(len(text) for _, text in documents.texts()) > 9e7\n"
+        "print((peak() - before) / 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 60  # MB
 
 
 def test_gpt_dataset_yields_samples(output: Path, tmp_path: Path) -> None:

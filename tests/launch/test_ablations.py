@@ -1,6 +1,7 @@
 """Experiments at two steps a run: plumbing, resuming, failures, tables; recall's counting."""
 
 import csv
+import json
 import shlex
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from launch.ablations.experiments import EXPERIMENTS, ULTRAMEM_ROW
 from launch.ablations.models import sizes
 from launch.ablations.results import Results, summary
 from ultramem_megatron.data import corpora
+from ultramem_megatron.data.own_folder import sizes as file_sizes
 from ultramem_megatron.presets import PRESETS
 
 TINY = ["--seq-length", "32", "--eval-iters", "1"]
@@ -29,8 +31,12 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (text / "a.txt").write_text("".join(f"{w}: the {w[::-1]} of all things\n" for w in words))
     pairs = "".join(f"{word}\tthe {word[::-1]} of all things\n" for word in words)
     (folder / "corpora" / "definitions.tsv").write_text(pairs)
-    manifest = f'{{"format": {corpora.FORMAT}, "any_edition": false}}'
-    (folder / "corpora" / corpora.MANIFEST).write_text(manifest)
+    manifest = {
+        "format": corpora.FORMAT,
+        "any_edition": False,
+        "sizes": file_sizes(folder / "corpora"),
+    }
+    (folder / "corpora" / corpora.MANIFEST).write_text(json.dumps(manifest))
     return folder
 
 
@@ -65,10 +71,13 @@ def test_an_experiment_is_trained_once_and_drawn(
     records = sorted((output / "records").glob("*/result.json"))
     times = [record.stat().st_mtime_ns for record in records]
     records[0].unlink()  # as if that run had been interrupted
+    (records[0].parent / "notes.txt").write_text("mine")
+    left = {file for file in records[0].parent.rglob("*") if file.is_file()}
     (tmp_path / "figure10.csv").unlink()
     assert run(output, tmp_path, "figure10") == 0
     assert [r.stat().st_mtime_ns for r in records[1:]] == times[1:]
     assert records[0].exists()
+    assert all(file.exists() for file in left)
     again = lines(tmp_path / "figure10.csv")
     assert [line["valid_loss"] for line in again] == [line["valid_loss"] for line in first]
 
@@ -88,7 +97,7 @@ def test_recall_counts_reproduced_definitions(output: Path, tmp_path: Path) -> N
     for line in lines(tmp_path / "recall.csv"):
         for column in ("recall", "recall_tokens", "heldout", "heldout_tokens"):
             assert 0 <= float(line[column]) <= 1
-    assert not list(output.glob("records/*/checkpoints"))
+    assert not list(output.glob("records/*/*/checkpoints"))
 
 
 def test_counting_of_likeliest_tokens() -> None:

@@ -155,16 +155,42 @@ def test_next_call_starts_afresh_but_keeps_the_data(
     flags = ("--tiny", "--text", text, "--output", folder)
     assert stopped(*flags) == 130
     assert "--continue" in capsys.readouterr().err
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "old").touch()
-    (folder / "summary.json").touch()
-    (folder / "notes.txt").touch()  # not ours
+    (folder / "checkpoints" / "iter_1").mkdir(parents=True)
+    made = ("checkpoints/iter_1/old", "summary.json")
+    for name in (*made, "notes.txt"):  # the last is not ours
+        (folder / name).touch()
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({**settings, "made": made}))
     manifest = (folder / "data" / "data.json").stat().st_ino
     assert stopped(*flags, "--steps", 9) == 130
     assert {item.name for item in folder.iterdir()} == {
-        *("data", ".data.lock", ".quickstart", "settings.json", "notes.txt")
+        *("data", ".quickstart", "settings.json", "notes.txt")
     }
     assert (folder / "data" / "data.json").stat().st_ino == manifest
+
+
+@pytest.mark.parametrize("name", ["checkpoints/mine.pt", "logs/a/b", "loss.png", "tensorboard"])
+def test_what_no_stage_has_made_is_left_alone(
+    stopped: Callable[..., int],
+    text: Path,
+    tmp_path: Path,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ("--tiny", "--text", text, "--output", tmp_path / "run")
+    assert stopped(*flags) == 130
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    if name == "tensorboard":
+        (tmp_path / "disk").mkdir()
+        mine.symlink_to(tmp_path / "disk")
+    else:
+        mine.write_text("mine")
+    assert stopped(*flags, "--continue") == 130  # nor does a stage that ends make it ours
+    capsys.readouterr()
+    assert stopped(*flags) == 1
+    assert f"run: {name} is in the way" in capsys.readouterr().err
+    assert os.path.lexists(mine)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +202,7 @@ def test_next_call_starts_afresh_but_keeps_the_data(
         (["--continue"], "--continue: no run in"),
         (["--output", "used"], "used: another quickstart is at work there"),
         (["--output", "foreign"], "foreign: has logs, but not from a quickstart"),
+        (["--output", "settings"], "settings: has settings.json, but not from a quickstart"),
     ],
 )
 def test_wrong_calls_end_before_training(
@@ -190,6 +217,8 @@ def test_wrong_calls_end_before_training(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "foreign" / "logs").mkdir(parents=True)
     (tmp_path / "used").mkdir()
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "settings.json").write_text('{"users": 1}')
     with (tmp_path / "used" / ".quickstart").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         status = stopped("--tiny", "--text", text, "--output", "run", *arguments)

@@ -14,11 +14,15 @@ from tests.ranks import run_on_ranks
 from tests.training_runs import run_pretrain
 from ultramem_megatron.data.prepare import prepare
 from ultramem_megatron.presets import find_preset
-from ultramem_megatron.presets.__main__ import flags as preset_flags
+from ultramem_megatron.presets.flags import flags as preset_flags
 
 RECIPES = sorted(p for p in (ROOT / "launch/recipes").glob("*.sh") if p.stem != "run")
 _QUICK = ("ultramem-151m-x12", "moe-1.6b-2in34")
-_GPUS = 8
+
+
+def _gpus(name: str) -> int:
+    """That a recipe's layout fits on."""
+    return 24 if name == "moe-680m-2in33" else 8
 
 
 def _run(name, *more, **settings):
@@ -34,15 +38,15 @@ def _run(name, *more, **settings):
 
 def _dry_run(name: str, *more: str) -> tuple[str, list[str]]:
     """What a recipe prints: its plan, and its command as words."""
-    done = _run(name, "--dry-run", *more, NPROC=str(_GPUS))
+    done = _run(name, "--dry-run", *more, NPROC=str(_gpus(name)))
     assert done.returncode == 0, done.stderr
     plan, command = done.stdout.rstrip("\n").rsplit("\n", 1)
     return plan, shlex.split(command)
 
 
-def _parsed(flags: list[str]) -> dict[str, object]:
-    """Megatron's flags as it reads and checks them for eight GPUs."""
-    os.environ["WORLD_SIZE"] = str(_GPUS)
+def _parsed(flags: list[str], gpus: int) -> dict[str, object]:
+    """Megatron's flags as it reads and checks them for so many GPUs."""
+    os.environ["WORLD_SIZE"] = str(gpus)
     from megatron.training.arguments import parse_and_validate_args
 
     from ultramem_megatron.megatron.flags import machine_flags
@@ -68,12 +72,12 @@ def test_there_is_a_recipe_for_each_model_and_its_twins():
 def test_a_recipe_prints_its_plan_and_a_command_that_parses(name, tmp_path):
     plan, command = _dry_run(name, "--log-interval", "7")
     assert re.search(r"parameters", plan), plan
-    assert f"\n{_GPUS} GPUs: " in plan
+    assert f"\n{_gpus(name)} GPUs: " in plan
     start = command.index("ultramem_megatron") + 1
     assert command[start - 2] == "-m"
-    assert command[command.index("--nproc-per-node") + 1] == str(_GPUS)
+    assert command[command.index("--nproc-per-node") + 1] == str(_gpus(name))
     flags = command[start + 1 :]
-    (args,) = run_on_ranks(1, _parsed, flags)
+    (args,) = run_on_ranks(1, _parsed, flags, _gpus(name))
     preset = find_preset(name)
     for field in ("num_layers", "hidden_size"):
         assert args[field] == preset.model[field].value

@@ -118,7 +118,9 @@ def test_makes_the_environment_once(machine: Machine) -> None:
     assert f"Making .venv with {python}" in first.stdout
     assert "3 to 10 minutes" in first.stdout
     assert [call.split()[0] for call in machine.calls] == ["venv", "pip"]
-    assert machine.calls[1] == f"pip {machine.checkout} -m pip install --editable .[dev]"
+    assert machine.calls[1] == (
+        f"pip {machine.checkout} -m pip install --requirement requirements.txt --editable .[dev]"
+    )
     started = time.monotonic()
     second = machine.setup()
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")

@@ -37,6 +37,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 def test_a_job_that_keeps_failing_is_given_up(cluster, tmp_path):
     fails = tmp_path / "fails.sh"
     fails.write_text(
+        "trap 'exit 3' TERM  # the other node's end: srun reports the largest status\n"
         'echo "node $SLURM_NODEID of $NNODES meets at $MASTER_ADDR"\nsleep 1\nexit 3\n'
     )
     output = tmp_path / "output"

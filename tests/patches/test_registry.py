@@ -231,7 +231,7 @@ def _print_table() -> str:
 
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        main()
+        main([])
     return text.getvalue()
 
 

@@ -1,29 +1,27 @@
-"""Are indexed data sets whole? Sizes and headers, compared before a model is built.
+"""Do data sets and flags belong together? Found out before a model is built.
 
-Megatron maps PREFIX.idx and PREFIX.bin into memory and trusts them: a file cut short is found when
-a batch needs what is missing, perhaps after days, and an index of other data gives other text.
+What Megatron takes on trust (a file cut short, ids of another vocabulary, validation without data)
+comes up when a batch needs it, perhaps after days, or never.
 """
 
 import os
-import struct
 from argparse import Namespace
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from ultramem_megatron.data.index_file import Index, check_tokens
 from ultramem_megatron.errors import UltraMemError
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<QBQQ")
-"""Version, code of the token type, sequences, documents; see Megatron's `indexed_dataset`."""
-_LENGTH, _POINTER = struct.Struct("<i"), struct.Struct("<q")
-_VERSION = 1
+_TRAIN, _VALID = 0, 1  # places in a split
 
 
 def check_data(args: Namespace) -> None:
     """Check every data set that Megatron's arguments name.
 
+    Every rank looks at sizes and headers, rank 0 at samples of the contents, too.
+
     Raises:
-        UltraMemError: names the file, what was found and what was expected.
+        UltraMemError: names the file or flag, what was found and what was expected.
     """
     from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -33,12 +31,16 @@ def check_data(args: Namespace) -> None:
         blend, per_split = get_blend_and_blend_per_split(args)
     except OSError as error:
         raise UltraMemError(f"{error.filename}: {error.strerror}.") from None
+    vocab_size = args.padded_vocab_size if os.environ.get("RANK", "0") == "0" else None
     for prefixes, _ in filter(None, [blend, *(per_split or ())]):
-        check_prefixes(prefixes)
+        check_prefixes(prefixes, vocab_size)
+    _check_splits(args, blend, per_split)
 
 
-def check_prefixes(prefixes: Iterable[str]) -> None:
+def check_prefixes(prefixes: Iterable[str], vocab_size: int | None = None) -> None:
     """Check PREFIX.idx and PREFIX.bin of each; those of an object store (s3://...) are left out.
+
+    vocab_size: entries of the model's vocabulary; None: contents are not looked at.
 
     Raises:
         UltraMemError: see `check_data`.
@@ -46,46 +48,55 @@ def check_prefixes(prefixes: Iterable[str]) -> None:
     for prefix in prefixes:
         if "://" in prefix:
             continue
-        index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+        if not prefix:
+            raise UltraMemError("a data path is empty. Give the path of a .bin and .idx file.")
         try:
-            expected, found = _expected_bytes(index), tokens.stat().st_size
-            os.close(os.open(tokens, os.O_RDONLY))
+            index = Index.read(prefix)
+            index.check_size()
+            if vocab_size is not None:
+                index.check_body()
+                check_tokens(index, vocab_size)
         except OSError as error:
             raise UltraMemError(
                 f"{error.filename}: {error.strerror}. A data set is given as the path of its .bin "
                 f"and .idx without the ending."
             ) from None
-        if found != expected:
+
+
+def _check_splits(args: Namespace, blend: Any, per_split: Sequence[Any] | None) -> None:
+    """Refuse training or validation that is asked for and has no documents."""
+    asked = [(_TRAIN, "training", not args.skip_train)]
+    validates = args.full_validation or args.eval_iters > 0
+    asked += [(_VALID, "validation", validates)]
+    for place, what, wanted in asked:
+        if not wanted or (blend is None and per_split is None):
+            continue
+        way_out = " or --eval-iters 0 for no validation" if place == _VALID else ""
+        if per_split is not None:
+            if per_split[place] is None:
+                flag = ("--train-data-path", "--valid-data-path")[place]
+                raise UltraMemError(f"there is no data for {what}. Give {flag}{way_out}.")
+        else:
+            _check_share(args.split, place, what, blend[0], way_out)
+
+
+def _check_share(split: str, place: int, what: str, prefixes: Sequence[str], way_out: str) -> None:
+    from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
+
+    try:
+        shares = parse_and_normalize_split(split)
+    except (AssertionError, ValueError, ZeroDivisionError):
+        raise UltraMemError(
+            f"--split {split}: must be three numbers, for training, validation and test, as 98,2,0."
+        ) from None
+    first, end = sum(shares[:place]), sum(shares[: place + 1])
+    for prefix in prefixes:
+        if "://" in prefix:
+            continue
+        documents = Index.read(prefix).documents
+        # As Megatron rounds.
+        if round(end * documents) <= round(first * documents):
             raise UltraMemError(
-                f"{tokens} has {found:,} bytes, its index {index.name} describes {expected:,}: one "
-                f"of them is cut short, or they are of different data. Copy or make both again."
+                f"--split {split}: leaves none of the {documents} documents of {prefix} for "
+                f"{what}. Give {what} a share of them{way_out}."
             )
-
-
-def _expected_bytes(index: Path) -> int:
-    """Bytes of the tokens that an index describes."""
-    from megatron.core.datasets.indexed_dataset import DType
-
-    size = index.stat().st_size
-    with index.open("rb") as file:
-        if file.read(len(_MAGIC)) != _MAGIC:
-            raise UltraMemError(f"{index} is not an index of Megatron's: it begins otherwise.")
-        header = file.read(_HEADER.size)
-        if len(header) < _HEADER.size:
-            raise UltraMemError(f"{index} is cut short: {size} bytes.")
-        version, code, sequences, documents = _HEADER.unpack(header)
-        if version != _VERSION:
-            raise UltraMemError(f"{index} has version {version}; {_VERSION} is known.")
-        if sequences == 0:
-            raise UltraMemError(f"{index} holds no documents.")
-        lengths = file.tell()
-        pointers = lengths + sequences * _LENGTH.size
-        end = pointers + (sequences + documents) * _POINTER.size
-        if size < end:
-            raise UltraMemError(f"{index} is cut short: {size:,} bytes of at least {end:,}.")
-        file.seek(pointers - _LENGTH.size)
-        (last_length,) = _LENGTH.unpack(file.read(_LENGTH.size))
-        file.seek(pointers + (sequences - 1) * _POINTER.size)
-        (last_pointer,) = _POINTER.unpack(file.read(_POINTER.size))
-    bytes_per_token = DType.size(DType.dtype_from_code(code))
-    return int(last_pointer + last_length * bytes_per_token)

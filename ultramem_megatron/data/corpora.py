@@ -3,23 +3,28 @@
     ultramem data corpora --output DIR
 
 DIR then holds `text/` (gcide.txt: Webster's dictionary of 1913 with additions; wordnet.txt: glosses
-and examples; stdlib.txt: the Python standard library) for `data.prepare --text DIR/text`, and
-`definitions.tsv` (noun TAB definition). Nothing is installed and root is not needed. Licences:
+and examples; stdlib.txt: the Python standard library) for `ultramem data prepare --text DIR/text`,
+and `definitions.tsv` (noun TAB definition). Nothing is installed and root is not needed. Licences:
 GCIDE GPL, WordNet its own permissive one; the texts are fetched and never part of this project.
 """
 
 import argparse
+import contextlib
 import gzip
 import hashlib
-import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from ultramem_megatron.data import text
+from ultramem_megatron.data.files import Found
+from ultramem_megatron.data.own_folder import OwnFolder, sizes
+from ultramem_megatron.data.progress import say
 from ultramem_megatron.errors import UltraMemError
 
 FORMAT = 1  # raise it when the same packages would be turned into other text
@@ -51,26 +56,44 @@ def fetch(output: Path, *, any_edition: bool = False) -> Path:
     Raises:
         UltraMemError: the packages cannot be fetched, or are of another edition.
     """
-    manifest = output / MANIFEST
     wanted = {"format": FORMAT, "any_edition": any_edition}
-    if manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")) == wanted:
-        return output / "text"
-    manifest.unlink(missing_ok=True)
-    root = _unpacked(output / "packages")
+    folder = OwnFolder(output, MANIFEST, wanted)
+    with folder.locked(lambda: say(f"waiting for another call that fills {output}")):
+        found = folder.read()
+        if found is not None and _is_whole(output, found, wanted):
+            return output / "text"
+        with folder.building() as built:
+            with TemporaryDirectory(dir=built) as packages:
+                _write(_unpacked(Path(packages)), built, any_edition)
+            folder.publish(built, wanted)
+    return output / "text"
+
+
+def _is_whole(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    present = found["sizes"].items() <= sizes(output).items()
+    return present and {key: found[key] for key in wanted} == wanted
+
+
+def _write(root: Path, output: Path, any_edition: bool) -> None:
+    """Turns the unpacked packages below `root` into the files of `output`."""
     if not any_edition:
         check(root)
-    (output / "text").mkdir(parents=True, exist_ok=True)
+    (output / "text").mkdir()
     glosses = list(wordnet_glosses(root))
     for name, lines in (
         ("gcide", gcide_entries(root)),
         ("wordnet", (f"{', '.join(words)}: {gloss}" for words, _, gloss in glosses)),
-        ("stdlib", iter(text.collect(None).texts)),
+        ("stdlib", _standard_library()),
     ):
         (output / "text" / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     pairs = "".join(f"{word}\t{gloss}\n" for word, gloss in noun_definitions(glosses))
     (output / "definitions.tsv").write_text(pairs, encoding="utf-8")
-    manifest.write_text(json.dumps(wanted) + "\n", encoding="utf-8")  # last: all is there
-    return output / "text"
+
+
+def _standard_library() -> Iterator[str]:
+    for file in text.standard_library(Found("")):
+        with contextlib.suppress(text.NotTextError):
+            yield "".join(text.read_text(file))
 
 
 def check(root: Path) -> None:
@@ -86,7 +109,7 @@ def check(root: Path) -> None:
 
 
 def _unpacked(folder: Path) -> Path:
-    """Downloads the packages (apt checks their signatures) and unpacks them below `folder`."""
+    """Downloads the packages (apt checks their signatures) and unpacks them in `folder`."""
     missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
     if missing:
         raise UltraMemError(
@@ -94,8 +117,6 @@ def _unpacked(folder: Path) -> Path:
             "archive. Fetch on such a machine and copy the output folder, or train on text of "
             "your own."
         )
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     _call(["apt-get", "download", "-q", *PACKAGES], folder)
     for package in sorted(folder.glob("*.deb")):
         _call(["dpkg-deb", "-x", package.name, "root"], folder)

@@ -2,13 +2,17 @@
 
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+_COUNTED = 1 << 20  # tokens whose occurrences are counted at a time
 
-def write(prefix: Path, documents: Iterable[list[int]], vocab_size: int) -> np.ndarray:
+
+def write(
+    prefix: Path, documents: Iterable[Sequence[int] | np.ndarray], vocab_size: int
+) -> np.ndarray:
     """Writes the documents and returns how often each token occurs.
 
     Args:
@@ -28,8 +32,19 @@ def write(prefix: Path, documents: Iterable[list[int]], vocab_size: int) -> np.n
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
     counts = np.zeros(vocab_size, dtype=np.int64)
+    uncounted: list[Sequence[int] | np.ndarray] = []
+    held = 0
     for tokens in documents:
         builder.add_document(tokens, [len(tokens)])
-        counts += np.bincount(tokens, minlength=vocab_size)
+        uncounted.append(tokens)
+        held += len(tokens)
+        if held >= _COUNTED:  # one by one it would take a pass over the vocabulary each
+            counts += _count(uncounted, vocab_size)
+            uncounted, held = [], 0
     builder.finalize(f"{prefix}.idx")
-    return counts
+    return counts + _count(uncounted, vocab_size)
+
+
+def _count(documents: Sequence[Sequence[int] | np.ndarray], vocab_size: int) -> np.ndarray:
+    tokens = np.concatenate([np.zeros(0, np.int64), *documents])
+    return np.bincount(tokens.astype(np.int64), minlength=vocab_size)

@@ -1,34 +1,38 @@
 """Prepares text for training: tokenizer, Megatron datasets and a manifest, in one folder.
 
-    ultramem data prepare [--text PATH] --output DIR --vocab-size N
+    ultramem data prepare [--text PATH] [--json-key KEY] --output DIR --vocab-size N
 
 DIR then holds `tokenizer/`, `train.{bin,idx}`, `valid.{bin,idx}` and `data.json`. A second call
-with the same text and vocabulary finds them and returns at once. The folder is built beside DIR
-and moved there when it is complete, so that a preparation that was killed is never half used.
+with the same text and vocabulary finds them and returns at once. New files are made in a folder
+inside DIR and moved in place when all are complete, so that a preparation that was killed is never
+half used. Of DIR only what `data.json` lists is ever replaced.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from ultramem_megatron.data import indexed, text, tokenizer
+from ultramem_megatron.data import indexed, tokenizer
+from ultramem_megatron.data.collect import check_source, collect
+from ultramem_megatron.data.encode import encode
+from ultramem_megatron.data.own_folder import OwnFolder, shown
+from ultramem_megatron.data.progress import metered, say, stage
+from ultramem_megatron.data.spool import Documents, Spool, cut
 from ultramem_megatron.errors import UltraMemError
 
-FORMAT = 1  # part of the key; raise it when the same text would be prepared differently
+FORMAT = 2  # part of the key; raise it when the same text would be prepared differently
 MANIFEST = "data.json"
 SEED = 1234  # shuffles the documents, so that neither part of the split is a single topic
 VALIDATION_SHARE = 0.05  # of the documents
+TOKENIZER_BYTES = 1 << 30  # of the shuffled training text, which the vocabulary is learnt from
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Prepared:
         unigram_cross_entropy_valid: loss on the validation tokens of the token frequencies
             counted in the training tokens, one added to each count, nats per token.
         sizes: size in bytes of each file of the folder.
+        unreadable: number of folders that could not be read.
+        links: number of links that were not followed.
     """
 
     key: str
@@ -62,41 +68,62 @@ class Prepared:
     unigram_entropy: float
     unigram_cross_entropy_valid: float
     sizes: dict[str, int]
+    unreadable: int = 0
+    links: int = 0
 
 
-def prepare(path: Path | None, output: Path, vocab_size: int) -> Prepared:
+KEYS = tuple(field.name for field in fields(Prepared) if field.default is MISSING)
+"""By these a manifest is known to be of our making."""
+
+
+def prepare(
+    path: Path | None,
+    output: Path,
+    vocab_size: int,
+    json_key: str | None = None,
+    workers: int | None = None,
+) -> Prepared:
     """Fills `output` from the text under `path` (None: the standard library's sources).
+
+    Args:
+        path: a file or a folder.
+        output: folder to fill.
+        vocab_size: entries of the tokenizer.
+        json_key: what names the text in JSON lines, Parquet and saved datasets; None: plain text.
+        workers: processes that encode; None: one for each core.
 
     Raises:
         UltraMemError: the text or the vocabulary size is unusable, or `output` is someone else's
             folder; the message says what to do.
     """
-    _refuse_foreign(output)
-    with _progress("collecting text"):
-        corpus = text.collect(path)
-    key = _key(corpus, vocab_size)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(output):
+    tokenizer.check_vocab_size(vocab_size)
+    if workers is not None and workers < 1:
+        raise UltraMemError(f"--workers {workers}: must be at least 1.")
+    _refuse_odd_name(output)
+    check_source(path, json_key, output)
+    folder = OwnFolder(output, MANIFEST, KEYS)
+    with folder.locked(lambda: say(f"waiting for another preparation of {output}")):
         found = load(output)
-        if found is not None and found.key == key:
-            _say(f"{output} is up to date: {describe(found)}")
+        if found is not None and found.key == _key_of(path, json_key, output, vocab_size):
+            say(f"{output} is up to date: {describe(found)}")
             return found
-        partial = output.with_name(f".{output.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        prepared = _build(corpus, partial, vocab_size, key)
-        _replace(output, partial)
-    _say(f"wrote {output}: {describe(prepared)}")
+        with folder.building() as built:
+            content = _build(path, json_key, output, built, vocab_size, workers or _cores())
+            prepared = replace(content, sizes=folder.publish(built, asdict(content)))
+    say(f"wrote {output}: {describe(prepared)}")
     return prepared
 
 
 def load(folder: Path) -> Prepared | None:
     """Reads a prepared folder's manifest; None when the folder is absent or not whole."""
     try:
-        prepared = Prepared(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        known = {field.name for field in fields(Prepared)}
+        prepared = Prepared(**{name: content[name] for name in content if name in known})
         whole = all((folder / n).stat().st_size == size for n, size in prepared.sizes.items())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
-    return prepared if whole else None
+    return prepared if whole and isinstance(prepared.key, str) else None
 
 
 def describe(prepared: Prepared) -> str:
@@ -120,107 +147,96 @@ def unigram_cross_entropy(train: np.ndarray, valid: np.ndarray) -> float:
     return float(-(valid * log_shares).sum() / valid.sum())
 
 
-def _build(corpus: text.Corpus, folder: Path, vocab_size: int, key: str) -> Prepared:
-    folder.mkdir()
-    documents = text.split_into_documents(corpus, SEED)
-    num_valid = max(1, round(VALIDATION_SHARE * len(documents)))
-    parts = {"train": documents[:-num_valid], "valid": documents[-num_valid:]}
-    with _progress(f"training a tokenizer of up to {vocab_size} entries"):
-        trained = tokenizer.train(parts["train"], vocab_size)
-        tokenizer.save(trained, folder / "tokenizer")
-    entries = trained.get_vocab_size()
-    counts = {}
-    for name, part in parts.items():
-        with _progress(f"writing {len(part)} documents to {name}.bin"):
-            tokens = tokenizer.encode(trained, part)
-            counts[name] = indexed.write(folder / name, _report(tokens, len(part)), entries)
-    prepared = Prepared(
-        key=key,
-        source=corpus.source,
-        files=corpus.files,
-        skipped=corpus.skipped,
-        documents=len(documents),
-        text_bytes=corpus.num_bytes,
-        vocab_size=entries,
+def _key_of(path: Path | None, json_key: str | None, output: Path, vocab_size: int) -> str:
+    """The key that a preparation would get now."""
+    with stage("comparing the text with what is prepared"):
+        spool = Spool(None)
+        collect(path, json_key, output, spool)
+    return _key(spool, vocab_size)
+
+
+def _key(spool: Spool, vocab_size: int) -> str:
+    recipe = [FORMAT, SEED, VALIDATION_SHARE, vocab_size]
+    return hashlib.sha256(json.dumps(recipe).encode() + spool.digest()).hexdigest()
+
+
+def _build(
+    path: Path | None,
+    json_key: str | None,
+    output: Path,
+    built: Path,
+    vocab_size: int,
+    workers: int,
+) -> Prepared:
+    """Fills `built`; the sizes are left out."""
+    spooled = built / "text"
+    with spooled.open("wb") as file, stage("collecting text"):
+        spool = Spool(file)
+        found = collect(path, json_key, output, spool)
+    reader = os.open(spooled, os.O_RDONLY)
+    try:
+        documents = cut(reader, spool, SEED)
+        trained, counts = _write_parts(documents, spooled, built, vocab_size, workers)
+    finally:
+        os.close(reader)
+        spooled.unlink()
+    return Prepared(
+        key=_key(spool, vocab_size),
+        source=found.source,
+        files=found.files,
+        skipped=len(found.skipped),
+        documents=len(documents.order),
+        text_bytes=spool.num_bytes,
+        vocab_size=trained.get_vocab_size(),
         train_tokens=int(counts["train"].sum()),
         valid_tokens=int(counts["valid"].sum()),
         unigram_entropy=unigram_entropy(counts["train"] + counts["valid"]),
         unigram_cross_entropy_valid=unigram_cross_entropy(counts["train"], counts["valid"]),
-        sizes=_sizes(folder),
+        sizes={},
+        unreadable=len(found.unreadable),
+        links=len(found.links),
     )
-    manifest = json.dumps(asdict(prepared), indent=2) + "\n"
-    (folder / MANIFEST).write_text(manifest, encoding="utf-8")
-    return prepared
 
 
-def _key(corpus: text.Corpus, vocab_size: int) -> str:
-    recipe = [FORMAT, SEED, VALIDATION_SHARE, vocab_size]
-    digest = hashlib.sha256(json.dumps(recipe).encode())
-    for document in corpus.texts:
-        raw = document.encode()
-        digest.update(len(raw).to_bytes(8, "little"))  # "ab" + "c" is not "a" + "bc"
-        digest.update(raw)
-    return digest.hexdigest()
+def _write_parts(
+    documents: Documents, spooled: Path, built: Path, vocab_size: int, workers: int
+) -> tuple[Tokenizer, dict[str, np.ndarray]]:
+    """Trains the tokenizer and writes both datasets; returns how often they hold each token."""
+    num_valid = max(1, round(VALIDATION_SHARE * len(documents.order)))
+    train, valid = documents.split(len(documents.order) - num_valid)
+    with stage(f"training a tokenizer of up to {vocab_size} entries"):
+        total = min(train.num_bytes, TOKENIZER_BYTES)
+        trained = tokenizer.train(metered(_first(train, total), total), vocab_size)
+        tokenizer.save(trained, built / "tokenizer")
+    counts = {}
+    for name, part in {"train": train, "valid": valid}.items():
+        with stage(f"writing {len(part.order)} documents to {name}.bin"):
+            batches = metered(encode(trained, spooled, part, workers), part.num_bytes)
+            tokens = (document for batch in batches for document in batch)
+            counts[name] = indexed.write(built / name, tokens, trained.get_vocab_size())
+    return trained, counts
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+def _first(documents: Documents, total: int) -> Iterator[tuple[int, str]]:
+    """Bytes and text of the first documents, of `total` bytes together or one document more."""
+    for size, text in documents.texts():
+        if total <= 0:
+            return
+        total -= size
+        yield size, text
 
 
-def _refuse_foreign(output: Path) -> None:
-    """Only a folder that a preparation made is ever replaced."""
-    if output.is_file() or (
-        output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists()
-    ):
+def _refuse_odd_name(output: Path) -> None:
+    """Tokenizers are written by a library that takes UTF-8 names only."""
+    if shown(output.absolute()) != str(output.absolute()):
         raise UltraMemError(
-            f"--output {output}: exists and was not made by this command (no {MANIFEST}). "
-            "Give a new or an empty folder."
+            f"--output {shown(output)}: the name is not UTF-8, and a tokenizer cannot be saved "
+            "under it. Give another one."
         )
 
 
-def _replace(output: Path, partial: Path) -> None:
-    # Killed between the two renames, `output` is absent and is made again: slow, never wrong.
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _only_one(output: Path) -> Iterator[None]:
-    """Lets a second preparation of the same folder wait for the first."""
-    with output.with_name(f".{output.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say(f"waiting for another preparation of {output}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[None]:
-    started = time.monotonic()
-    _say(f"{what} ...")
-    yield
-    _say(f"{what}: done in {time.monotonic() - started:.1f} s")
-
-
-def _report(documents: Iterable[list[int]], total: int) -> Iterator[list[int]]:
-    """Passes documents on and says every few seconds how far it is."""
-    last = time.monotonic()
-    for done, tokens in enumerate(documents, start=1):
-        yield tokens
-        if time.monotonic() - last > 5:
-            last = time.monotonic()
-            _say(f"  {done} of {total} documents")
-
-
-def _say(line: str) -> None:
-    print(f"[data] {line}", flush=True)
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -229,15 +245,17 @@ def build_parser() -> argparse.ArgumentParser:
         prog="ultramem data prepare",
         description="Turn text into a tokenizer and Megatron datasets.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--text",
         type=Path,
-        help="a UTF-8 file, or a folder read recursively (default: the Python standard library)",
+        help="a file, or a folder read recursively: UTF-8 text, or with --json-key JSON lines, "
+        "Parquet, a saved Hugging Face dataset (default: the Python standard library)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to fill")
-    parser.add_argument(
-        "--vocab-size", type=int, default=8192, help="tokenizer entries (default: %(default)s)"
-    )
+    add("--json-key", metavar="KEY", help="what names the text in records: JSON's key, or column")
+    add("--output", type=Path, required=True, help="folder to fill")
+    add("--vocab-size", type=int, default=8192, help="tokenizer entries (default: %(default)s)")
+    add("--workers", type=int, help="processes that encode (default: one for each core)")
     return parser
 
 
@@ -245,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
     args = build_parser().parse_args(argv)
     try:
-        prepare(args.text, args.output, args.vocab_size)
+        prepare(args.text, args.output, args.vocab_size, args.json_key, args.workers)
     except (UltraMemError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

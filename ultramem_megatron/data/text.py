@@ -1,16 +1,15 @@
-"""Collects the text to train on: one's own files, or the Python standard library's.
+"""Plain text: one's own files, or the Python standard library's, read a few megabytes at a time.
 
 The standard library is the default because it is on every machine that can run this project, it
 is real text (code, comments and docstrings, some 10 MB), and reading it needs no network.
 """
 
-import os
-import random
+import codecs
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ultramem_megatron.data.files import Found, walk
 from ultramem_megatron.errors import UltraMemError
 
 # Files with these endings are text by intent: one that is not UTF-8 is an error. Any other file
@@ -23,147 +22,99 @@ STDLIB_SKIPPED = frozenset(
     {"__pycache__", "dist-packages", "encodings", "idle_test", "site-packages", "test", "tests"}
 )
 
-MIN_CHARACTERS = 10_000  # less than this leaves no validation text worth the name
-MAX_PIECE = 32_768  # characters; longer files become several documents, so that both sides of
-MIN_PIECE = 1_024  # the train/validation split hold parts of a corpus of few, long files
-MIN_PIECES = 200  # aimed at, by shortening the pieces down to MIN_PIECE
+BLOCK = 4 << 20  # bytes read at a time
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Text in the order of its sorted file names.
-
-    Attributes:
-        source: where it came from, for people to read.
-        files: number of files used.
-        skipped: number of files passed over because they are not text.
-        texts: one entry per file.
-    """
-
-    source: str
-    files: int
-    skipped: int
-    texts: tuple[str, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the text as UTF-8, bytes."""
-        return sum(len(text.encode()) for text in self.texts)
+class NotTextError(Exception):
+    """A file is not UTF-8 text; says which byte is not."""
 
 
-def collect(path: Path | None) -> Corpus:
-    """Reads the text under `path`, or the standard library's sources when it is None.
+def read_text(file: Path) -> Iterator[str]:
+    """The text of a file in pieces, without byte order mark, lines ending in line feeds.
 
     Raises:
-        UltraMemError: the path is missing, holds no text or too little, or is not UTF-8.
+        NotTextError: a byte is not UTF-8 or zero; pieces may have come before.
     """
-    corpus = _standard_library() if path is None else _from_path(path)
-    characters = sum(len(text) for text in corpus.texts)
-    if characters < MIN_CHARACTERS:
-        raise UltraMemError(
-            f"--text {path or '(default)'}: {characters} characters in {corpus.files} file(s), but "
-            f"at least {MIN_CHARACTERS} are needed to train and validate on. Add more text."
-        )
-    return corpus
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    first, held, done = True, "", 0
+    with file.open("rb") as opened:
+        while block := opened.read(BLOCK):
+            text = held + _decode(decoder, block, done, final=False)
+            done += len(block)
+            if first and text:
+                text, first = text.removeprefix("\ufeff"), False
+            held = "\r" if text.endswith("\r") else ""  # its line feed may come next
+            yield text.removesuffix("\r").replace("\r\n", "\n")
+    yield held + _decode(decoder, b"", done, final=True)
 
 
-def split_into_documents(corpus: Corpus, seed: int) -> list[str]:
-    """Cuts long texts into documents and shuffles them, the same way for the same seed."""
-    characters = sum(len(text) for text in corpus.texts)
-    limit = max(MIN_PIECE, min(MAX_PIECE, characters // MIN_PIECES))
-    documents = [piece for text in corpus.texts for piece in split_text(text, limit)]
-    random.Random(seed).shuffle(documents)
-    return documents
+def _decode(decoder: codecs.IncrementalDecoder, block: bytes, offset: int, final: bool) -> str:
+    try:
+        text = decoder.decode(block, final)
+    except UnicodeDecodeError as error:
+        byte, start = error.object[error.start], error.start
+        at = offset + len(block) - len(error.object) + start  # bytes may be left from before
+        problem = f"is not UTF-8: byte 0x{byte:02x} at offset {at}"
+        encoding = "utf-16" if at == 0 and block[:2] in _UTF_16 else "latin1"
+        raise NotTextError(_advice(problem, encoding)) from None
+    if b"\0" in block:
+        raise NotTextError(_advice(f"is not text: zero byte at offset {offset + block.index(0)}"))
+    return text
 
 
-def split_text(text: str, limit: int) -> Iterator[str]:
-    """Yields the consecutive pieces of `text`, of at most `limit` characters, blank ones left out.
+def _advice(problem: str, encoding: str = "latin1") -> str:
+    name = {"latin1": "Latin-1", "utf-16": "UTF-16"}[encoding]
+    return (
+        f"{problem}. Convert it (for {name}: iconv -f {encoding} -t utf-8 OLD > NEW) "
+        "or take it out of the folder."
+    )
 
-    A piece ends after a blank line where one lies in its second half, else after a line, else
-    anywhere, so that a document rarely starts in the middle of a sentence.
+
+def must_be_text(file: Path) -> bool:
+    """Whether a file in a folder is text by intent."""
+    return file.suffix.lower() in TEXT_SUFFIXES
+
+
+def standard_library(found: Found) -> Iterator[Path]:
+    """Python sources of the standard library.
+
+    Raises:
+        UltraMemError: this Python has none.
     """
-    start = 0
-    while len(text) - start > limit:
-        stop = start + limit
-        for boundary in ("\n\n", "\n"):
-            found = text.rfind(boundary, start + limit // 2, stop)
-            if found >= 0:
-                stop = found + len(boundary)
-                break
-        if text[start:stop].strip():
-            yield text[start:stop]
-        start = stop
-    if text[start:].strip():
-        yield text[start:]
-
-
-def _standard_library() -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
-    files = [file for file in _walk(root, STDLIB_SKIPPED) if file.suffix == ".py"]
-    # A few deliberately odd files are not UTF-8; the user cannot help that, so pass them over.
-    texts = [text for file in files if (text := _decode(file.read_bytes())) is not None]
-    if not texts:
+    files = [file for file in walk(root, found, STDLIB_SKIPPED) if file.suffix == ".py"]
+    if not files:
         raise UltraMemError(
             f"no Python sources under {root}: this Python comes without them. "
             "Give text of your own with --text PATH (a file or a folder)."
         )
-    version = sysconfig.get_python_version()
-    skipped = len(files) - len(texts)
-    return Corpus(f"Python {version} standard library", len(texts), skipped, tuple(texts))
+    yield from files
 
 
-def _from_path(path: Path) -> Corpus:
-    if not path.exists():
-        raise UltraMemError(f"--text {path}: no such file or folder. Give an existing one.")
-    files = [path] if path.is_file() else list(_walk(path, frozenset({"__pycache__"})))
-    if not files:
-        raise UltraMemError(f"--text {path}: the folder holds no files (hidden ones do not count).")
-    required = path.is_file()
-    read = [_read(file, required or file.suffix.lower() in TEXT_SUFFIXES) for file in files]
-    texts = tuple(text for text in read if text is not None and text.strip())
-    if not texts:
-        raise UltraMemError(
-            f"--text {path}: no text in {len(files)} file(s): all are empty or not UTF-8 text."
-        )
-    return Corpus(str(path), len(texts), len(files) - len(texts), texts)
+def split_text(chunks: Iterable[str], limit: int) -> Iterator[str]:
+    """Cuts a text, given in chunks of any length, into pieces of at most `limit` characters.
+
+    A piece ends after a blank line where one lies in its second half, else after a line, else
+    anywhere, so that a document rarely starts in the middle of a sentence.
+    """
+    rest = ""
+    for chunk in chunks:
+        rest += chunk
+        start = 0
+        while len(rest) - start > limit:
+            stop = _boundary(rest, start, limit)
+            yield rest[start:stop]
+            start = stop
+        rest = rest[start:]
+    if rest:
+        yield rest
 
 
-def _walk(root: Path, skipped: frozenset[str]) -> Iterator[Path]:
-    """All visible regular files below `root`, sorted, so that every machine sees one order."""
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(s for s in subfolders if s not in skipped and s[0] != ".")
-        for name in sorted(names):
-            file = Path(folder, name)
-            if name[0] != "." and file.is_file():
-                yield file
-
-
-def _read(file: Path, required: bool) -> str | None:
-    raw = file.read_bytes()
-    text = _decode(raw)
-    if text is None and required:
-        raise UltraMemError(f"--text: {file} {_why_not_text(raw)}")
-    return text
-
-
-def _decode(raw: bytes) -> str | None:
-    if b"\0" in raw:
-        return None
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")
-
-
-def _why_not_text(raw: bytes) -> str:
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        problem = f"is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}"
-    else:
-        problem = f"is not text: zero byte at offset {raw.index(0)}"
-    return (
-        f"{problem}. Convert it (for Latin-1: iconv -f latin1 -t utf-8 OLD > NEW) "
-        "or take it out of the folder."
-    )
+def _boundary(text: str, start: int, limit: int) -> int:
+    stop = start + limit
+    for boundary in ("\n\n", "\n"):
+        found = text.rfind(boundary, start + limit // 2, stop)
+        if found >= 0:
+            return found + len(boundary)
+    return stop

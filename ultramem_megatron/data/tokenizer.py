@@ -4,7 +4,7 @@ Use the folder with `--tokenizer-type HuggingFaceTokenizer --tokenizer-model FOL
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,20 +14,25 @@ from ultramem_megatron.errors import UltraMemError
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|padding|>"  # never written; Megatron warns when padding shares another token's id
 MIN_VOCAB_SIZE = 258  # every byte and the two tokens above: any text can then be encoded
-_BATCH = 64  # documents per call of the encoder: it works on all cores within a call
+MAX_VOCAB_SIZE = 1 << 20  # four times the largest in use; the library aborts for want of memory
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises UltraMemError for a size that no vocabulary of ours can have."""
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UltraMemError(
+            f"--vocab-size {vocab_size}: must be at least {MIN_VOCAB_SIZE}, which is one entry "
+            f"per byte and two special ones, and at most {MAX_VOCAB_SIZE}; 4096 to 32768 are usual."
+        )
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learns a byte-level BPE of at most `vocab_size` entries (fewer when the text has too few).
 
     Raises:
-        UltraMemError: `vocab_size` is below 258, the bytes and two special tokens.
+        UltraMemError: see `check_vocab_size`.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise UltraMemError(
-            f"--vocab-size {vocab_size}: must be at least {MIN_VOCAB_SIZE}, which is one entry "
-            "per byte and two special ones; 4096 to 32768 are usual."
-        )
+    check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,15 +60,3 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         unk_token=END_OF_DOCUMENT,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(str(folder))
-
-
-def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> Iterator[list[int]]:
-    """Yields each document's tokens, closed by the end-of-document token."""
-    end = tokenizer.token_to_id(END_OF_DOCUMENT)
-    assert end is not None, "train() puts the end-of-document token into every vocabulary"
-    # A document that spells the token's name must not end early.
-    tokenizer.encode_special_tokens = True
-    for start in range(0, len(documents), _BATCH):
-        batch = list(documents[start : start + _BATCH])
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            yield [*encoding.ids, end]

@@ -32,7 +32,7 @@ class Shape:
     @property
     def picks(self) -> int:
         """Rows read per token, m*H."""
-        return self.topk * self.heads
+        return self.config().picks
 
     @property
     def table_bytes(self) -> int:

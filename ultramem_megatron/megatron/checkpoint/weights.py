@@ -16,10 +16,9 @@ def save_weights(model: Any, args: Namespace, folder: str | Path) -> None:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, parallel_state
 
-    tracker = Path(folder) / TRACKER
-    if tracker.exists():
+    tracker, weights = Path(folder) / TRACKER, iteration_folder(Path(folder), RELEASE)
+    if tracker.exists() or (weights.exists() and any(weights.iterdir())):
         raise UltraMemError(f"{folder} holds a checkpoint already. Choose another folder.")
-    weights = iteration_folder(Path(folder), RELEASE)
     weights.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)

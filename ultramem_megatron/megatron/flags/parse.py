@@ -1,15 +1,14 @@
 """Megatron's and our flags as its parser reads them, from words and not from the command line."""
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
-from typing import NoReturn
 from unittest import mock
 
-from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags import machine_flags
 from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
 from ultramem_megatron.megatron.flags.process import open_process
+from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
 
 # Megatron's parser asks for what only a training run has.
 _UNUSED = ("--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4",
@@ -20,17 +19,10 @@ def parse_words(words: Sequence[str]) -> Namespace:
     """Flags by name, unchecked. Raises UltraMemError for a flag or value that nobody knows."""
     from megatron.training.arguments import parse_args
 
-    # Megatron reads sys.argv itself, and prints every flag it has when one is wrong.
-    with (
-        mock.patch.object(sys, "argv", [sys.argv[0], *words]),
-        mock.patch.object(ArgumentParser, "error", _refuse),
-    ):
+    # Megatron reads sys.argv itself.
+    with mock.patch.object(sys, "argv", [sys.argv[0], *words]), megatron_refuses():
         args: Namespace = parse_args(add_ultramem_arguments)
     return args
-
-
-def _refuse(_: ArgumentParser, message: str) -> NoReturn:
-    raise UltraMemError(f"Wrong flags: {message}. Megatron's and --ultramem flags are allowed.")
 
 
 def args_from_flags(flags: Sequence[str]) -> Namespace:

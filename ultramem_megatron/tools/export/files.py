@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 def save_plain(model: PlainGPT, folder: str | Path, notes: dict[str, Any] | None = None) -> None:
     """Write both files. notes: anything that JSON holds, kept under "notes" (tokenizer, ...)."""
     folder = Path(folder)
-    if (folder / _CONFIG).exists():
-        raise UltraMemError(f"{folder} holds an exported model already. Choose another folder.")
+    for name in (_CONFIG, _WEIGHTS):
+        if os.path.lexists(folder / name):
+            raise UltraMemError(f"{folder} holds {name} already. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     fields = dataclasses.asdict(model.config)
     if model.config.ultramem is not None:

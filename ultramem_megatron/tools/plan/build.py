@@ -17,7 +17,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags import machine_flags
 from ultramem_megatron.megatron.flags.layout_flags import lay_on_one_rank
 from ultramem_megatron.megatron.flags.parse import parse_words
@@ -67,6 +66,7 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
 
     from ultramem_megatron.megatron.flags.arguments import config_from_args
     from ultramem_megatron.megatron.flags.refusals import refuse_unsupported_flags
+    from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
     from ultramem_megatron.megatron.pipeline.layout import check_pipeline
 
     args = _parse_only(words)
@@ -74,13 +74,11 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
     args.rank, args.world_size = 0, world_size or 1
     if world_size is None:
         lay_on_one_rank(args)
-    try:
+    with megatron_refuses():
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(os.environ):
             os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # a launcher's business, not a plan's
             validate_args(args)
         transformer = core_transformer_config_from_args(args)
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise UltraMemError(f"Megatron refuses these flags: {error}") from error
     transformer.init_model_with_meta_device = True
     transformer.perform_initialization = False
     if args.num_experts:
