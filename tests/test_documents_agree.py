@@ -26,7 +26,8 @@ def test_every_flag_stands_in_the_table_with_its_default() -> None:
     for field in dataclasses.fields(UltraMemConfig):
         flag = "--ultramem-" + field.name.replace("_", "-")
         if flag in shown and field.default is not dataclasses.MISSING:
-            default = {True: "yes", False: "no"}.get(field.default, str(field.default))
+            default = field.default
+            default = ("no", "yes")[default] if isinstance(default, bool) else str(default)
             assert shown[flag] == default, flag
 
 

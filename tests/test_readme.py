@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 from tests import ROOT
+from tests.documents import blocks
 from tests.house import PACKAGE, floor
 
 _CODE = (PACKAGE, "kernels", "patches", "launch", "tests")
@@ -26,8 +27,8 @@ def test_paths_of_a_listing():
 
 
 def _tree() -> list[str]:
-    section = (ROOT / "README.md").read_text().split("## The tree")[1]
-    return _paths_of(section.split("```text\n")[1].split("```")[0])
+    (block,) = (block for block in blocks("README.md") if block.text.startswith(f"{PACKAGE}/"))
+    return _paths_of(block.text)
 
 
 def test_folders_of_code_stand_in_the_tree_and_the_tree_is_true():

@@ -1,4 +1,4 @@
-"""The commands of ultramem_megatron/data/README.md, run as they stand."""
+"""The commands of ultramem_megatron/data/README.md, run as they stand, on files made for them."""
 
 import json
 import os
