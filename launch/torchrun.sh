@@ -77,7 +77,8 @@ command=(
     # Start-up may take longer than a step: at least a minute, Megatron counts whole ones.
     --distributed-timeout-minutes "$(((STALL_SECONDS + 59) / 60))"
     --distributed-timeout-seconds-after-init "$STALL_SECONDS"
-    --exit-signal-handler "${sums[@]}"
+    # The first attempts of a run have nothing to go on from.
+    --load-or-start --exit-signal-handler "${sums[@]}"
     "$@"
 )
 

@@ -43,6 +43,8 @@ PATCH_MODULES = (
     # Faults.
     "defects.checkpoint_sums",
     "defects.safe_metadata",
+    "defects.safe_objects",
+    "defects.stored_code",
     "defects.results_queue",
 )
 """Order of application; every name is a file in this folder."""

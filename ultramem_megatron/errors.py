@@ -43,8 +43,6 @@ def exit_on_user_error() -> Iterator[None]:
     """
     try:
         yield
-    except UltraMemError as error:
-        _refuse(str(error))
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package in _EXTRAS and find_spec(package) is None:
@@ -58,6 +56,20 @@ def exit_on_user_error() -> Iterator[None]:
             f"this command needs megatron-core 0.19, {version('megatron-core')} is installed. With "
             f"0.17 and 0.18 memory layers run in a training loop of your own: launch/own_loop.py."
         )
+    except BaseException as error:
+        found = user_error(error)
+        if found is None:
+            raise
+        _refuse(str(found))
+
+
+def user_error(error: BaseException) -> UltraMemError | None:
+    """The UltraMemError that `error` is or, as torch's CheckpointException, has from some rank."""
+    if isinstance(error, UltraMemError):
+        return error
+    failures: dict[int, object] = getattr(error, "failures", {})  # rank -> (error, traceback)
+    found = (user_error(pair[0]) for pair in failures.values() if isinstance(pair, tuple))
+    return next((one for one in found if one is not None), None)
 
 
 def _has_older_megatron() -> bool:

@@ -52,7 +52,9 @@ def _fill_when_created(folder: str, what: str) -> None:
 def test_a_checkpoint_that_does_not_fit(small_disk, asynchronous):
     undisturbed = run_pretrain(2, tiny_gpt(**{**_FLAGS, "save_interval": None})).losses
     checkpoints = small_disk / "checkpoints"
-    flags = tiny_gpt(**_FLAGS, save=checkpoints, load=checkpoints, async_save=asynchronous)
+    flags = tiny_gpt(
+        **_FLAGS, save=checkpoints, load=checkpoints, load_or_start=True, async_save=asynchronous
+    )
     before = functools.partial(_fill_when_created, str(small_disk), "iter_0000004")
     with pytest.raises(RanksFailed, match="No space left on device") as ended:
         run_pretrain(2, flags, before=before)

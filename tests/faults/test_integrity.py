@@ -1,5 +1,8 @@
 """Damaged checkpoints are found before they are read, by file name, and an older one is offered."""
 
+import hashlib
+import json
+import re
 from argparse import Namespace
 
 import pytest
@@ -8,6 +11,7 @@ from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron.faults import integrity
 from ultramem_megatron.faults.integrity import DamagedCheckpointError
+from ultramem_megatron.megatron.checkpoint.source import check_sums, source_of_weights
 
 _FLAGS = {
     "ultramem_spans": "1:2", "ultramem_num_keys": 12, "ultramem_topk": 6,
@@ -53,7 +57,8 @@ _DAMAGES = [
 def _check(folder, **changes):
     args = {"load": str(folder), "verify_integrity": True, "ckpt_format": "torch_dist",
             "ckpt_step": None}  # fmt: skip
-    integrity.check_before_loading(Namespace(**{**args, **changes}))
+    args = Namespace(**{**args, **changes})
+    check_sums(source_of_weights(args), args)
 
 
 def test_every_damage_is_named_and_the_previous_checkpoint_offered(saved):
@@ -94,6 +99,49 @@ def test_a_checkpoint_without_sums_says_how_to_load_it(saved):
         _check(saved)
     _check(saved, verify_integrity=False)
     integrity.main([str(saved)])
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ("null", "is no list of sums"),
+        ("[1]", "is no list of sums"),
+        ("5", "is no list of sums"),
+        ('{"files": null}', "is no list of sums"),
+        ('{"files": {}}', r"lists no file"),
+        ('{"files": {"a": 1}}', "has no SHA-256 for a"),
+        ('{"files": {"../a": "0"}}', "names '../a', which is no file of the folder"),
+        ('{"algorithm": "md5", "files": {}}', "sums of the kind 'md5', not sha256"),
+        ("[" * 100_000, "no readable integrity.json"),
+        (b"\xff\xfe\x00", "no readable integrity.json"),
+    ],
+)
+def test_an_odd_manifest_is_damage(manifest, message, tmp_path, capsys):
+    folder = tmp_path / "iter_0000003"
+    folder.mkdir()
+    content = manifest if isinstance(manifest, bytes) else manifest.encode()
+    (folder / integrity.MANIFEST).write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=message):
+        integrity.check_iteration(folder)
+    integrity.main([str(tmp_path)])
+    assert re.search(message, capsys.readouterr().out)
+
+
+def test_a_file_without_a_sum_is_damage(tmp_path):
+    folder = tmp_path / "iter_0000003"
+    folder.mkdir()
+    sums = {}
+    for name in ("__0_0.distcp", ".metadata"):
+        (folder / name).write_text(name)
+        sums[name] = hashlib.sha256(name.encode()).hexdigest()
+    manifest = folder / integrity.MANIFEST
+    manifest.write_text(json.dumps({"algorithm": "sha256", "files": sums}))
+    assert integrity.verify(folder) == 2
+    integrity.verify.cache_clear()
+    del sums[".metadata"]
+    manifest.write_text(json.dumps({"algorithm": "sha256", "files": sums}))
+    with pytest.raises(DamagedCheckpointError, match=r"has no sum of \.metadata"):
+        integrity.verify(folder)
 
 
 def test_no_whole_checkpoint_at_all(saved):

@@ -1,11 +1,12 @@
 """Checkpoints: exact resumption, other layouts, refusal of other designs and damaged tables."""
 
+import functools
 import shutil
 
 import pytest
 import torch
 
-from tests.ranks import RanksFailed
+from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
 from tests.whole_model import LOSS
 
@@ -116,23 +117,70 @@ def test_a_checkpoint_with_memory_is_refused_by_a_plain_gpt(saved):
         run_pretrain(1, plain)
 
 
-def _poison(trained):
+@pytest.mark.parametrize("flag", ["load", "pretrained_checkpoint"])
+def test_flags_that_make_another_model_of_the_weights_are_refused(flag, saved):
+    folder, _ = saved
+    message = _refusal(**{flag: folder}, normalization="RMSNorm", rotary_base=500)
+    assert f"--{flag.replace('_', '-')} {folder}: the checkpoint is of another model" in message
+    assert "normalization is RMSNorm here, LayerNorm in the checkpoint" in message
+    assert "rotary_base is 500 here, 10000 in the checkpoint" in message
+
+
+def test_compared_flags_exist_and_are_stored():
+    assert run_on_ranks(1, _unknown_flags)[0] == set()
+
+
+def _unknown_flags():
+    from ultramem_megatron.megatron.checkpoint.design import _POSITIONS, SAME_FLAGS
+    from ultramem_megatron.megatron.checkpoint.stored_flags import taken_flags
+    from ultramem_megatron.megatron.flags.parse import parse_words
+
+    compared = {*SAME_FLAGS, *_POSITIONS}
+    return (compared - taken_flags()) | (compared - vars(parse_words([])).keys())
+
+
+@pytest.mark.parametrize("changes", [{"ckpt_format": "torch"}, {"ckpt_format": "torch_dcp"}])
+def test_other_formats_are_refused(changes, tmp_path):
+    message = _refusal(**changes, save=tmp_path, save_interval=3)
+    assert f"checkpoints in the format {changes['ckpt_format']} cannot hold memory" in message
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path):
+    plain = tiny_gpt(num_layers=4, ckpt_format="torch", train_iters=1, save=tmp_path,
+                     save_interval=1)  # fmt: skip
+    run_pretrain(1, plain)
+    assert f"--load {tmp_path} is no torch_dist checkpoint" in _refusal(load=tmp_path)
+
+
+def _poison(which, trained):
     from ultramem_megatron.memory.layer import memory_layers
 
-    layer = next(iter(memory_layers(trained.model[0])))
-    layer.values.weight.data[5, 1] = float("nan")
+    model = trained.model[0]
+    layer = next(iter(memory_layers(model)))
+    weights = {
+        "table": layer.values.weight, "keys": layer.retrieval.keys.weight,
+        "dense": dict(model.named_parameters())["module.decoder.final_layernorm.weight"],
+    }  # fmt: skip
+    weights[which].data.view(-1)[5] = float("nan")
     from megatron.training.checkpointing import save_checkpoint
 
     save_checkpoint(99, trained.model, None, None, 0)
 
 
-def test_nan_in_a_loaded_table_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("table", "values.weight of memory layer 1 holds NaN or infinity in 1 of its 144 rows"),
+        ("keys", "weight of memory layer 1 holds NaN or infinity in 1 of its"),
+        ("dense", "final_layernorm.weight of the model holds NaN or infinity in 1 of its 32 num"),
+    ],
+)
+def test_nan_in_a_loaded_weight_is_refused(which, message, tmp_path):
     run_pretrain(
         1, _flags(save=tmp_path, save_interval=100, train_iters=1, no_save_optim=True),
-        on_finish=_poison,
+        on_finish=functools.partial(_poison, which),
     )  # fmt: skip
-    message = _refusal(load=tmp_path, no_load_optim=True, finetune=True)
-    assert "memory layer 1 holds NaN or infinity in 1 of its 144 rows" in message
+    assert message in _refusal(load=tmp_path, no_load_optim=True, finetune=True)
 
 
 def test_a_checkpoint_without_memory_is_refused(tmp_path):

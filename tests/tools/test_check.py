@@ -25,14 +25,16 @@ def _checked(*runs):
 
 def test_flags_that_train_pass_every_check(tmp_path):
     argv = tiny_gpt(**_MEMORY, save=tmp_path, load=tmp_path, save_interval=2, verify_integrity=True,
-                    ckpt_format="torch_dist")  # fmt: skip
+                    ckpt_format="torch_dist", load_or_start=True)  # fmt: skip
     run_pretrain(2, argv)
     (results,) = run_on_ranks(1, _checked, argv, ["--gpus", "4", *argv])
     for (status, lines), ranks in zip(results, (1, 4), strict=True):
         assert status == 0
         assert {word for word, _ in lines.values()} == {"ok"}
         assert lines["flags"][1].startswith(f"{ranks} ranks: 1 tensor x 1 pipeline x {ranks} data")
-        assert lines["checkpoint"][1].startswith(f"goes on from iteration 3 of {tmp_path}, sums ch")
+        assert lines["checkpoint"][1].startswith(
+            f"goes on from iter_0000003 of --load {tmp_path}, sums"
+        )
         assert " GB on each rank of the fullest stage" in lines["memory"][1]
     assert "over 4 ranks" in results[1][1]["spans"][1]
 

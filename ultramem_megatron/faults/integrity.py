@@ -11,16 +11,14 @@ checkpoint is refused with the newest older one that is whole.
 import argparse
 import functools
 import hashlib
-import json
 import os
-from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.faults.manifest import MANIFEST, ManifestError, read_sums
 
-MANIFEST = "integrity.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """Megatron's name for weights without a training state; a run that loads them starts at 0."""
@@ -54,9 +52,9 @@ def verify(folder: Path) -> int:
         DamagedCheckpointError: the sums are missing or unreadable, or files do not match them.
     """
     try:
-        sums: dict[str, str] = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpointError(f"{folder}: no readable {MANIFEST} ({error}).") from None
+        sums = read_sums(folder)
+    except ManifestError as error:
+        raise DamagedCheckpointError(f"{folder}: {error}.") from None
     # hashlib lets go of the interpreter lock.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         faults = list(pool.map(lambda name: _fault(folder / name, sums[name]), sums))
@@ -69,7 +67,17 @@ def verify(folder: Path) -> int:
 def iterations(checkpoints: Path) -> list[int]:
     """Iterations that have a folder, finished or not, newest first."""
     names = (path.name.removeprefix(_PREFIX) for path in checkpoints.glob(f"{_PREFIX}*"))
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    return sorted((int(name) for name in names if is_number(name)), reverse=True)
+
+
+def is_number(text: str) -> bool:
+    """Whether it is the number of an iteration: digits as Megatron writes them."""
+    return text.isascii() and text.isdecimal() and len(text) < 19
+
+
+def read_tracker(tracker: Path) -> str:
+    """What a tracker file says; bytes that are no text are shown as such."""
+    return tracker.read_bytes().decode(errors="backslashreplace").strip()
 
 
 def iteration_folder(checkpoints: Path, iteration: int | str) -> Path:
@@ -91,45 +99,37 @@ def newest_whole(checkpoints: Path, before: int | None = None) -> int | None:
     return None
 
 
-def check_before_loading(args: Namespace) -> None:
-    """With --verify-integrity, refuse a damaged checkpoint under --load before it is read.
+def repair_tracker(checkpoints: Path) -> None:
+    """Point a tracker file that was cut while it was written to the newest whole iteration.
 
-    A tracker file cut short while it was written is written anew; a folder without one is
-    Megatron's to judge (a fresh start).
-
-    Raises:
-        DamagedCheckpointError: names the damaged files and the newest older checkpoint.
+    Raises DamagedCheckpointError where none is whole.
     """
-    if not args.load or not args.verify_integrity or args.ckpt_format != "torch_dist":
-        return
-    checkpoints = Path(args.load)
     tracker = checkpoints / TRACKER
-    if not tracker.is_file():
-        return
-    _repair(tracker)
-    text = tracker.read_text().strip()
-    _verify_or_advise(iteration_folder(checkpoints, args.ckpt_step or text))
+    if tracker.is_file():
+        _repair(tracker)
 
 
-def check_before_reading(folder: Path) -> None:
-    """Refuse a damaged iteration, where it has sums, before it is read to decode or to convert.
-
-    Rank 0 alone checks: when it ends, torchrun ends the others.
+def check_iteration(folder: Path, flag: str = "--load") -> None:
+    """Refuse a damaged iteration before it is read. flag: the one that named its folder.
 
     Raises:
         DamagedCheckpointError: names the damaged files and the newest older checkpoint.
     """
-    if os.environ.get("RANK", "0") == "0" and (folder / MANIFEST).exists():
-        _verify_or_advise(folder)
-
-
-def _verify_or_advise(folder: Path) -> None:
     try:
         verify(folder)
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(
-            f"--load {folder.parent}: {error} {_way_out(folder)}"
+            f"{flag} {folder.parent}: {error} {_way_out(folder)}"
         ) from None
+
+
+def check_before_reading(folder: Path, flag: str = "--load") -> None:
+    """As `check_iteration`, where there are sums, to decode or to convert.
+
+    Rank 0 alone checks: when it ends, torchrun ends the others.
+    """
+    if os.environ.get("RANK", "0") == "0" and (folder / MANIFEST).exists():
+        check_iteration(folder, flag)
 
 
 def _way_out(folder: Path) -> str:
@@ -145,18 +145,19 @@ def _way_out(folder: Path) -> str:
 
 def _repair(tracker: Path) -> None:
     """Point a tracker that does not name an iteration to the newest whole one."""
-    text = tracker.read_text().strip()
-    if text.isdecimal() or text == RELEASE:
+    text = read_tracker(tracker)
+    if is_number(text) or text == RELEASE:
         return
     newest = newest_whole(tracker.parent)
     if newest is None:
         raise DamagedCheckpointError(
-            f"{tracker} says {text!r}, which is no iteration, and no checkpoint beside it is "
+            f"{tracker} says {text!r:.80}, which is no iteration, and no checkpoint beside it is "
             f"whole. Give another --load, or start without."
         )
     write_tracker(tracker, newest)
     print(
-        f"{tracker} said {text!r}: it now names {newest}, the newest whole checkpoint.", flush=True
+        f"{tracker} said {text!r:.80}: it now names {newest}, the newest whole checkpoint.",
+        flush=True,
     )
 
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.faults.integrity import check_before_reading
 from ultramem_megatron.inference.layout import (
     InferenceLayout,
     check_cuda_graphs,
@@ -75,13 +74,13 @@ def load_model(
     local_layers: build Megatron's own layers even where Transformer Engine is installed.
     """
     from ultramem_megatron.megatron.checkpoint.folder import checkpoint_folder, stored_args
+    from ultramem_megatron.megatron.checkpoint.stored_flags import completed
 
     open_process()
     if cuda_graphs and not has_cuda():
         raise UltraMemError("--cuda-graphs: there is no NVIDIA GPU here. Decode without them.")
     folder = checkpoint_folder(load, ckpt_step)
-    check_before_reading(Path(folder))
-    args = stored_args(folder)
+    args = completed(stored_args(folder))
     model = build_model(
         args, layout or InferenceLayout(), local_layers=local_layers, cuda_graphs=cuda_graphs
     )

@@ -31,6 +31,7 @@ from ultramem_megatron.megatron.table_groups import table_groups
 from ultramem_megatron.megatron.train_only import train_only_memory
 from ultramem_megatron.megatron.upcycle import start_from_dense
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.finite import refuse_non_finite
 from ultramem_megatron.memory.layer import memory_layers
 from ultramem_megatron.memory.tables.settings import TableSettings
 
@@ -67,6 +68,12 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
             if transformer.finalize_model_grads_func is None:
                 transformer.finalize_model_grads_func = finalize_with_auxiliary_loss
         super().__init__(model_config)
+
+    def build_model(self, *args: Any, **kwargs: Any) -> Any:
+        """One chunk, as GPTModelBuilder; it takes no weights with NaN or infinity."""
+        model = super().build_model(*args, **kwargs)
+        model.register_load_state_dict_post_hook(_refuse_non_finite_weights)
+        return model
 
     def build_distributed_models(
         self, pg_collection: ProcessGroupCollection, *args: Any, **kwargs: Any
@@ -129,6 +136,10 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
         print_rank_0(describe_tables(ultramem, settings, storage, tables))
         if self._model_config.memory_overlap:
             print_rank_0(describe_overlap(ultramem.spans, transformer))
+
+
+def _refuse_non_finite_weights(model: Any, _incompatible: object) -> None:
+    refuse_non_finite(model.named_parameters(), "the model")
 
 
 def _table_ranks(groups: ProcessGroupCollection) -> int:

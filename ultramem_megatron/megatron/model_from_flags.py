@@ -10,8 +10,8 @@ from megatron.training.argument_utils import (
     gpt_config_from_args,
 )
 
-from ultramem_megatron.faults.integrity import check_before_loading
-from ultramem_megatron.megatron.checkpoint.design import check_checkpoint
+from ultramem_megatron.megatron.checkpoint.design import check_design
+from ultramem_megatron.megatron.checkpoint.source import check_sums, source_of_weights
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.megatron.flags.refusals import (
     refuse_unsupported_flags,
@@ -41,8 +41,10 @@ def model_config_from_args(
     if ultramem is not None:
         check_pipeline(ultramem.spans, transformer)
     if os.environ["RANK"] == "0":  # one reader; its failure ends the others
-        check_before_loading(args)
-        check_checkpoint(args, ultramem)
+        source = source_of_weights(args)
+        if source is not None:
+            check_sums(source, args)
+            check_design(source, args, ultramem)
     if ultramem is None:
         return fill(args, transformer, None, TableSettings())
     upcycle_from = dense_checkpoint(args)

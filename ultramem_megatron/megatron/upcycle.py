@@ -8,7 +8,6 @@ the dense model's loss. Its first gradient reaches the projection, the next one 
 import contextlib
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,25 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.faults.integrity import check_before_reading
-from ultramem_megatron.megatron.checkpoint.folder import (
-    NoCheckpointError,
-    checkpoint_folder,
-    loaded_iteration,
-    stored_args,
-)
+from ultramem_megatron.megatron.checkpoint.design import differing_flags
+from ultramem_megatron.megatron.checkpoint.folder import checkpoint_folder, stored_args
+from ultramem_megatron.megatron.checkpoint.source import holds_checkpoint
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.memory.layer import UltraMemLayer, memory_layers
 
 UPCYCLE_FLAG = "--ultramem-upcycle"
-
-_SAME = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention",
-    "kv_channels", "vocab_size", "normalization", "swiglu", "add_bias_linear", "add_qkv_bias",
-    "qk_layernorm", "untie_embeddings_and_output_weights", "position_embedding_type",
-    "rotary_base", "rotary_percent", "num_experts",
-)  # fmt: skip
-"""Flags of Megatron's that decide what the dense weights mean."""
 
 
 def dense_checkpoint(args: Namespace) -> str | None:
@@ -43,30 +30,15 @@ def dense_checkpoint(args: Namespace) -> str | None:
     A run whose --load already holds a checkpoint resumes from that one. Raises UltraMemError for
     a folder without a `torch_dist` checkpoint, one with memory layers, or one of another size.
     """
-    if args.ultramem_upcycle is None or _resumes(args):
+    if args.ultramem_upcycle is None or holds_checkpoint(args):
         return None
     if getattr(args, "pretrained_checkpoint", None) is not None:
         raise UltraMemError(
             f"{UPCYCLE_FLAG} and --pretrained-checkpoint both name weights to start from. Drop one."
         )
-    try:
-        folder = checkpoint_folder(args.ultramem_upcycle)
-        check_before_reading(Path(folder))
-    except UltraMemError as error:
-        raise UltraMemError(str(error).replace("--load", UPCYCLE_FLAG, 1)) from error
+    folder = checkpoint_folder(args.ultramem_upcycle, flag=UPCYCLE_FLAG)
     _refuse_misfit(args, folder)
     return folder
-
-
-def _resumes(args: Namespace) -> bool:
-    """Whether Megatron will load a checkpoint of this very run."""
-    if not args.load:
-        return False
-    try:
-        loaded_iteration(args.load, args.ckpt_step)
-    except NoCheckpointError:
-        return False
-    return True
 
 
 def _refuse_misfit(args: Namespace, folder: str) -> None:
@@ -76,13 +48,7 @@ def _refuse_misfit(args: Namespace, folder: str) -> None:
             f"{UPCYCLE_FLAG} {args.ultramem_upcycle}: this checkpoint has memory layers already. "
             f"Continue it with --load, or give one of a dense GPT."
         )
-    differences = [
-        f"{name} is {getattr(args, name)} here, {getattr(dense, name)} in the checkpoint"
-        for name in _SAME
-        if getattr(args, name, None) != getattr(dense, name, None)
-        and hasattr(args, name)
-        and hasattr(dense, name)
-    ]
+    differences = differing_flags(args, dense)
     if differences:
         raise UltraMemError(
             f"{UPCYCLE_FLAG} {args.ultramem_upcycle}: the dense model is another one: "

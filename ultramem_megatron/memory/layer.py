@@ -5,6 +5,7 @@ torch module: it knows nothing of Megatron, ranks or groups.
 """
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ultramem_megatron.communication.pausing import Pausing, run
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.finite import refuse_non_finite
 from ultramem_megatron.memory.initialization import INITIALISATIONS
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.modules import Linear
@@ -22,7 +24,6 @@ from ultramem_megatron.memory.query import QueryProjection
 from ultramem_megatron.memory.retrieval import RETRIEVALS
 from ultramem_megatron.memory.retrieval.addresses import GridShuffle, split_address
 from ultramem_megatron.memory.retrieval.retrieved import Retrieved
-from ultramem_megatron.memory.tables.value_table import value_tables
 from ultramem_megatron.memory.validation import validate
 from ultramem_megatron.memory.values import VALUES
 from ultramem_megatron.memory.values.pooled import PooledValues
@@ -77,7 +78,7 @@ class UltraMemLayer(nn.Module):
         )
         self.premultiplied: PremultipliedValues | None = None
         self.statistics = MemoryStatistics(config.num_values)
-        self.register_load_state_dict_post_hook(_refuse_non_finite_values)
+        self.register_load_state_dict_post_hook(_refuse_non_finite_weights)
         if not self.values.weight.is_meta:
             self.reset_parameters(num_layers)
 
@@ -201,16 +202,7 @@ def memory_layers(model: nn.Module) -> Iterable[UltraMemLayer]:
     return (module for module in model.modules() if isinstance(module, UltraMemLayer))
 
 
-def _refuse_non_finite_values(layer: nn.Module, _incompatible: object) -> None:
+def _refuse_non_finite_weights(layer: nn.Module, _incompatible: object) -> None:
     assert isinstance(layer, UltraMemLayer)
-    for table in value_tables(layer).values():
-        weight = table.weight
-        if weight.is_meta or bool(torch.isfinite(weight.sum(dtype=torch.float32))):
-            continue
-        bad = int((~torch.isfinite(weight)).any(dim=1).sum())
-        if bad:
-            raise UltraMemError(
-                f"The loaded value table of memory layer {layer.layer_number} holds NaN or "
-                f"infinity in {bad} of its {len(weight)} rows. The checkpoint is damaged or the "
-                f"run that wrote it had diverged: load an earlier one (--load with --ckpt-step)."
-            )
+    owner = f"memory layer {layer.layer_number}"
+    refuse_non_finite(chain(layer.named_parameters(), layer.named_buffers()), owner)

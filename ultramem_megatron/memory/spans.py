@@ -1,11 +1,13 @@
 """Spans `a:b`: the memory reads at layer a and its result is added after layer b (paper 2.3)."""
 
 import itertools
+import re
 from typing import NamedTuple
 
 from ultramem_megatron.errors import UltraMemError
 
 FLAG = "--ultramem-spans"
+_SPAN = re.compile(r"([0-9]{1,9})\s*:\s*([0-9]{1,9})")
 
 
 class Span(NamedTuple):
@@ -32,13 +34,13 @@ def parse_spans(text: str, num_layers: int) -> tuple[Span, ...]:
 
 
 def _parse_span(part: str, text: str) -> Span:
-    start, colon, end = part.strip().partition(":")
-    if not colon or not start.strip().isdecimal() or not end.strip().isdecimal():
+    found = _SPAN.fullmatch(part.strip())
+    if found is None:
         raise UltraMemError(
-            f"{FLAG} {text!r}: {part!r} is not a span. Write spans as start:end in 1-based layer "
-            f"numbers, joined by '/', for example 3:5/6:8/9:11, or 'full'."
+            f"{FLAG} {text!r:.200}: {part!r:.80} is not a span. Write spans as start:end in "
+            f"1-based layer numbers, joined by '/', for example 3:5/6:8/9:11, or 'full'."
         )
-    return Span(int(start), int(end))
+    return Span(int(found[1]), int(found[2]))
 
 
 def check_spans(spans: tuple[Span, ...], num_layers: int) -> None:

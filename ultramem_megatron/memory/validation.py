@@ -19,6 +19,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """Fields of the config that take one of a few words."""
 
+_NUMBERS = {
+    "aux_loss_weight": (0, 1e4, "a number (0: no penalty)"),
+    "aux_loss_margin": (0, 1e4, "a number"),
+    "value_lr_mult": (1e-4, 1e4, "a number (1: the base rate)"),
+    "value_lr_decay": (1e-6, 1, "a fraction of training"),
+}
+"""Far beyond what anybody trained with; a loss, a rate or a step within them stays finite."""
+
 
 def validate(config: UltraMemConfig, *, hidden_size: int, num_layers: int) -> None:
     """Raise UltraMemError, naming flag, value, what is allowed and what to change."""
@@ -26,6 +34,7 @@ def validate(config: UltraMemConfig, *, hidden_size: int, num_layers: int) -> No
     check_spans(config.spans, num_layers)
     _check_expansion(config.value_expansion)
     _check_heads(config)
+    _check_alive(config)
     RETRIEVALS[config.retrieval].check(config)
     _check_values(config, hidden_size)
 
@@ -39,21 +48,9 @@ def _check_ranges(config: UltraMemConfig) -> None:
         config.query_conv_kernel,
         "a whole number >= 0 (0: no convolution)",
     )
-    for field in ("aux_loss_weight", "aux_loss_margin"):
+    for field, (least, most, what) in _NUMBERS.items():
         value = getattr(config, field)
-        _require(math.isfinite(value) and value >= 0, field, value, "a finite number >= 0")
-    _require(
-        math.isfinite(config.value_lr_mult) and config.value_lr_mult > 0,
-        "value_lr_mult",
-        config.value_lr_mult,
-        "a finite number > 0 (1: the base rate)",
-    )
-    _require(
-        0 < config.value_lr_decay <= 1,
-        "value_lr_decay",
-        config.value_lr_decay,
-        "a fraction of training, > 0 and <= 1",
-    )
+        _require(least <= value <= most, field, value, f"{what}, from {least:g} to {most:g}")
     for field, allowed in CHOICES.items():
         _require(
             getattr(config, field) in allowed,
@@ -71,7 +68,7 @@ def _require(holds: bool, field: str, value: object, allowed: str) -> None:
 def _check_expansion(expansion: int) -> None:
     root = math.isqrt(max(expansion, 0))
     if expansion < 1 or root * root != expansion:
-        below, above = max(root, 1) ** 2, (root + 1) ** 2
+        below, above = max(root, 1) ** 2, (max(root, 1) + 1) ** 2
         raise UltraMemError(
             f"{flag('value_expansion')} is {expansion}; it must be a square (1, 4, 9, 16, ...), "
             f"because each side of the key grid grows by its root. Use {below} or {above}."
@@ -89,6 +86,21 @@ def _check_heads(config: UltraMemConfig) -> None:
         raise UltraMemError(
             f"{flag('heads')} is {config.heads}; with a query shared by two heads it must be 1 or "
             f"even. Use {config.heads + 1}, or --no-ultramem-share-query."
+        )
+
+
+def _check_alive(config: UltraMemConfig) -> None:
+    """Designs whose scores do not depend on the input, so that nothing before them learns."""
+    if config.qk_norm == "layernorm" and config.key_dim < 2:
+        raise UltraMemError(
+            f"{flag('key_dim')} is {config.key_dim}; under {flag('qk_norm')} layernorm it must be "
+            f"at least 2: one number less its mean is 0, and so would be all scores. Use a wider "
+            f"key, or another norm."
+        )
+    if config.softmax and config.topk < 2:
+        raise UltraMemError(
+            f"{flag('topk')} is {config.topk}; under {flag('softmax')} it must be at least 2: the "
+            f"softmax of one score is 1, whatever the query. Raise it, or drop {flag('softmax')}."
         )
 
 

@@ -165,23 +165,24 @@ def _tokenizer(run: Any) -> str:
 
 
 def _checkpoint(run: Any) -> str:
-    from ultramem_megatron.faults.integrity import TRACKER, check_before_loading
-    from ultramem_megatron.megatron.checkpoint.design import check_checkpoint
+    from ultramem_megatron.megatron.checkpoint.design import check_design
+    from ultramem_megatron.megatron.checkpoint.source import check_sums, source_of_weights
     from ultramem_megatron.megatron.upcycle import dense_checkpoint
 
     args = run.args
-    check_before_loading(args)
-    check_checkpoint(args, run.ultramem)
+    source = source_of_weights(args)
+    if source is not None:
+        check_sums(source, args)
+        check_design(source, args, run.ultramem)
     dense = dense_checkpoint(args) if run.ultramem else None
     if dense:
         return f"starts from the dense model in {dense}"
-    if not args.load:
-        return "none asked for: starts from random weights"
-    tracker = Path(args.load) / TRACKER
-    if not tracker.is_file():
+    if source is None and args.load:
         return f"--load {args.load} holds none: starts from random weights"
+    if source is None:
+        return "none asked for: starts from random weights"
     sums = "sums checked" if args.verify_integrity else "sums not checked (--verify-integrity)"
-    return f"goes on from iteration {tracker.read_text().strip()} of {args.load}, {sums}"
+    return f"goes on from {source.iteration().name} of {source}, {sums}"
 
 
 def _save(run: Any) -> str:

@@ -47,6 +47,10 @@ def test_a_folder_without_tracker_has_no_checkpoint(folders, tmp_path):
         ("3", 7, "iter_0000007 is not there; found: iter_0000003. Choose one with --ckpt-step"),
         ("7", None, "iter_0000007 is not there; found: iter_0000003"),
         ("3:half", None, "says '3:half', which is no iteration; found: iter_0000003"),
+        ("\u0663", None, "which is no iteration; found: iter_0000003"),
+        ("9" * 5000, None, "which is no iteration; found: iter_0000003"),
+        ("3", 0, "--ckpt-step 0: the first iteration is 1"),
+        ("3", -3, "--ckpt-step -3: the first iteration is 1"),
     ],
 )
 def test_a_wrong_iteration_is_not_taken_for_a_fresh_start(tracker, step, message, tmp_path):
@@ -59,4 +63,29 @@ def test_another_format_is_there_but_cannot_be_read(tmp_path):
     load = _saved(tmp_path, "3", "iter_0000003")
     (tmp_path / "iter_0000003" / "mp_rank_00").mkdir()
     with pytest.raises(UltraMemError, match="iter_0000003 is not a torch_dist checkpoint"):
+        checkpoint_folder(load)
+
+
+def test_a_tracker_that_is_no_text_is_shown(tmp_path):
+    load = _saved(tmp_path, "3", "iter_0000003")
+    (tmp_path / TRACKER).write_bytes(b"\xff3")
+    with pytest.raises(UltraMemError, match=r"says '\\\\\\\\xff3', which is no iteration"):
+        loaded_iteration(load)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "typo").write_text("")
+    with pytest.raises(UltraMemError, match=r"typo: a file\. Give the folder"):
+        loaded_iteration(str(tmp_path / "typo"))
+    load = _saved(tmp_path, "3")
+    (tmp_path / "iter_0000003").write_text("")
+    with pytest.raises(UltraMemError, match="iter_0000003 is a file, no folder"):
+        loaded_iteration(load)
+
+
+@pytest.mark.parametrize("content", [b"{", b"null", b"[1]", b"{}", b"\xff"])
+def test_a_damaged_metadata_json_is_named(content, tmp_path):
+    load = _saved(tmp_path, "3", "iter_0000003")
+    (tmp_path / "iter_0000003" / "metadata.json").write_bytes(content)
+    with pytest.raises(UltraMemError, match=r"iter_0000003/metadata\.json is damaged"):
         checkpoint_folder(load)

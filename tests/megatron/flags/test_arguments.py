@@ -140,7 +140,13 @@ def test_wrong_flags_are_refused_with_what_to_do(flags, message):
         _config(flags)
 
 
-@pytest.mark.parametrize("flag", ["--ultramem-init zeros", "--ultramem-topk many"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--ultramem-init zeros", "--ultramem-topk many", "--ultramem-topk 1_0",
+        "--ultramem-topk +4", "--ultramem-topk \u0664", f"--ultramem-num-keys {'9' * 5000}",
+    ],
+)  # fmt: skip
 def test_what_argparse_refuses_names_the_flag(flag, capsys):
     with pytest.raises(SystemExit):
         _args(flag)

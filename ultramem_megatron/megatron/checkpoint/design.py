@@ -5,12 +5,8 @@ from argparse import Namespace
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.checkpoint.folder import (
-    NoCheckpointError,
-    is_torch_dist,
-    loaded_iteration,
-    stored_args,
-)
+from ultramem_megatron.megatron.checkpoint.folder import is_torch_dist, stored_args
+from ultramem_megatron.megatron.checkpoint.source import Source
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 
@@ -18,24 +14,69 @@ _RESUMABLE = {"value_lr_decay", "lazy_adam", "aux_loss_weight", "aux_loss_margin
 """Fields that a resumed run may change: they shape neither tensors nor what is read from them."""
 
 
-def check_checkpoint(args: Namespace, ultramem: UltraMemConfig | None) -> None:
-    """Raise UltraMemError if the checkpoint to be loaded holds another memory design.
+SAME_FLAGS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention",
+    "kv_channels", "vocab_size", "normalization", "layernorm_epsilon", "swiglu",
+    "squared_relu", "quick_geglu", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
+    "untie_embeddings_and_output_weights", "position_embedding_type", "rotary_percent",
+    "rotary_interleaved", "multi_latent_attention", "num_experts", "moe_router_topk",
+    "mtp_num_layers", "softmax_type", "window_size",
+)  # fmt: skip
+"""Flags of Megatron's that decide what the weights mean."""
+_POSITIONS = ("rotary_base", "rotary_seq_len_interpolation_factor", "use_rope_scaling")
+"""Likewise, but changed on purpose where --finetune makes windows longer."""
 
-    Compares the flags stored in a `torch_dist` checkpoint under --load. Nothing there is a fresh
-    start. Megatron resumes from other formats, too; their flags are not read, which is said.
 
-    Raises:
-        UltraMemError: also where --ckpt-step or the folder names an iteration that is not there.
+def check_design(source: Source, args: Namespace, ultramem: UltraMemConfig | None) -> None:
+    """Raise UltraMemError if the checkpoint to be loaded holds another model.
+
+    Compares the flags stored in it; where a loop that is not Megatron's wrote none, nothing is.
+    Formats other than `torch_dist` are refused with memories, and said to go unchecked without.
     """
-    stored = _saved_args(args)
-    if stored is None:
+    folder = source.iteration()
+    if not is_torch_dist(folder):
+        if ultramem is not None:
+            raise UltraMemError(
+                f"{source} is no torch_dist checkpoint, which memory layers need: with others an "
+                f"optimizer's state may be of another iteration than its weights. Convert it."
+            )
+        print(f"{source}: not torch_dist, so its flags are not compared.", flush=True)
         return
-    saved = config_from_args(stored)
+    try:
+        stored = stored_args(str(folder))
+    except KeyError:
+        return
+    _refuse_other_memories(source, config_from_args(stored), ultramem)
+    differences = differing_flags(args, stored)
+    if differences:
+        raise UltraMemError(
+            f"{source}: the checkpoint is of another model: {'; '.join(differences)}. Give this "
+            f"run the flags the checkpoint was made with."
+        )
+
+
+def differing_flags(args: Namespace, stored: Namespace) -> list[str]:
+    """ "name is x here, y in the checkpoint" of each flag that makes another model of weights."""
+    if args.moe_use_upcycling:
+        return []  # of a dense model, on purpose
+    positions = () if args.finetune else _POSITIONS
+    return [
+        f"{name} is {getattr(args, name)} here, {getattr(stored, name)} in the checkpoint"
+        for name in (*SAME_FLAGS, *positions)
+        if getattr(args, name, None) != getattr(stored, name, None)
+        and hasattr(args, name)
+        and hasattr(stored, name)
+    ]
+
+
+def _refuse_other_memories(
+    source: Source, saved: UltraMemConfig | None, ultramem: UltraMemConfig | None
+) -> None:
     if saved is None or ultramem is None:
         if saved is not ultramem:
             has, wants = ("has no", "asks for") if saved is None else ("has", "asks for no")
             raise UltraMemError(
-                f"--load {args.load}: the checkpoint {has} memory layers, this run {wants} them. "
+                f"{source}: the checkpoint {has} memory layers, this run {wants} them. "
                 f"Give the --ultramem-* flags it was made with, or load another checkpoint."
             )
         return
@@ -46,8 +87,8 @@ def check_checkpoint(args: Namespace, ultramem: UltraMemConfig | None) -> None:
     ]
     if differences:
         raise UltraMemError(
-            f"--load {args.load}: the checkpoint was made with another memory design: "
-            f"{'; '.join(differences)}. Use the checkpoint's values, or start without --load."
+            f"{source}: the checkpoint was made with another memory design: "
+            f"{'; '.join(differences)}. Use the checkpoint's values, or start without it."
         )
 
 
@@ -58,20 +99,3 @@ def _fields(mine: UltraMemConfig, theirs: UltraMemConfig) -> list[tuple[str, Any
 
 def _shown(value: Any) -> str:
     return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _saved_args(args: Namespace) -> Namespace | None:
-    """Flags stored under --load; None where there are none to compare with."""
-    if not args.load:
-        return None
-    try:
-        folder = loaded_iteration(args.load, args.ckpt_step)
-    except NoCheckpointError:
-        return None
-    if not is_torch_dist(folder):
-        print(f"--load {folder}: not torch_dist, so its memory design is not compared.", flush=True)
-        return None
-    try:
-        return stored_args(str(folder))
-    except KeyError:  # saved by a training loop that is not Megatron's
-        return None

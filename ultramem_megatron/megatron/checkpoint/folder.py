@@ -1,68 +1,101 @@
 """Checkpoints on disk: the folder of an iteration, and the flags of the run that wrote it."""
 
+import pickle
 from argparse import Namespace
 from pathlib import Path
 
-from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.faults.integrity import RELEASE, TRACKER, iteration_folder
+from ultramem_megatron.errors import UltraMemError, user_error
+from ultramem_megatron.faults.integrity import (
+    RELEASE,
+    TRACKER,
+    check_before_reading,
+    is_number,
+    iteration_folder,
+    read_tracker,
+)
+from ultramem_megatron.faults.trust import ADVICE, fault_of
+from ultramem_megatron.megatron.checkpoint.stored_flags import believed
 
 
 class NoCheckpointError(UltraMemError):
-    """Nothing was saved in a folder yet: with it as --load, Megatron starts afresh."""
+    """Nothing was saved in a folder yet."""
 
 
-def loaded_iteration(load: str, ckpt_step: int | None = None) -> Path:
+def loaded_iteration(load: str, ckpt_step: int | None = None, flag: str = "--load") -> Path:
     """Folder of the iteration under `load` that Megatron would load, whatever its format.
 
-    ckpt_step: its number; None takes the latest.
+    ckpt_step: its number; None takes the latest. flag: the one that gave `load`.
 
     Raises:
         NoCheckpointError: nothing names an iteration.
         UltraMemError: the iteration that is named is not there.
     """
     checkpoints = Path(load)
-    folder = iteration_folder(checkpoints, _latest(checkpoints) if ckpt_step is None else ckpt_step)
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise UltraMemError(f"{flag} {load}: a file. Give the folder that training had as --save.")
+    if ckpt_step is not None and ckpt_step < 1:
+        raise UltraMemError(f"--ckpt-step {ckpt_step}: the first iteration is 1.")
+    named = _latest(checkpoints, flag) if ckpt_step is None else ckpt_step
+    folder = iteration_folder(checkpoints, named)
     if not folder.is_dir():
-        raise UltraMemError(f"--load {load}: {folder.name} is not there; {_choice(checkpoints)}")
+        what = "a file, no folder" if folder.exists() else "not there"
+        raise UltraMemError(f"{flag} {load}: {folder.name} is {what}; {_choice(checkpoints)}")
     return folder
 
 
-def checkpoint_folder(load: str, ckpt_step: int | None = None) -> str:
-    """As `loaded_iteration`, which must be a `torch_dist` checkpoint: others raise, too."""
-    folder = loaded_iteration(load, ckpt_step)
+def checkpoint_folder(load: str, ckpt_step: int | None = None, flag: str = "--load") -> str:
+    """As `loaded_iteration`, checked against its sums; others than `torch_dist` raise, too."""
+    folder = loaded_iteration(load, ckpt_step, flag)
+    check_before_reading(folder, flag)
     if not is_torch_dist(folder):
         raise UltraMemError(
-            f"--load {load}: {folder.name} is not a torch_dist checkpoint; {_choice(Path(load))}"
+            f"{flag} {load}: {folder.name} is not a torch_dist checkpoint; {_choice(Path(load))}"
         )
     return str(folder)
 
 
 def is_torch_dist(folder: Path) -> bool:
-    """Whether an iteration was saved as --ckpt-format torch_dist says."""
+    """Whether an iteration was saved as --ckpt-format torch_dist says. Raises UltraMemError."""
     from megatron.core import dist_checkpointing
 
-    return bool(dist_checkpointing.check_is_distributed_checkpoint(str(folder)))
+    try:
+        return bool(dist_checkpointing.check_is_distributed_checkpoint(str(folder)))
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise UltraMemError(f"{folder}/metadata.json is damaged: {error}.") from None
 
 
 def stored_args(folder: str) -> Namespace:
-    """The flags of the run that wrote a `torch_dist` checkpoint."""
+    """The flags that describe the model of a `torch_dist` checkpoint, as `believed` takes them.
+
+    Raises KeyError where it has none; UltraMemError where something in it is not what Megatron
+    stores, which is then not run.
+    """
     from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
-    args: Namespace = dist_checkpointing.load_common_state_dict(folder)["args"]
-    return args
+    FileSystemReader(folder).read_metadata()  # read below, too, but refusals are lost there
+    try:
+        common = dist_checkpointing.load_common_state_dict(folder)
+    except CheckpointException as error:
+        raise user_error(error) or error from None
+    except pickle.UnpicklingError as error:  # common.pt, of older checkpoints
+        raise UltraMemError(f"{folder}/common.pt {fault_of(error)}. {ADVICE}") from None
+    if not isinstance(common, dict):
+        raise UltraMemError(f"{folder}: its common state is no dict, but {common!r:.200}.")
+    return believed(common["args"], folder)
 
 
-def _latest(checkpoints: Path) -> str:
+def _latest(checkpoints: Path, flag: str) -> str:
     tracker = checkpoints / TRACKER
     if not tracker.is_file():
         raise NoCheckpointError(
-            f"--load {checkpoints}: no checkpoint there ({TRACKER} is missing). Give the folder "
+            f"{flag} {checkpoints}: no checkpoint there ({TRACKER} is missing). Give the folder "
             f"that training had as --save."
         )
-    text = tracker.read_text().strip()
-    if text != RELEASE and not text.isdecimal():
+    text = read_tracker(tracker)
+    if text != RELEASE and not is_number(text):
         raise UltraMemError(
-            f"--load {checkpoints}: {TRACKER} says {text!r}, which is no iteration; "
+            f"{flag} {checkpoints}: {TRACKER} says {text!r:.80}, which is no iteration; "
             f"{_choice(checkpoints)}"
         )
     return text

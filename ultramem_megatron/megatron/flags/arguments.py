@@ -1,6 +1,7 @@
 """The --ultramem-* flags, and their one translation into an UltraMemConfig."""
 
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+import re
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -61,6 +62,13 @@ GROUPS = "UltraMem memory layers: "
 """How the titles of our groups begin, in Megatron's --help."""
 
 
+def whole_number(text: str) -> int:
+    """As int(), of plain digits alone: no `1_0`, no digits of other scripts, no endless ones."""
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise ArgumentTypeError(f"{text!r:.40} is no whole number")
+    return int(text)
+
+
 def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add our groups; an `extra_args_provider` for Megatron's argument parser.
 
@@ -100,7 +108,7 @@ def _add_config_arguments(design: Any, training: Any) -> None:
         group.add_argument(flag(name), **extra, help=text + _shown_default(defaults[name]))
 
     for name, text in _INTEGER_HELP.items():
-        add(name, text, type=int)
+        add(name, text, type=whole_number)
     for name, text in _NUMBER_HELP.items():
         add(name, text, type=float)
     for name, text in _CHOICE_HELP.items():
@@ -117,6 +125,12 @@ def _add_start_arguments(group: Any) -> None:
         "have no effect at first. Where --load holds a checkpoint already, that one is resumed.",
     )
     group.add_argument(
+        "--load-or-start",
+        action="store_true",
+        help="Start from the beginning where --load, the same folder as --save, has no checkpoint "
+        "yet. Without it that is an error.",
+    )
+    group.add_argument(
         "--ultramem-train-only",
         choices=("memory",),
         help="memory: freeze everything but the memory layers.",
@@ -126,7 +140,7 @@ def _add_start_arguments(group: Any) -> None:
 def _add_table_arguments(group: Any) -> None:
     group.add_argument(
         "--ultramem-parallel-size",
-        type=int,
+        type=whole_number,
         metavar="P",
         help="Ranks of a pipeline stage that share each value table; divides tensor x context x "
         "data parallel. Default: all of them (with experts: --expert-model-parallel-size).",

@@ -1,0 +1,50 @@
+"""integrity.json, the sums of an iteration's files, and what it must be to be believed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "integrity.json"
+_ALGORITHM = "sha256"
+_DIGITS = frozenset("0123456789abcdef")
+
+
+class ManifestError(ValueError):
+    """What is wrong with a manifest; whoever reads it adds the folder."""
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name: of every file of the folder but the manifest itself.
+
+    Raises ManifestError: unreadable, not of this form, or without some file of the folder.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ManifestError(f"no readable {MANIFEST} ({error})") from None
+    sums = _sums_in(manifest)
+    unlisted = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and path.name != MANIFEST and path.name not in sums
+    )
+    if unlisted:
+        raise ManifestError(f"{MANIFEST} has no sum of {', '.join(unlisted)}")
+    return sums
+
+
+def _sums_in(manifest: Any) -> dict[str, str]:
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ManifestError(f"{MANIFEST} is no list of sums")
+    algorithm = manifest.get("algorithm", _ALGORITHM)
+    if algorithm != _ALGORITHM:
+        raise ManifestError(f"{MANIFEST} has sums of the kind {algorithm!r:.40}, not {_ALGORITHM}")
+    sums: dict[str, str] = manifest["files"]
+    for name, found in sums.items():
+        if Path(name).name != name or name == "..":
+            raise ManifestError(f"{MANIFEST} names {name!r:.100}, which is no file of the folder")
+        if not isinstance(found, str) or len(found) != 64 or not _DIGITS.issuperset(found):
+            raise ManifestError(f"{MANIFEST} has no SHA-256 for {name}")
+    if not sums:
+        raise ManifestError(f"{MANIFEST} lists no file")
+    return sums

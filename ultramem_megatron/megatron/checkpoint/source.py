@@ -1,0 +1,74 @@
+"""Where training takes its weights from: --load, or --pretrained-checkpoint where that is empty."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.faults.integrity import check_iteration, repair_tracker
+from ultramem_megatron.megatron.checkpoint.folder import NoCheckpointError, loaded_iteration
+
+
+class Source(NamedTuple):
+    """A folder of checkpoints and the flag that gave it."""
+
+    flag: str
+    folder: str
+    step: int | None
+    """--ckpt-step; None for the latest."""
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.folder}"
+
+    def iteration(self) -> Path:
+        """The folder of its iteration. Raises UltraMemError, also NoCheckpointError."""
+        return loaded_iteration(self.folder, self.step, self.flag)
+
+
+def source_of_weights(args: Namespace) -> Source | None:
+    """What Megatron will load, None for a fresh start.
+
+    Raises UltraMemError: a --load without a checkpoint, unless --load-or-start allows for it.
+    """
+    if args.load and args.verify_integrity and args.ckpt_format == "torch_dist":
+        repair_tracker(Path(args.load))
+    if holds_checkpoint(args):
+        return Source("--load", args.load, args.ckpt_step)
+    if args.load and args.non_persistent_ckpt_type is None:
+        _require_permission_to_start(args)
+    if args.pretrained_checkpoint:
+        return Source("--pretrained-checkpoint", args.pretrained_checkpoint, args.ckpt_step)
+    return None
+
+
+def holds_checkpoint(args: Namespace) -> bool:
+    """Whether this run goes on from --load."""
+    if not args.load:
+        return False
+    try:
+        loaded_iteration(args.load, args.ckpt_step)
+    except NoCheckpointError:
+        return False
+    return True
+
+
+def check_sums(source: Source, args: Namespace) -> None:
+    """With --verify-integrity, refuse a damaged checkpoint before it is read."""
+    if args.verify_integrity and args.ckpt_format == "torch_dist":
+        check_iteration(source.iteration(), source.flag)
+
+
+def _require_permission_to_start(args: Namespace) -> None:
+    same = args.save and Path(args.save).absolute() == Path(args.load).absolute()
+    if args.load_or_start and same:
+        return
+    if args.load_or_start:
+        raise UltraMemError(
+            f"--load {args.load}: no checkpoint there, and this run would save to {args.save}: "
+            f"--load-or-start is for one folder, given as --load and as --save. Correct --load."
+        )
+    raise UltraMemError(
+        f"--load {args.load}: no checkpoint there. Correct it, leave it out for a fresh start, or "
+        f"add --load-or-start, with the same folder as --save: go on if there is a checkpoint, "
+        f"otherwise start."
+    )

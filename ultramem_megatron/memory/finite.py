@@ -1,0 +1,25 @@
+"""Weights with NaN or infinity are refused where they are loaded, not found in a later loss."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ultramem_megatron.errors import UltraMemError
+
+
+def refuse_non_finite(named: Iterable[tuple[str, Tensor]], owner: str) -> None:
+    """Raise UltraMemError for the first tensor that is not finite. owner: whose, in the message."""
+    for name, weight in named:
+        # The sum needs no memory of the weight's size; where it overflows, the numbers decide.
+        if weight.is_meta or bool(torch.isfinite(weight.sum(dtype=torch.float32))):
+            continue
+        rows = weight.flatten(1) if weight.dim() > 1 else weight.reshape(-1, 1)
+        bad = int((~torch.isfinite(rows)).any(dim=1).sum())
+        if bad:
+            unit = "rows" if weight.dim() > 1 else "numbers"
+            raise UltraMemError(
+                f"The loaded {name} of {owner} holds NaN or infinity in {bad} of its {len(rows)} "
+                f"{unit}. The checkpoint is damaged or the run that wrote it had diverged: load "
+                f"an earlier one (--load with --ckpt-step)."
+            )
