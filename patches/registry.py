@@ -27,8 +27,8 @@ PATCH_MODULES = (
     # Every machine, where the defect exists.
     "cpu.jit_warmup",
     "defects.dataset_helpers",
-    "defects.help_text",
     "defects.dataset_cache",
+    "defects.help_text",
     # What memory layers need.
     "doors.optimizer_config",
     "doors.optimizer_built",

@@ -1,8 +1,9 @@
 """Run a function on several ranks (gloo, CPU), each a fresh process.
 
 The ranks are forked from one server process that has imported torch and Megatron already: a rank
-starts in about a tenth of a second, with global state nobody has touched. Test modules should
-import Megatron inside the functions they send here, so that pytest itself need not.
+starts in about a tenth of a second, with global state nobody has touched but for what
+tests/preloaded.py says. Test modules should import Megatron inside the functions they send here, so
+that pytest itself need not.
 """
 
 import faulthandler

@@ -1,11 +1,13 @@
-"""The README's tree: every folder of code that a visitor opens first, by its whole path."""
+"""The README is a first screen, and its tree is the one that a visitor finds."""
 
 import subprocess
 from pathlib import Path
 
 from tests import ROOT
+from tests.documents import blocks
+from tests.house import PACKAGE, floor
 
-_CODE = ("ultramem_megatron", "kernels", "patches", "launch")
+_CODE = (PACKAGE, "kernels", "patches", "launch", "tests")
 
 
 def _paths_of(tree: str) -> list[str]:
@@ -24,15 +26,28 @@ def test_paths_of_a_listing():
     assert _paths_of(tree) == ["a", "a/b", "a/b/c.py", "d", "d/b"]
 
 
+def _tree() -> list[str]:
+    (block,) = (block for block in blocks("README.md") if block.text.startswith(f"{PACKAGE}/"))
+    return _paths_of(block.text)
+
+
 def test_folders_of_code_stand_in_the_tree_and_the_tree_is_true():
-    tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1].strip()
-    named = _paths_of(tree)
+    named = _tree()
     tracked = subprocess.run(
         ["git", "ls-files", *_CODE], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     folders = {Path(name).parent for name in tracked if Path(name).suffix in (".py", ".sh")}
-    first = {"/".join(folder.parts[:2]) for folder in folders}
-    assert len(first) > 15
+    first = {"/".join(path.parts[: 1 + (path.parts[0] == PACKAGE)]) for path in folders}
+    assert len(first) > 10
     assert not sorted(first - set(named)), "not in README.md's tree"
     assert not [path for path in named if not (ROOT / path).exists()], "in the tree only"
     assert len(named) == len(set(named))
+
+
+def test_rooms_stand_in_the_order_of_their_floors():
+    rooms = [path.split("/")[1] for path in _tree() if path.startswith(f"{PACKAGE}/")]
+    assert rooms == sorted(rooms, key=floor, reverse=True)
+
+
+def test_it_stays_a_first_screen_and_a_map():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160

@@ -1,8 +1,7 @@
 """The cache of data sets (--data-cache-path) holds arrays of numbers, and nothing is unpickled.
 
-Megatron allows pickles there and calls only what its list of names allows; one of the names,
-`torch.storage._load_from_bytes`, unpickles its argument freely. A cache from elsewhere could so run
-what it likes.
+Megatron unpickles there what its list of names allows, which no cache of its own needs. A file that
+is cut short, as by a kill while it was written, ended a run without the file's name.
 """
 
 from typing import Any

@@ -3,6 +3,8 @@
 It reads token by token, so its tables and groups can be tested with tokens dealt out by hand.
 """
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -21,76 +23,103 @@ def _config(**changes):
     return UltraMemConfig(spans=(Span(1, 1),), **{**sizes, **changes})
 
 
+class _Layout(NamedTuple):
+    """Ranks, how they are grouped, and tokens that each holds."""
+
+    world: int
+    tp: int
+    cp: int
+    size: int  # ranks that share a table
+    partition: str
+    sequence_parallel: bool
+    tokens: int
+
+
+_LAYOUTS = [
+    _Layout(4, 2, 2, 4, "number", False, 5),  # odd: shares of 3 and 2 tokens
+    _Layout(4, 2, 2, 4, "dimension", False, 5),
+    _Layout(4, 1, 2, 4, "dimension", False, 3),
+    _Layout(4, 1, 4, 2, "number", False, 3),
+    _Layout(4, 2, 1, 2, "dimension", True, 3),
+    _Layout(4, 2, 2, 1, "number", False, 1),
+    _Layout(8, 2, 2, 8, "number", True, 2),
+]
+_DESIGNS = [_config(), _config(heads=1, cores=4), _config(value_expansion=9)]
+
+
 def _tokens(count):
     generator = torch.Generator().manual_seed(count)
     x = torch.randn(count, 1, _HIDDEN, generator=generator)
     return x, torch.randn(count, 1, _HIDDEN, generator=generator)
 
 
-def _on_rank(tp, cp, size, partition, sequence_parallel, tokens_per_rank, config):
+def _on_rank(layout):
+    """What each design gives on this rank."""
     from megatron.core import parallel_state
+
+    from ultramem_megatron.patches import registry
+
+    registry.apply_all()
+    init_gloo()
+    parallel_state.initialize_model_parallel(
+        layout.tp, context_parallel_size=layout.cp, expert_model_parallel_size=layout.size,
+        expert_tensor_parallel_size=1,
+    )  # fmt: skip
+    return [_compute(layout, config) for config in _DESIGNS]
+
+
+def _memory(layout, config):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
 
     from ultramem_megatron.megatron.layer.memory_submodule import TransformerMemory
     from ultramem_megatron.memory.placement import Placement
-    from ultramem_megatron.patches import registry
 
-    registry.apply_all()
-    rank, world = init_gloo()
-    parallel_state.initialize_model_parallel(
-        tp, context_parallel_size=cp, expert_model_parallel_size=size,
-        expert_tensor_parallel_size=1,
-    )  # fmt: skip
     transformer = TransformerConfig(
         num_layers=1, hidden_size=_HIDDEN, num_attention_heads=2, use_cpu_initialization=True,
-        tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel,
+        tensor_model_parallel_size=layout.tp, sequence_parallel=layout.sequence_parallel,
     )  # fmt: skip
-    memory = TransformerMemory(
-        transformer, ultramem=config, layer_number=1, partition=partition,
+    return TransformerMemory(
+        transformer, ultramem=config, layer_number=1, partition=layout.partition,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         placement=Placement(1, 1, 1), values_by_table={},
     )  # fmt: skip
-    holders = world if sequence_parallel else world // tp  # ranks with tokens of their own
-    x, grad = _tokens(holders * tokens_per_rank)
-    index = rank if sequence_parallel else rank // tp
-    own = slice(index * tokens_per_rank, (index + 1) * tokens_per_rank)
+
+
+def _compute(layout, config):
+    from megatron.core import parallel_state
+
+    memory, rank = _memory(layout, config), torch.distributed.get_rank()
+    alike = 1 if layout.sequence_parallel else layout.tp  # ranks that hold the same tokens
+    x, grad = _tokens(layout.world // alike * layout.tokens)
+    first = rank // alike * layout.tokens
+    own = slice(first, first + layout.tokens)
     out = memory(x[own].requires_grad_())
     out.backward(grad[own])
     gradients = {name: p.grad for name, p in memory.named_parameters()}
     group = parallel_state.get_expert_model_parallel_group()
-    layout = memory.values.layout
+    table = memory.values.layout
     assert sum(1 for _ in memory.steps(x[own])) == memory.pauses
     return {
         "out": out.detach(), "gradients": gradients,
-        "corner": (layout.rows().start, layout.columns().start),
+        "corner": (table.rows().start, table.columns().start),
         "group": torch.distributed.get_process_group_ranks(group),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("world", "tp", "cp", "size", "partition", "sequence_parallel", "tokens"),
-    [
-        (4, 2, 2, 4, "number", False, 5),  # odd: shares of 3 and 2 tokens
-        (4, 2, 2, 4, "dimension", False, 5),
-        (4, 1, 2, 4, "dimension", False, 3),
-        (4, 1, 4, 2, "number", False, 3),
-        (4, 2, 1, 2, "dimension", True, 3),
-        (4, 2, 2, 1, "number", False, 1),
-        (8, 2, 2, 8, "number", True, 2),
-    ],
-)
-@pytest.mark.parametrize("changes", [{}, {"heads": 1, "cores": 4}, {"value_expansion": 9}])
-def test_tokens_dealt_out_give_what_all_tokens_give(
-    world, tp, cp, size, partition, sequence_parallel, tokens, changes
-):
-    config = _config(**changes)
-    ranks = run_on_ranks(
-        world, _on_rank, tp, cp, size, partition, sequence_parallel, tokens, config
-    )
-    own_tokens = ranks if sequence_parallel else ranks[::tp]
+@pytest.fixture(scope="module", params=_LAYOUTS, ids=str)
+def dealt(request):
+    """A layout, and by rank what each design gives in it."""
+    return request.param, run_on_ranks(request.param.world, _on_rank, request.param)
+
+
+@pytest.mark.parametrize("design", range(len(_DESIGNS)))
+def test_tokens_dealt_out_give_what_all_tokens_give(dealt, design):
+    layout, config = dealt[0], _DESIGNS[design]
+    ranks = [results[design] for results in dealt[1]]
+    own_tokens = ranks if layout.sequence_parallel else ranks[:: layout.tp]
     whole = UltraMemLayer(config, hidden_size=_HIDDEN, num_layers=1)
-    x, grad = _tokens(len(own_tokens) * tokens)
+    x, grad = _tokens(len(own_tokens) * layout.tokens)
     out = whole(x)
     out.backward(grad)
     terms = sum_lengths(config, _HIDDEN)
@@ -98,8 +127,8 @@ def test_tokens_dealt_out_give_what_all_tokens_give(
     assert_close(found, out, rounding(out.dtype, terms), "output")
 
     for rank in ranks:  # neighbours share a table
-        assert len(rank["group"]) == size
-        assert rank["group"] == list(range(rank["group"][0], rank["group"][0] + size))
+        assert len(rank["group"]) == layout.size
+        assert rank["group"] == list(range(rank["group"][0], rank["group"][0] + layout.size))
     # A parameter's gradient also adds up the tokens.
     tolerance = rounding(out.dtype, terms + len(x))
     _compare_gradients(ranks, own_tokens, whole, tolerance)

@@ -43,8 +43,6 @@ def with_dropout():
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 4},
         {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
         {"recompute_granularity": "selective", "recompute_modules": "core_attn"},
-        # Frees the output of the norm that a memory reads, in layers without one.
-        {"recompute_granularity": "selective", "recompute_modules": "layernorm"},
     ],
 )  # fmt: skip
 def test_recomputation_changes_nothing(recompute, with_dropout):

@@ -4,6 +4,7 @@ What Megatron takes on trust (a file cut short, ids of another vocabulary, valid
 comes up when a batch needs it, perhaps after days, or never.
 """
 
+import math
 import os
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,9 @@ from ultramem_megatron.data.index_file import Index, check_tokens
 from ultramem_megatron.errors import UltraMemError
 
 _TRAIN, _VALID = 0, 1  # places in a split
+_PARTS = ("training", "validation", "test")
+_FLAGS = ("--train-data-path", "--valid-data-path")
+_WAYS_OUT = ("", ", or --eval-iters 0 for no validation")
 
 
 def check_data(args: Namespace) -> None:
@@ -65,38 +69,43 @@ def check_prefixes(prefixes: Iterable[str], vocab_size: int | None = None) -> No
 
 def _check_splits(args: Namespace, blend: Any, per_split: Sequence[Any] | None) -> None:
     """Refuse training or validation that is asked for and has no documents."""
-    asked = [(_TRAIN, "training", not args.skip_train)]
     validates = args.full_validation or args.eval_iters > 0
-    asked += [(_VALID, "validation", validates)]
-    for place, what, wanted in asked:
-        if not wanted or (blend is None and per_split is None):
+    for place, wanted in ((_TRAIN, not args.skip_train), (_VALID, validates)):
+        if not wanted:
             continue
-        way_out = " or --eval-iters 0 for no validation" if place == _VALID else ""
-        if per_split is not None:
-            if per_split[place] is None:
-                flag = ("--train-data-path", "--valid-data-path")[place]
-                raise UltraMemError(f"there is no data for {what}. Give {flag}{way_out}.")
-        else:
-            _check_share(args.split, place, what, blend[0], way_out)
+        what, way_out = _PARTS[place], _WAYS_OUT[place]
+        if per_split is not None and per_split[place] is None:
+            raise UltraMemError(f"there is no data for {what}. Give {_FLAGS[place]}{way_out}.")
+        if blend is not None and _shares(args.split)[place] == 0:
+            raise UltraMemError(
+                f"--split {args.split} leaves no data for {what}. Give it a share{way_out}."
+            )
+    for prefix in blend[0] if blend is not None else ():
+        if "://" not in prefix:
+            _check_rounding(args.split, prefix, Index.read(prefix).documents)
 
 
-def _check_share(split: str, place: int, what: str, prefixes: Sequence[str], way_out: str) -> None:
+def _check_rounding(split: str, prefix: str, documents: int) -> None:
+    """Refuse a share of so few documents that none is left; Megatron's index builder dies of it."""
+    end = 0.0
+    for what, share in zip(_PARTS, _shares(split), strict=True):
+        first, end = end, end + share
+        if share and round(first * documents) == round(end * documents):  # as Megatron rounds
+            raise UltraMemError(
+                f"--split {split} leaves none of the {documents} documents of {prefix} for {what}. "
+                "Give it a larger share, or 0 for no such data."
+            )
+
+
+def _shares(split: str) -> Sequence[float]:
     from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 
     try:
-        shares = parse_and_normalize_split(split)
+        shares: Sequence[float] = parse_and_normalize_split(split)
     except (AssertionError, ValueError, ZeroDivisionError):
+        shares = ()
+    if not all(map(math.isfinite, shares)) or not shares:
         raise UltraMemError(
             f"--split {split}: must be three numbers, for training, validation and test, as 98,2,0."
-        ) from None
-    first, end = sum(shares[:place]), sum(shares[: place + 1])
-    for prefix in prefixes:
-        if "://" in prefix:
-            continue
-        documents = Index.read(prefix).documents
-        # As Megatron rounds.
-        if round(end * documents) <= round(first * documents):
-            raise UltraMemError(
-                f"--split {split}: leaves none of the {documents} documents of {prefix} for "
-                f"{what}. Give {what} a share of them{way_out}."
-            )
+        )
+    return shares

@@ -133,9 +133,7 @@ class Index:
         return np.fromfile(self.file, kind, count, offset=start + first * kind.itemsize)
 
     def _contradicts(self, where: str) -> None:
-        raise UltraMemError(
-            f"{self.file} contradicts itself {where}. It is damaged: copy it again."
-        )
+        raise UltraMemError(f"{self.file} contradicts itself {where}: damaged. Copy it again.")
 
 
 def check_tokens(index: Index, vocab_size: int) -> None:

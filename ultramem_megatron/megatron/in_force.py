@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.training import get_wandb_writer
 
 from ultramem_megatron.megatron.flags.table_flags import settings_from_args
@@ -56,10 +57,10 @@ def settings_in_force(
         )
         for name in ("overlap", "upcycle", "train_only"):
             found[name] = _shown(getattr(args, f"ultramem_{name}"))
-    names = ("ultramem-megatron", "megatron-core", "torch", "numpy")
-    found["versions"] = ", ".join(
-        [f"{name} {version(name)}" for name in names] + [f"Python {platform.python_version()}"]
-    )
+    names = ("ultramem-megatron", "megatron-core", "numpy")
+    known = {name: version(name) for name in names}
+    known |= {"torch": torch.__version__, "Python": platform.python_version()}
+    found["versions"] = ", ".join(f"{name} {number}" for name, number in known.items())
     found["commit"] = commit()
     found["patches"] = ", ".join(registry.applied()) or "none"
     return found

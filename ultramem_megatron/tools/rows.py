@@ -1,6 +1,7 @@
 """Rows as CSV: a header, then a line for each; all with the same keys."""
 
 import csv
+import secrets
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -13,7 +14,8 @@ Row = Mapping[str, Any]
 
 def write(file: Path, rows: Iterable[Row]) -> None:
     """Write all of them or nothing: who is interrupted leaves what was there before."""
-    partial = file.with_name(f".{file.name}.partial")
+    # A name that nobody else's file has.
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
     write_as_made(partial, rows)
     partial.replace(file)
 

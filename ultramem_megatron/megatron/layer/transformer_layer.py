@@ -4,7 +4,7 @@ The memory reads the output of layer a's pre-MLP norm, the very tensor its MLP r
 joins the residual stream after layer b (paper section 2.3). In between it travels as `context`,
 the second tensor that TransformerBlock hands from layer to layer and through recomputation; a
 decoder-only GPT leaves it free. Between pipeline stages only one tensor is sent, so there it
-travels beside the hidden states, in a tensor twice as wide (see pipeline_carrier.py).
+travels beside the hidden states, in a tensor twice as wide (see pipeline/carrier.py).
 
 S sequence, B batch, D hidden.
 """
