@@ -79,8 +79,11 @@ def test_a_stage_without_layers_cannot_pass_a_result_on():
 
 def test_more_stages_than_the_spans_allow():
     spans = parse_spans("1:6/7:12", 12)
-    with pytest.raises(UltraMemError, match=r"allow at most 2 stages .* 4 are asked for"):
-        check_pipeline(spans, _config(4, fp32_residual_connection=True))
+    for stages, virtual, fitting in ((4, None, 2), (2, 2, 1)):
+        config = _config(stages, virtual=virtual, fp32_residual_connection=True)
+        advice = f"use --pipeline-model-parallel-size {fitting} or less"
+        with pytest.raises(UltraMemError, match=rf"at most 2 stages .* 4 are asked for: {advice}"):
+            check_pipeline(spans, config)
 
 
 @pytest.mark.parametrize("chunks", range(1, 7))
