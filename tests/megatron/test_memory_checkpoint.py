@@ -139,12 +139,6 @@ def _unknown_flags():
     return (compared - taken_flags()) | (compared - vars(parse_words([])).keys())
 
 
-@pytest.mark.parametrize("changes", [{"ckpt_format": "torch"}, {"ckpt_format": "torch_dcp"}])
-def test_other_formats_are_refused(changes, tmp_path):
-    message = _refusal(**changes, save=tmp_path, save_interval=3)
-    assert f"checkpoints in the format {changes['ckpt_format']} cannot hold memory" in message
-
-
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     plain = tiny_gpt(num_layers=4, ckpt_format="torch", train_iters=1, save=tmp_path,
                      save_interval=1)  # fmt: skip

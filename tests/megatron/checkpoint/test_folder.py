@@ -69,7 +69,7 @@ def test_another_format_is_there_but_cannot_be_read(tmp_path):
 def test_a_tracker_that_is_no_text_is_shown(tmp_path):
     load = _saved(tmp_path, "3", "iter_0000003")
     (tmp_path / TRACKER).write_bytes(b"\xff3")
-    with pytest.raises(UltraMemError, match=r"says '\\\\\\\\xff3', which is no iteration"):
+    with pytest.raises(UltraMemError, match=r"says '\\\\xff3', which is no iteration"):
         loaded_iteration(load)
 
 

@@ -35,7 +35,7 @@ def test_what_describes_the_model_is_taken_and_nothing_else():
         (Namespace(spec=["a.module", "x"]), "needs code or files named in it .spec is"),
         (Namespace(fp8_quantizer_factory="a.b"), "fp8_quantizer_factory is 'a.b'"),
         (Namespace(heterogeneous_layers_config_path="/x"), "heterogeneous_layers_config_path"),
-        (Namespace(num_layers=torch.Size([2])), "its flag num_layers is no plain data, but a Size"),
+        (Namespace(num_layers=torch.ones(1)), "its flag num_layers is no plain data, but a Tensor"),
         (Namespace(window_size=[1, {"a": print}]), "its flag window_size is no plain data"),
         ({"num_layers": 2}, "its flags are a dict, not what Megatron stores"),
     ],

@@ -13,14 +13,15 @@ from ultramem_megatron.megatron.flags.listing import main
 def _printed(capsys, *argv):
     main(argv)
     text = capsys.readouterr().out
-    found = dict(re.findall(r"^  --(?:\[no-\])?ultramem-(\S+) +(\S+)$", text, re.MULTILINE))
+    found = dict(re.findall(r"^  --(?:\[no-\])?(?:ultramem-)?(\S+) +(\S+)$", text, re.MULTILINE))
     return text, found
 
 
 def test_every_flag_stands_in_a_group_with_its_value_in_force(capsys):
     text, found = _printed(capsys)
     actions = add_ultramem_arguments(ArgumentParser(add_help=False))._actions
-    names = {action.option_strings[0].removeprefix("--ultramem-") for action in actions}
+    flags = {action.option_strings[0] for action in actions}
+    names = {flag.removeprefix("--").removeprefix("ultramem-") for flag in flags}
     assert found.keys() == names
     assert len(re.findall(r"^UltraMem memory layers: .*in force", text, re.MULTILINE)) == 5
     assert (found["topk"], found["softmax"], found["num-keys"]) == ("42", "no", "-")

@@ -91,8 +91,19 @@ def test_a_flag_and_the_field_of_that_name_are_refused_for_one_reason(name, valu
     assert same.removesuffix(" Leave it out.") == reason.removesuffix(" Drop the flag.")
 
 
+_OTHERS = {
+    "use_distributed_optimizer": False, "ckpt_format": "torch_dist", "ckpt_convert_format": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ckpt_format", "ckpt_convert_format"])
+def test_other_formats_of_checkpoints_are_refused(name):
+    with pytest.raises(UltraMemError, match="the format torch cannot hold memory layers"):
+        refuse_unsupported_flags(Namespace(**{**_OTHERS, name: "torch"}), _DESIGN)
+
+
 def test_nothing_is_refused_that_is_off_or_without_memories():
     off = {"cuda_graph_impl": "none", "use_torch_fsdp2": False, "fp8": None}
     refuse_unsupported_settings(off)
-    refuse_unsupported_flags(Namespace(**off, use_distributed_optimizer=False), _DESIGN)
+    refuse_unsupported_flags(Namespace(**off, **_OTHERS), _DESIGN)
     refuse_unsupported_flags(Namespace(fp8="e4m3"), None)

@@ -34,8 +34,8 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
             raise UltraMemError(
                 f"{given} cannot be combined with memory layers: {reason}. Drop the flag."
             )
-    if args.ckpt_format != "torch_dist" or args.ckpt_convert_format:
-        other = args.ckpt_convert_format or args.ckpt_format
+    other = args.ckpt_convert_format or args.ckpt_format
+    if other != "torch_dist":
         raise UltraMemError(
             f"checkpoints in the format {other} cannot hold memory layers: with it an optimizer's "
             f"state may be of another iteration than its weights, and damage, other designs and "
