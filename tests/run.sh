@@ -3,6 +3,7 @@
 #   bash tests/run.sh                        everything
 #   bash tests/run.sh tests/data -k utf      pytest's arguments
 #   bash tests/run.sh --slow                 what is left out otherwise: launched runs that are hurt, tutorials
+#   bash tests/run.sh --long                 what CI leaves out too: every recipe, started as it is
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -11,7 +12,7 @@ bash launch/setup.sh
 # One thread per process: the tests start several, and more threads than cores slow all down.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}"
 export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
-if [[ ${1:-} == --slow ]]; then
-    set -- -m slow "${@:2}"
+if [[ ${1:-} == --slow || ${1:-} == --long ]]; then
+    set -- -m "${1#--}" "${@:2}"
 fi
 exec .venv/bin/python -m pytest --durations=15 "$@"

@@ -60,6 +60,10 @@ def _parsed(flags: list[str], gpus: int) -> dict[str, object]:
     return {**vars(args), "num_keys": ultramem and ultramem.num_keys}
 
 
+def _in_ci_or_by_hand(name: str, ranks: int) -> pytest.MarkDecorator:
+    return pytest.mark.slow if (name, ranks) == ("ultramem-680m-x12", 2) else pytest.mark.long
+
+
 def test_there_is_a_recipe_for_each_model_and_its_twins():
     assert len(RECIPES) == 9
     assert {p.stem for p in RECIPES} >= set(_QUICK)
@@ -67,7 +71,7 @@ def test_there_is_a_recipe_for_each_model_and_its_twins():
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(p.stem, marks=[] if p.stem in _QUICK else [pytest.mark.slow]) for p in RECIPES],
+    [pytest.param(p.stem, marks=[] if p.stem in _QUICK else [pytest.mark.long]) for p in RECIPES],
 )
 def test_a_recipe_prints_its_plan_and_a_command_that_parses(name, tmp_path):
     plan, command = _dry_run(name, "--log-interval", "7")
@@ -93,9 +97,14 @@ def test_a_recipe_prints_its_plan_and_a_command_that_parses(name, tmp_path):
     assert len(run_pretrain(2, [*flags, *shrunk(name, 2), *folders]).losses) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("name", [p.stem for p in RECIPES])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        pytest.param(p.stem, ranks, marks=_in_ci_or_by_hand(p.stem, ranks))
+        for p in RECIPES
+        for ranks in (1, 2)
+    ],
+)
 def test_a_recipe_started_as_it_is_trains_and_saves(name, ranks, tmp_path):
     done = _run(
         name, *shrunk(name, ranks), NPROC=str(ranks), RUN=str(tmp_path), LOG_DIR=str(tmp_path / "l")
