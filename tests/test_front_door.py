@@ -1,0 +1,81 @@
+"""`ultramem COMMAND`, and the names that commands and modules had before."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests import ROOT
+from ultramem_megatron.__main__ import COMMANDS, listing, main
+
+_OLD = {
+    "pretrain": "train",
+    "run": "run",
+    "generate": "generate",
+    "plan": "plan",
+    "evaluate": "evaluate",
+    "export": "export",
+    "inspect": "inspect",
+    "verify_parallel": "verify",
+    "integrity": "integrity",
+}
+"""Module that was run with -m -> the command it is now; presets, data and patches kept theirs."""
+
+
+def _python(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_listing_has_a_line_for_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert f"  {name} " in shown
+        assert command.about in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "'trian' is no command"),
+        (["data"], "data prepare"),
+        (["data", "praepare"], "'data praepare' is no command"),
+    ],
+)
+def test_a_wrong_command_is_refused_with_those_there_are(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_listing_of_one_word() -> None:
+    assert listing("data").count("\n") == sum(name.split()[0] == "data" for name in COMMANDS)
+
+
+@pytest.mark.parametrize("old", _OLD)
+def test_an_old_command_runs_and_says_its_new_name_once(old: str) -> None:
+    done = _python("-m", f"ultramem_megatron.{old}", "--help" if old != "run" else "absent.py")
+    new = f"`python -m ultramem_megatron {_OLD[old]}`"
+    assert done.stderr.count(new) == 1, done.stderr
+    if old == "run":  # its --help would be the script's own
+        assert done.returncode == 2
+        assert "absent.py: no such script" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "usage" in done.stdout
+
+
+def test_an_old_module_is_the_new_one_and_says_so_once() -> None:
+    code = (
+        "from ultramem_megatron.convert import load_official_v1\n"
+        "import ultramem_megatron.convert, ultramem_megatron.memory.official_v1 as new\n"
+        "assert load_official_v1 is new.load_official_v1\n"
+    )
+    done = _python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("is now ultramem_megatron.memory.official_v1") == 1
