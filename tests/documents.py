@@ -93,6 +93,7 @@ def open_checkout(folder: Path) -> Path:
     for entry in ROOT.iterdir():
         if not entry.name.startswith(".") and entry.name != "runs":
             (folder / entry.name).symlink_to(entry)
+    (folder / ".venv").symlink_to(sys.prefix)
     front_door = folder / ".commands" / "ultramem"
     front_door.parent.mkdir()
     front_door.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ultramem_megatron "$@"\n')

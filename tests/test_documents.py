@@ -101,7 +101,8 @@ def after_the_quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["the", "memory", "holds", "values", "and", "each", "value", "has", "two", "keys"]
     lines = (" ".join(words[i * j % 10] for j in range(1, 9)) for i in range(1, 600))
     (folder / "words.txt").write_text("".join(f"{i}. {line}.\n\n" for i, line in enumerate(lines)))
-    done = run("python -m launch.quickstart --tiny --steps 6 --text words.txt", folder)
+    train = "python -m launch.quickstart --tiny --steps 6 --output runs/quickstart"
+    done = run(f"{train} --text words.txt", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

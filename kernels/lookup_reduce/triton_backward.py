@@ -136,7 +136,7 @@ def sorted_rows_kernel(
         in_slice = within < slice_width
         sum_w = tl.zeros([BLOCK_W], PRECISE)
         more = 1
-        while more:
+        while more != 0:
             place = start + tl.arange(0, BLOCK_P)
             same = tl.load(row_n + place, place < count, -1) == row
             at = tl.load(order_n + place, same, 0)
