@@ -83,14 +83,22 @@ def _build(options: argparse.Namespace) -> tuple[list[Any], Any]:
     from ultramem_megatron.megatron.optimizer.value_learning_rate import value_overrides
 
     config = TransformerConfig(
-        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=4, params_dtype=torch.float32,
-        hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False, bias_dropout_fusion=False, apply_rope_fusion=False,
-        tensor_model_parallel_size=options.tensor_ranks, pipeline_dtype=torch.float32,
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        params_dtype=torch.float32,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        tensor_model_parallel_size=options.tensor_ranks,
+        pipeline_dtype=torch.float32,
         use_cpu_initialization=True,
         # Layers with and without memory differ: names in checkpoints say which layer it is.
         hetereogenous_dist_checkpoint=True,
-    )  # fmt: skip
+    )
     config.finalize_model_grads_func = finalize_with_auxiliary_loss  # memories 3
     spec = with_memory(  # memories 4
         get_gpt_layer_local_spec(), ULTRAMEM, config, partition=options.partition
@@ -110,11 +118,19 @@ def _scheduler(optimizer: Any) -> Any:
     from ultramem_megatron.megatron.optimizer.value_learning_rate import ValueLearningRateScheduler
 
     return ValueLearningRateScheduler(  # memories 5: Megatron's own ignores the tables' multiple
-        optimizer, init_lr=0.0, max_lr=LEARNING_RATE, min_lr=0.0, lr_warmup_steps=0,
-        lr_decay_steps=TRAINING_STEPS, lr_decay_style="constant", start_wd=0.01, end_wd=0.01,
-        wd_incr_steps=TRAINING_STEPS, wd_incr_style="constant",
+        optimizer,
+        init_lr=0.0,
+        max_lr=LEARNING_RATE,
+        min_lr=0.0,
+        lr_warmup_steps=0,
+        lr_decay_steps=TRAINING_STEPS,
+        lr_decay_style="constant",
+        start_wd=0.01,
+        end_wd=0.01,
+        wd_incr_steps=TRAINING_STEPS,
+        wd_incr_style="constant",
         value_lr_decay=ULTRAMEM.value_lr_decay,
-    )  # fmt: skip
+    )
 
 
 def _device() -> torch.device:
@@ -149,10 +165,14 @@ def _step(model: list[Any], optimizer: Any, step: int) -> float:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     reports = get_forward_backward_func()(
-        forward_step_func=_forward, data_iterator=_batches(step), model=model,
-        num_microbatches=len(list(_batches(step))), seq_length=LENGTH,
-        micro_batch_size=MICRO_BATCH, forward_only=False,
-    )  # fmt: skip
+        forward_step_func=_forward,
+        data_iterator=_batches(step),
+        model=model,
+        num_microbatches=len(list(_batches(step))),
+        seq_length=LENGTH,
+        micro_batch_size=MICRO_BATCH,
+        forward_only=False,
+    )
     optimizer.step()
     loss = torch.stack([report["loss"] for report in reports]).mean()
     dist.all_reduce(loss, dist.ReduceOp.AVG, group=parallel_state.get_data_parallel_group())

@@ -111,10 +111,7 @@ class Editor:
         self._set(owner, attribute, new)
 
     def wrap(
-        self,
-        dotted: str,
-        make: Callable[[Any], Any],
-        parameters: tuple[str, ...] | None = None,
+        self, dotted: str, make: Callable[[Any], Any], parameters: tuple[str, ...] | None = None
     ) -> None:
         """Replace what `dotted` points at by `make(original)`; otherwise as `replace`."""
         owner, attribute = resolve(dotted)

@@ -25,11 +25,7 @@ __all__ = ["assert_close", "assert_rounds_no_worse", "relative_error", "rounding
 
 
 def rounding(
-    dtype: torch.dtype,
-    terms: int = 1,
-    *,
-    sums: torch.dtype | None = None,
-    condition: float = 1.0,
+    dtype: torch.dtype, terms: int = 1, *, sums: torch.dtype | None = None, condition: float = 1.0
 ) -> float:
     """How far apart two results of `terms` products may be, relative to their norm.
 

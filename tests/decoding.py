@@ -7,21 +7,37 @@ import torch
 from tests.training_runs import tiny_gpt
 
 _TINY = {
-    "num_layers": 4, "untie_embeddings_and_output_weights": True, "max_position_embeddings": 32,
+    "num_layers": 4,
+    "untie_embeddings_and_output_weights": True,
+    "max_position_embeddings": 32,
     # Large enough that logits differ between tokens, and the memory's part shows.
     "init_method_std": 0.2,
-}  # fmt: skip
+}
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "moe": {"num_experts": 4, "moe_router_topk": 2, "disable_bias_linear": True,
-            "moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "alltoall"},
+    "moe": {
+        "num_experts": 4,
+        "moe_router_topk": 2,
+        "disable_bias_linear": True,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+    },
     "ultramem": {"ultramem_spans": "1:3/4:4", "ultramem_num_keys": 12, "ultramem_topk": 6},
-    "ultramem-conv": {"ultramem_spans": "1:2/3:4", "ultramem_num_keys": 12, "ultramem_topk": 6,
-                      "ultramem_query_conv_kernel": 4},
-    "pkm": {"ultramem_spans": "2:2", "ultramem_num_keys": 12, "ultramem_topk": 6,
-            "ultramem_retrieval": "pkm", "ultramem_softmax": True},
-}  # fmt: skip
+    "ultramem-conv": {
+        "ultramem_spans": "1:2/3:4",
+        "ultramem_num_keys": 12,
+        "ultramem_topk": 6,
+        "ultramem_query_conv_kernel": 4,
+    },
+    "pkm": {
+        "ultramem_spans": "2:2",
+        "ultramem_num_keys": 12,
+        "ultramem_topk": 6,
+        "ultramem_retrieval": "pkm",
+        "ultramem_softmax": True,
+    },
+}
 KINDS["moe-ultramem"] = KINDS["moe"] | KINDS["ultramem"]
 
 

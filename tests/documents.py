@@ -46,8 +46,11 @@ def documents() -> tuple[str, ...]:
     """Every Markdown file of the checkout, tracked or new, as paths from the top folder."""
     found = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
     return tuple(sorted(name for name in found if (ROOT / name).exists()))
 
 
@@ -110,6 +113,9 @@ def run(script: str, checkout: Path) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([*here, os.environ["PATH"]])
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
-        cwd=checkout, env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=checkout,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

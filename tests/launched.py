@@ -31,11 +31,17 @@ RESUMED = rf"(?s)({FOUND}).*loading distributed checkpoint"
 def flags(folder: Path, **changes: Any) -> list[str]:
     """A tiny GPT with one memory that saves every five iterations and resumes by itself."""
     settings: dict[str, Any] = {
-        "ultramem_spans": "1:2", "ultramem_num_keys": 12, "ultramem_topk": 6, "hidden_dropout": 0.1,
-        "ckpt_format": "torch_dist", "train_iters": 20, "save_interval": 5,
-        "save": folder / "checkpoints", "load": folder / "checkpoints",
+        "ultramem_spans": "1:2",
+        "ultramem_num_keys": 12,
+        "ultramem_topk": 6,
+        "hidden_dropout": 0.1,
+        "ckpt_format": "torch_dist",
+        "train_iters": 20,
+        "save_interval": 5,
+        "save": folder / "checkpoints",
+        "load": folder / "checkpoints",
         "load_or_start": True,
-    }  # fmt: skip
+    }
     return tiny_gpt(**{**settings, **changes})
 
 

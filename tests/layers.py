@@ -11,18 +11,32 @@ from ultramem_megatron.memory.spans import Span
 HIDDEN = 24
 
 _SMALL: dict[str, Any] = {
-    "spans": (Span(1, 2),), "num_keys": 7, "key_dim": 12, "value_dim": 12, "topk": 5,
-}  # fmt: skip
+    "spans": (Span(1, 2),),
+    "num_keys": 7,
+    "key_dim": 12,
+    "value_dim": 12,
+    "topk": 5,
+}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "pkm": {
-        "retrieval": "pkm", "tucker_rank": 1, "cores": 1, "value_expansion": 1, "softmax": True,
-        "value_projection": False, "value_dim": HIDDEN, "qk_norm": "none", "share_query": False,
+        "retrieval": "pkm",
+        "tucker_rank": 1,
+        "cores": 1,
+        "value_expansion": 1,
+        "softmax": True,
+        "value_projection": False,
+        "value_dim": HIDDEN,
+        "qk_norm": "none",
+        "share_query": False,
         "init": "official",
     },
     "pkm-no-softmax-expanded": {
-        "retrieval": "pkm", "tucker_rank": 1, "cores": 1, "value_expansion": 4,
+        "retrieval": "pkm",
+        "tucker_rank": 1,
+        "cores": 1,
+        "value_expansion": 4,
     },
     "rank-1": {"tucker_rank": 1, "cores": 1},
     "rank-3-full": {"tucker_rank": 3, "rank_layout": "full", "value_dim": 9, "cores": 3},
@@ -39,7 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "convolution": {"query_conv_kernel": 5},
     "softmax": {"softmax": True},
     "all-keys": {"num_keys": 3, "topk": 6},
-}  # fmt: skip
+}
 
 
 def small_config(**changes: Any) -> UltraMemConfig:

@@ -12,10 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 _READS_ON_HOST = {
-    "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select",
-    "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount",
-    "aten::equal", "aten::repeat_interleave.Tensor",
-}  # fmt: skip
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::unique_consecutive",
+    "aten::bincount",
+    "aten::equal",
+    "aten::repeat_interleave.Tensor",
+}
 
 _ATTENTION = "flash_decode_and_prefill"
 
@@ -97,11 +104,19 @@ class StandInManager(torch.nn.Module):
 
 
 def _decode_attention(
-    self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_seqlen_q: int,
-    max_seqlen_k: int, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    seqlens_k: torch.Tensor, block_table: torch.Tensor, is_decode_only: bool,
+    self: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    block_table: torch.Tensor,
+    is_decode_only: bool,
     softmax_offset: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Of one query per request over the paged cache, without reading on the host.
 
     Signature and shapes as Megatron's `flash_decode_and_prefill`.

@@ -16,13 +16,9 @@ from tests.house import (
     named,
     room,
     upward,
-)  # fmt: skip
+)
 
-LIBRARIES = {
-    "communication": {"torch"},
-    "kernels": {"torch", "triton"},
-    "memory": {"torch"},
-}
+LIBRARIES = {"communication": {"torch"}, "kernels": {"torch", "triton"}, "memory": {"torch"}}
 """Rooms that stand on nothing else; above all not on Megatron."""
 
 

@@ -98,10 +98,21 @@ def test_a_wheel_holds_the_code_and_no_measurements(tmp_path: Path) -> None:
         else:
             shutil.copy(ROOT / name, source / name)
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-         "--wheel-dir", str(tmp_path), str(source)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            str(tmp_path),
+            str(source),
+        ],
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"ultramem_megatron/py.typed", "ultramem_megatron/kernels/dispatch.py"} <= names
@@ -112,7 +123,11 @@ def test_a_wheel_holds_the_code_and_no_measurements(tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(installed)
     command = "from ultramem_megatron.__main__ import main; main(['--help'])"
     shown = subprocess.run(
-        [sys.executable, "-c", command], env={"PYTHONPATH": str(installed)}, cwd=tmp_path,
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", command],
+        env={"PYTHONPATH": str(installed)},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert "ultramem COMMAND" in shown.stdout

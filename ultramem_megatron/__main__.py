@@ -40,7 +40,7 @@ COMMANDS = {
     "data corpora": Command("data.corpora", "public texts to try things on"),
     "patches": Command("patches.__main__", "what is changed in Megatron at run time, and why"),
     "patches megatron-lm": Command("patches.megatron_lm.__main__", "the patch for a fork of yours"),
-}  # fmt: skip
+}
 """By the words that call it."""
 
 

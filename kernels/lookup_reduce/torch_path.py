@@ -63,10 +63,14 @@ def _score_gradient(
         return torch.zeros_like(scores)
     cores = scores.shape[2]
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        _sliced(grad.flatten(0, 1), cores), _sliced(table, cores), _slices(rows, cores),
+        _sliced(grad.flatten(0, 1), cores),
+        _sliced(table, cores),
+        _slices(rows, cores),
         torch.zeros(1, dtype=torch.int64, device=rows.device),
-        _bags(groups, grad.shape[1], cores), mode=0, padding_idx=-1,
-    )  # fmt: skip
+        _bags(groups, grad.shape[1], cores),
+        mode=0,
+        padding_idx=-1,
+    )
     return dots.view_as(scores).to(scores.dtype)
 
 

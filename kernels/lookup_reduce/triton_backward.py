@@ -49,17 +49,34 @@ def _may_add_in_any_order(target: Tensor) -> bool:
 
 
 def _picks(
-    grad: Tensor, table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor,
-    target: Tensor | None, score_grad: Tensor,
-) -> None:  # fmt: skip
+    grad: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    groups: Tensor,
+    scores: Tensor,
+    target: Tensor | None,
+    score_grad: Tensor,
+) -> None:
     tokens, picks, cores = scores.shape
     width = table.shape[1]
     sizes = block_sizes(width // cores)
     picks_kernel[(tokens, triton.cdiv(picks, sizes["BLOCK_P"]), cores)](
-        grad, table.contiguous(), rows, groups, scores, table if target is None else target,
-        score_grad, picks, width, width // cores, cores, grad.shape[1],
-        ADD_ROWS=target is not None, PRECISE=precise(table), **sizes,
-    )  # fmt: skip
+        grad,
+        table.contiguous(),
+        rows,
+        groups,
+        scores,
+        table if target is None else target,
+        score_grad,
+        picks,
+        width,
+        width // cores,
+        cores,
+        grad.shape[1],
+        ADD_ROWS=target is not None,
+        PRECISE=precise(table),
+        **sizes,
+    )
 
 
 def _sorted_rows(
@@ -71,26 +88,47 @@ def _sorted_rows(
     row_n, order_n = rows.flatten().sort(stable=True)
     blocks = cores * triton.cdiv(width // cores, sizes["BLOCK_W"])
     sorted_rows_kernel[(tokens * picks, blocks)](
-        grad, row_n, order_n, groups, scores, target, tokens * picks, picks, width,
-        width // cores, cores, grad.shape[1], PRECISE=precise(grad), **sizes,
-    )  # fmt: skip
+        grad,
+        row_n,
+        order_n,
+        groups,
+        scores,
+        target,
+        tokens * picks,
+        picks,
+        width,
+        width // cores,
+        cores,
+        grad.shape[1],
+        PRECISE=precise(grad),
+        **sizes,
+    )
 
 
 def block_sizes(slice_width: int) -> dict[str, int]:
     """One warp, a few rows in flight."""
-    return {
-        "BLOCK_P": 4,
-        "BLOCK_W": min(256, triton.next_power_of_2(slice_width)),
-        "num_warps": 1,
-    }
+    return {"BLOCK_P": 4, "BLOCK_W": min(256, triton.next_power_of_2(slice_width)), "num_warps": 1}
 
 
 @triton.jit
 def picks_kernel(
-    grad, table, rows, groups, scores, target, score_grad, picks, width, slice_width, cores,
-    num_groups, ADD_ROWS: tl.constexpr, PRECISE: tl.constexpr, BLOCK_P: tl.constexpr,
+    grad,
+    table,
+    rows,
+    groups,
+    scores,
+    target,
+    score_grad,
+    picks,
+    width,
+    slice_width,
+    cores,
+    num_groups,
+    ADD_ROWS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (T, blocks of picks, C): score gradients, and row gradients by atomics."""
     token = tl.program_id(0).to(tl.int64)
     pick = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -118,9 +156,22 @@ def picks_kernel(
 
 @triton.jit
 def sorted_rows_kernel(
-    grad, row_n, order_n, groups, scores, target, count, picks, width, slice_width, cores,
-    num_groups, PRECISE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+    grad,
+    row_n,
+    order_n,
+    groups,
+    scores,
+    target,
+    count,
+    picks,
+    width,
+    slice_width,
+    cores,
+    num_groups,
+    PRECISE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """Grid (T*P, C * blocks of a slice): the program at the first pick of a row sums it.
 
     The others end at once, so the number of distinct rows is never asked for.

@@ -28,10 +28,19 @@ def pool(table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups
         sizes = few_tokens_block_sizes(slice_width, num_groups)
     with torch.cuda.device_of(table):
         pool_kernel[(tokens, cores * triton.cdiv(slice_width, sizes["BLOCK_W"]))](
-            table.contiguous(), rows.contiguous(), groups.contiguous(), scores.contiguous(), out,
-            picks, table.shape[1], slice_width, cores, num_groups,
-            PRECISE=precise(table), **sizes,
-        )  # fmt: skip
+            table.contiguous(),
+            rows.contiguous(),
+            groups.contiguous(),
+            scores.contiguous(),
+            out,
+            picks,
+            table.shape[1],
+            slice_width,
+            cores,
+            num_groups,
+            PRECISE=precise(table),
+            **sizes,
+        )
     return out
 
 
@@ -65,9 +74,21 @@ def precise(table: Tensor) -> tl.constexpr:
 
 @triton.jit
 def pool_kernel(
-    table, rows, groups, scores, out, picks, width, slice_width, cores, num_groups,
-    PRECISE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+    table,
+    rows,
+    groups,
+    scores,
+    out,
+    picks,
+    width,
+    slice_width,
+    cores,
+    num_groups,
+    PRECISE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """Grid (T, C * blocks of a slice); see `pool`."""
     token = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(slice_width, BLOCK_W)

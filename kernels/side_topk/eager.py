@@ -36,9 +36,12 @@ class EagerSideTopk(torch.autograd.Function):
         for head in range(heads):
             for side in range(sides):
                 _select(
-                    query_p[:, head, side], keys_p[head, side], directions[side, head],
-                    indices[:, head, side], scores[:, head, side],
-                )  # fmt: skip
+                    query_p[:, head, side],
+                    keys_p[head, side],
+                    directions[side, head],
+                    indices[:, head, side],
+                    scores[:, head, side],
+                )
         ctx.save_for_backward(query, keys, indices)
         ctx.mark_non_differentiable(indices)
         return indices, scores

@@ -75,9 +75,17 @@ def _select(scores: Tensor, directions: Tensor, indices: Tensor, picked: Tensor)
     topk = indices.shape[-1]
     if tokens:
         select_kernel[(tokens * pairs,)](
-            scores, directions, indices, picked, tokens, num_keys, pairs,
-            RANKS=ranks, TOPK=topk, **select_sizes(num_keys, topk),
-        )  # fmt: skip
+            scores,
+            directions,
+            indices,
+            picked,
+            tokens,
+            num_keys,
+            pairs,
+            RANKS=ranks,
+            TOPK=topk,
+            **select_sizes(num_keys, topk),
+        )
 
 
 def _scattered(grad_picked: Tensor, indices: Tensor, keys: Tensor) -> Tensor:
@@ -87,7 +95,16 @@ def _scattered(grad_picked: Tensor, indices: Tensor, keys: Tensor) -> Tensor:
     grad = keys.new_empty(ranks, heads * sides, tokens, num_keys)
     if tokens:
         scatter_kernel[(tokens * heads * sides,)](
-            grad_picked, indices, grad, tokens, num_keys, heads * sides, RANKS=ranks, TOPK=topk,
-            SLOTS=triton.next_power_of_2(topk), BLOCK=1024, num_warps=4,
-        )  # fmt: skip
+            grad_picked,
+            indices,
+            grad,
+            tokens,
+            num_keys,
+            heads * sides,
+            RANKS=ranks,
+            TOPK=topk,
+            SLOTS=triton.next_power_of_2(topk),
+            BLOCK=1024,
+            num_warps=4,
+        )
     return grad

@@ -22,10 +22,19 @@ def _combined_keys(row, rank_stride, direction, index, inside, RANKS: tl.constex
 
 @triton.jit
 def select_kernel(
-    scores, directions, indices, picked, num_tokens, num_keys, num_pairs,
-    RANKS: tl.constexpr, TOPK: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    scores,
+    directions,
+    indices,
+    picked,
+    num_tokens,
+    num_keys,
+    num_pairs,
+    RANKS: tl.constexpr,
+    TOPK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
-):  # fmt: skip
+):
     """indices (T, P, m) and picked (T, P, R, m) from scores (R, P, T, N), directions (P, R).
 
     CHUNK keys are a chunk; CHUNKS and CANDIDATES are powers of two, at least ceil(N / CHUNK) >= m
@@ -65,9 +74,17 @@ def select_kernel(
 
 @triton.jit
 def scatter_kernel(
-    grad_picked, indices, grad, num_tokens, num_keys, num_pairs,
-    RANKS: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad_picked,
+    indices,
+    grad,
+    num_tokens,
+    num_keys,
+    num_pairs,
+    RANKS: tl.constexpr,
+    TOPK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """grad (R, P, T, N), written in full: grad_picked (T, P, R, m) at indices, zero elsewhere."""
     program = tl.program_id(0).to(tl.int64)
     token, pair = program // num_pairs, program % num_pairs

@@ -31,9 +31,20 @@ class FusedTuckerTopk(torch.autograd.Function):
         best = scores.new_empty(tokens, heads, topk, num_cores)
         if tokens:
             grid_kernel[(tokens * heads,)](
-                scores, keys, cores_f, cores_f.sum(0), addresses, positions, best, keys_per_side,
-                heads, TOPK=topk, RANKS=ranks, CORES=num_cores, **grid_sizes(topk),
-            )  # fmt: skip
+                scores,
+                keys,
+                cores_f,
+                cores_f.sum(0),
+                addresses,
+                positions,
+                best,
+                keys_per_side,
+                heads,
+                TOPK=topk,
+                RANKS=ranks,
+                CORES=num_cores,
+                **grid_sizes(topk),
+            )
         ctx.save_for_backward(scores, cores, positions)
         ctx.mark_non_differentiable(addresses)
         return addresses, best
@@ -49,10 +60,20 @@ class FusedTuckerTopk(torch.autograd.Function):
         if tokens:
             rows = rows_of(topk)
             grid_backward_kernel[(tokens * heads,)](
-                grad_best.contiguous(), scores, cores.float().contiguous(), positions, grad_scores,
-                by_token, heads, TOPK=topk, RANKS=ranks, CORES=num_cores, ROWS=rows,
-                SLAB=min(16, 1024 // rows), num_warps=1,
-            )  # fmt: skip
+                grad_best.contiguous(),
+                scores,
+                cores.float().contiguous(),
+                positions,
+                grad_scores,
+                by_token,
+                heads,
+                TOPK=topk,
+                RANKS=ranks,
+                CORES=num_cores,
+                ROWS=rows,
+                SLAB=min(16, 1024 // rows),
+                num_warps=1,
+            )
         grad_cores = by_token.sum(0).transpose(0, 1).to(cores.dtype)
         return grad_scores, None, grad_cores, None
 
@@ -66,7 +87,9 @@ def grid_sizes(topk: int) -> dict[str, int]:
     """Launch constants of the grid kernel."""
     rows, groups = rows_of(topk), triton.next_power_of_2(triton.cdiv(topk, CHUNK))
     return {
-        "ROWS": rows, "GROUPS": groups, "CHUNK": CHUNK,
+        "ROWS": rows,
+        "GROUPS": groups,
+        "CHUNK": CHUNK,
         "CANDIDATES": triton.next_power_of_2(topk * CHUNK),
         "num_warps": max(1, rows * groups // 1024),
-    }  # fmt: skip
+    }

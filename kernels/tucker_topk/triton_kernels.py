@@ -25,10 +25,23 @@ def _pair_scores(scores, core, i, j, inside_i, inside_j, TOPK: tl.constexpr, RAN
 
 @triton.jit
 def grid_kernel(
-    scores, keys, cores, total, addresses, positions, best_scores, keys_per_side, num_heads,
-    TOPK: tl.constexpr, RANKS: tl.constexpr, CORES: tl.constexpr, ROWS: tl.constexpr,
-    GROUPS: tl.constexpr, CHUNK: tl.constexpr, CANDIDATES: tl.constexpr,
-):  # fmt: skip
+    scores,
+    keys,
+    cores,
+    total,
+    addresses,
+    positions,
+    best_scores,
+    keys_per_side,
+    num_heads,
+    TOPK: tl.constexpr,
+    RANKS: tl.constexpr,
+    CORES: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
     """addresses, positions (T, H, m) and best_scores (T, H, m, C); total (H, R, R) sums the cores.
 
     A chunk is CHUNK neighbours of a grid row. ROWS, GROUPS and CANDIDATES are powers of two, at
@@ -90,10 +103,19 @@ def grid_kernel(
 
 @triton.jit
 def grid_backward_kernel(
-    grad_best, scores, cores, positions, grad_scores, grad_cores, num_heads,
-    TOPK: tl.constexpr, RANKS: tl.constexpr, CORES: tl.constexpr, ROWS: tl.constexpr,
+    grad_best,
+    scores,
+    cores,
+    positions,
+    grad_scores,
+    grad_cores,
+    num_heads,
+    TOPK: tl.constexpr,
+    RANKS: tl.constexpr,
+    CORES: tl.constexpr,
+    ROWS: tl.constexpr,
     SLAB: tl.constexpr,
-):  # fmt: skip
+):
     """grad_scores (T, H, S, R, m), written in full, and each program's grad_cores (T, H, C, R, R).
 
     Everything is recomputed from the m picks; SLAB shortlisted keys collect theirs at a time.

@@ -38,18 +38,38 @@ class Experiment:
 
 _TABLE_2 = (
     ("pkm", "pkm-151m-x10"),
-    *((row, _X10 + row) for row in (
-        "no-softmax", "half-value-dim", "share-query", "split-skip", "qk-norm", "ive", "tdqkr",
-        "mcs", "init", "value-lr",
-    )),
+    *(
+        (row, _X10 + row)
+        for row in (
+            "no-softmax",
+            "half-value-dim",
+            "share-query",
+            "split-skip",
+            "qk-norm",
+            "ive",
+            "tdqkr",
+            "mcs",
+            "init",
+            "value-lr",
+        )
+    ),
     ("ultramem", ULTRAMEM_ROW),
-)  # fmt: skip
+)
 
 _TABLE_3 = (
-    ("E=1", "qk-norm"), ("E=4", "ive"), ("E=9", "e9"), ("E=16", "e16"),
-    ("r=1", "ive"), ("r=2", "tdqkr"), ("r=3", "r3"), ("r=4", "r4"),
-    ("h=1", "tdqkr"), ("h=2", "mcs"), ("h=4", "h4"), ("h=8", "h8"),
-)  # fmt: skip
+    ("E=1", "qk-norm"),
+    ("E=4", "ive"),
+    ("E=9", "e9"),
+    ("E=16", "e16"),
+    ("r=1", "ive"),
+    ("r=2", "tdqkr"),
+    ("r=3", "r3"),
+    ("r=4", "r4"),
+    ("h=1", "tdqkr"),
+    ("h=2", "mcs"),
+    ("h=4", "h4"),
+    ("h=8", "h8"),
+)
 
 # Figure 6b: keys per side and top-m, of the full and the small scale. Both grow by a root of two
 # and two along a line of the figure, on which values over values read, n^2/(m*H), stay the same.

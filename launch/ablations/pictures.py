@@ -156,8 +156,11 @@ def _draw_figure6b(results: Results, figure: Any) -> None:
         axes.errorbar(ratios, means, yerr=deviations, fmt="D-", capsize=4, label=label)
     axes.margins(x=0.2)
     axes.legend()
-    axes.set(xscale="log", xlabel="sparse over dense parameters",
-             ylabel="validation loss, nats per token")  # fmt: skip
+    axes.set(
+        xscale="log",
+        xlabel="sparse over dense parameters",
+        ylabel="validation loss, nats per token",
+    )
     ticks = [2**power for power in range(round(math.log2(axes.get_xlim()[1])) + 1)]
     axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     axes.minorticks_off()

@@ -53,21 +53,25 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     default = "1.6b" if torch.cuda.is_available() else "151m"
     parser = argparse.ArgumentParser(
         prog="launch.benchmarks.decode",
-        epilog="Megatron's flags may follow; they hold for all models.", allow_abbrev=False,
-    )  # fmt: skip
+        epilog="Megatron's flags may follow; they hold for all models.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--out", type=Path, required=True, help="Folder for CSV and figures.")
     parser.add_argument(
-        "--scale", choices=SCALES, default=default,
+        "--scale",
+        choices=SCALES,
+        default=default,
         help="Sizes of the models; here %(default)s: the paper's 1.6b on a GPU, else 151m.",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--quick", action="store_true", help="Batches 1, 16 and 256 only, no smaller models."
     )
     parser.add_argument(
-        "--cuda-graphs", action="store_true",
+        "--cuda-graphs",
+        action="store_true",
         help="On a GPU: replay each step of dense and UltraMem as a CUDA graph. MoE runs without: "
         "its experts wait for the host.",
-    )  # fmt: skip
+    )
     options, flags = parser.parse_known_args(words)
     options.flags = flags
     if options.cuda_graphs and not torch.cuda.is_available():
@@ -109,11 +113,7 @@ def _measure(
 ) -> Iterator[Row]:
     from launch.benchmarks.decode_step import DecodeStep
     from launch.benchmarks.environment import environment_columns
-    from launch.benchmarks.weight_access import (
-        count_weight_bytes,
-        other_weight_bytes,
-        read_sizes,
-    )
+    from launch.benchmarks.weight_access import count_weight_bytes, other_weight_bytes, read_sizes
     from ultramem_megatron.inference.loading import prepare_for_inference
     from ultramem_megatron.inference.untrained import untrained_model
     from ultramem_megatron.tools.plan.sizes import weight_bytes_read
@@ -136,18 +136,25 @@ def _measure(
             step()
         read = sum(counted.values())
         row: Row = {
-            "scale": options.scale, "kind": model.kind, "model": model.name, "batch": batch,
-            "cache_length": scale.cache_length, "dtype": str(args.params_dtype).split(".")[-1],
-            "cuda_graph": int(graphed), "parameters": _parameters(built),
-            "median_ms": round(timing.median, 3), "p20_ms": round(timing.p20, 3),
-            "p80_ms": round(timing.p80, 3), "repeats": timing.repeats,
+            "scale": options.scale,
+            "kind": model.kind,
+            "model": model.name,
+            "batch": batch,
+            "cache_length": scale.cache_length,
+            "dtype": str(args.params_dtype).split(".")[-1],
+            "cuda_graph": int(graphed),
+            "parameters": _parameters(built),
+            "median_ms": round(timing.median, 3),
+            "p20_ms": round(timing.p20, 3),
+            "p80_ms": round(timing.p80, 3),
+            "repeats": timing.repeats,
             **{f"{kind}_bytes_counted": n for kind, n in counted.items()},
             "bytes_counted": read,
             "bytes_modelled": weight_bytes_read(sizes, batch, args.params_dtype.itemsize),
             "bytes_all": read + other_weight_bytes(built) + step.cache_bytes,
             "flags": " ".join(options.flags),
             **environment_columns(),
-        }  # fmt: skip
+        }
         print(
             f"{model.name:46} batch {batch:5}  {timing.median:9.2f} ms  {read / 1e9:7.3f} GB read",
             file=sys.stderr,

@@ -60,9 +60,11 @@ def _access(axis: Any, rows: list[Row]) -> None:
     for kind in _NAMES:
         own = [row for row in rows if row["kind"] == kind]
         axis.plot(
-            [int(row["batch"]) for row in own], [int(row["bytes_modelled"]) / 1e9 for row in own],
-            ":", color=_COLOURS[kind],
-        )  # fmt: skip
+            [int(row["batch"]) for row in own],
+            [int(row["bytes_modelled"]) / 1e9 for row in own],
+            ":",
+            color=_COLOURS[kind],
+        )
     axis.set(ylabel="weights read, GB", title="weight access: counted, and the model (dotted)")
 
 
@@ -90,9 +92,12 @@ def _bars(axis: Any, rows: list[Row]) -> None:
     for place, (kind, name) in enumerate(_NAMES.items()):
         where = [i + (place - 1) * width for i in range(len(shown))]
         axis.bar(
-            where, [read.get((kind, batch), 0) for batch in shown], width,
-            color=_COLOURS[kind], label=name,
-        )  # fmt: skip
+            where,
+            [read.get((kind, batch), 0) for batch in shown],
+            width,
+            color=_COLOURS[kind],
+            label=name,
+        )
     for i, batch in enumerate(shown):
         if {("moe", batch), ("ultramem", batch)} <= read.keys():
             ratio = read["moe", batch] / read["ultramem", batch]
@@ -114,7 +119,9 @@ def _over_sparse_parameters(axis: Any, rows: list[Row]) -> None:
         label = name + _graphed(own)
         axis.plot(*zip(*points, strict=True), "o-", color=_COLOURS[kind], label=label)
     axis.set(
-        xlabel="parameters, in multiples of the dense model's", ylabel="one decode step, ms",
-        title=f"batch {batch}", ylim=(0, None),
-    )  # fmt: skip
+        xlabel="parameters, in multiples of the dense model's",
+        ylabel="one decode step, ms",
+        title=f"batch {batch}",
+        ylim=(0, None),
+    )
     axis.legend()

@@ -48,13 +48,25 @@ def _small(kind: str, name: str, **flags: str | int) -> DecodeModel:
 
 
 def _small_moe(experts: int) -> DecodeModel:
-    return _small("moe", f"moe-2in{experts}", num_experts=experts, moe_router_topk=2,
-                  moe_ffn_hidden_size=136, moe_router_load_balancing_type="none")  # fmt: skip
+    return _small(
+        "moe",
+        f"moe-2in{experts}",
+        num_experts=experts,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=136,
+        moe_router_load_balancing_type="none",
+    )
 
 
 def _small_ultramem(keys: int) -> DecodeModel:
-    return _small("ultramem", f"ultramem-{keys}", ultramem_spans="2:3", ultramem_num_keys=keys,
-                  ultramem_key_dim=16, ultramem_topk=8)  # fmt: skip
+    return _small(
+        "ultramem",
+        f"ultramem-{keys}",
+        ultramem_spans="2:3",
+        ultramem_num_keys=keys,
+        ultramem_key_dim=16,
+        ultramem_topk=8,
+    )
 
 
 def _paper(
@@ -83,11 +95,9 @@ SCALES: dict[str, Scale] = {
         cache_length=8,
     ),
     "151m": _paper(
-        "151m", "moe-151m-2in32",
-        experts=(4, 8, 16), keys=(320, 524, 766), batch=64, cache=32,
+        "151m", "moe-151m-2in32", experts=(4, 8, 16), keys=(320, 524, 766), batch=64, cache=32
     ),
     "1.6b": _paper(
-        "1.6b", "moe-1.6b-2in34",
-        experts=(4, 8, 17), keys=(480, 820, 1250), batch=512, cache=2048,
+        "1.6b", "moe-1.6b-2in34", experts=(4, 8, 17), keys=(480, 820, 1250), batch=512, cache=2048
     ),
-}  # fmt: skip
+}

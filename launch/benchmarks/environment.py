@@ -43,8 +43,11 @@ def _commit() -> str:
     try:
         shown = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-            cwd=_ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            cwd=_ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return shown.stdout.strip()

@@ -58,14 +58,23 @@ def build(shape: BlockShape, *, overlap: bool) -> nn.Module:
 
     on_gpu = torch.cuda.is_available()
     config = TransformerConfig(
-        num_layers=shape.layers, hidden_size=shape.hidden_size, num_attention_heads=4,
-        use_cpu_initialization=not on_gpu, hidden_dropout=0, attention_dropout=0,
-        params_dtype=torch.bfloat16 if on_gpu else torch.float32, bf16=on_gpu,
-    )  # fmt: skip
+        num_layers=shape.layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=4,
+        use_cpu_initialization=not on_gpu,
+        hidden_dropout=0,
+        attention_dropout=0,
+        params_dtype=torch.bfloat16 if on_gpu else torch.float32,
+        bf16=on_gpu,
+    )
     ultramem = UltraMemConfig(
-        spans=(shape.span,), num_keys=shape.num_keys, topk=shape.topk,
-        key_dim=shape.hidden_size // 2, value_dim=shape.hidden_size // 2, init="official",
-    )  # fmt: skip
+        spans=(shape.span,),
+        num_keys=shape.num_keys,
+        topk=shape.topk,
+        key_dim=shape.hidden_size // 2,
+        value_dim=shape.hidden_size // 2,
+        init="official",
+    )
     torch.manual_seed(1)
     spec = with_memory(
         get_gpt_layer_local_spec(), ultramem, config, partition=shape.partition, overlap=overlap

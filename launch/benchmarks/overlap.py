@@ -141,9 +141,13 @@ def _run_rank(options: argparse.Namespace) -> None:
 def _shape(options: argparse.Namespace, partition: str) -> BlockShape:
     [span] = parse_spans(options.span, options.layers)
     return BlockShape(
-        layers=options.layers, span=span, hidden_size=options.hidden_size,
-        sequence=options.tokens, num_keys=options.num_keys, partition=partition,
-    )  # fmt: skip
+        layers=options.layers,
+        span=span,
+        hidden_size=options.hidden_size,
+        sequence=options.tokens,
+        num_keys=options.num_keys,
+        partition=partition,
+    )
 
 
 def _title(options: argparse.Namespace, shape: BlockShape) -> str:
@@ -155,15 +159,22 @@ def _title(options: argparse.Namespace, shape: BlockShape) -> str:
 
 def _write(rows: list[Result], options: argparse.Namespace) -> None:
     constant = {
-        "ranks": options.ranks, "layers": options.layers, "span": options.span,
-        "tokens_per_rank": options.tokens, "hidden_size": options.hidden_size,
-        "num_values": options.num_keys**2, "steps": options.steps, **environment_columns(),
-    }  # fmt: skip
+        "ranks": options.ranks,
+        "layers": options.layers,
+        "span": options.span,
+        "tokens_per_rank": options.tokens,
+        "hidden_size": options.hidden_size,
+        "num_values": options.num_keys**2,
+        "steps": options.steps,
+        **environment_columns(),
+    }
     write(options.out / "overlap.csv", [_shown(row) | constant for row in rows])
     print(f"{'partition':>10} {'delay ms':>9} {'overlap':>8} {'step ms':>9} {'exposed ms':>11}")
     for row in rows:
-        print(f"{row.partition:>10} {row.delay_ms:9g} {row.overlap:>8} {row.step_ms:9.1f} "
-              f"{row.exposed_ms:11.1f}")  # fmt: skip
+        print(
+            f"{row.partition:>10} {row.delay_ms:9g} {row.overlap:>8} {row.step_ms:9.1f} "
+            f"{row.exposed_ms:11.1f}"
+        )
 
 
 def _shown(row: Result) -> dict[str, Any]:
@@ -176,8 +187,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--ranks", type=int, default=2, help="processes, and parts of the table (default 2)")
-    add("--delay-ms", type=float, nargs="+", default=[0.0, 5.0, 10.0, 20.0], metavar="MS",
-        help="milliseconds added to every exchange; measured one after the other")  # fmt: skip
+    add(
+        "--delay-ms",
+        type=float,
+        nargs="+",
+        default=[0.0, 5.0, 10.0, 20.0],
+        metavar="MS",
+        help="milliseconds added to every exchange; measured one after the other",
+    )
     add("--partition", nargs="+", choices=("dimension", "number"), default=["dimension", "number"])
     add("--steps", type=int, default=10, help="timed steps of each kind (default 10)")
     add("--layers", type=int, default=6, help="(default 6)")
@@ -219,9 +236,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "RANK" in os.environ:
         _run_rank(options)
         return 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               str(options.ranks), "-m", "launch.benchmarks.overlap",
-               *words]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(options.ranks),
+        "-m",
+        "launch.benchmarks.overlap",
+        *words,
+    ]
     return subprocess.run(command, env=_QUIET | dict(os.environ)).returncode
 
 

@@ -58,8 +58,16 @@ def _joined(moving: list[Interval]) -> list[Interval]:
 
 def _draw(panel: Any, bar: Interval, start: float, lane: int, longest: float) -> None:
     left, width = (bar.start - start) / 1000, bar.length / 1000
-    panel.barh(lane, width, left=left, height=0.7, color=_colour(bar.name), alpha=0.6,
-               edgecolor="white", linewidth=0.5)  # fmt: skip
+    panel.barh(
+        lane,
+        width,
+        left=left,
+        height=0.7,
+        color=_colour(bar.name),
+        alpha=0.6,
+        edgecolor="white",
+        linewidth=0.5,
+    )
     if bar.length > _SHORT * longest:
         panel.text(left + width / 2, lane, _label(bar.name), ha="center", va="center", fontsize=6)
 

@@ -53,10 +53,18 @@ def _seconds(flags: Sequence[str], steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "seconds.json"
         command = [
-            sys.executable, "-m", "launch.benchmarks.training_steps", str(file), *flags,
-            "--train-iters", str(_WARM_UP + steps), "--log-interval", "100000",
-            "--data-cache-path", folder,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "launch.benchmarks.training_steps",
+            str(file),
+            *flags,
+            "--train-iters",
+            str(_WARM_UP + steps),
+            "--log-interval",
+            "100000",
+            "--data-cache-path",
+            folder,
+        ]
         done = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
         )
@@ -80,10 +88,15 @@ def measure(scale: Scale, name: str, steps: int, rounds: int) -> list[dict[str, 
     rows = [_row(model, found, sizes[model], tokens) for model, found in runs.items()]
     of_dense = next(row for row in rows if row["model"] == "dense")["tokens_per_second"]
     return [
-        {"scale": name, **row, "times_dense": round(row["tokens_per_second"] / of_dense, 3),
-         "rounds": rounds, **environment_columns()}
+        {
+            "scale": name,
+            **row,
+            "times_dense": round(row["tokens_per_second"] / of_dense, 3),
+            "rounds": rounds,
+            **environment_columns(),
+        }
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def _tokens_per_step(scale: Scale) -> int:
@@ -148,9 +161,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     write(file, rows)
     draw(file)
     for row in rows:
-        print(f"{row['model']:<9} {row['tokens_per_second']:>10,.0f} tokens/s "
-              f"{row['times_dense']:6.2f} x dense  {row['step_ms']:8.1f} ms a step, "
-              f"{row['optimizer_ms']:.1f} of it optimizer")  # fmt: skip
+        print(
+            f"{row['model']:<9} {row['tokens_per_second']:>10,.0f} tokens/s "
+            f"{row['times_dense']:6.2f} x dense  {row['step_ms']:8.1f} ms a step, "
+            f"{row['optimizer_ms']:.1f} of it optimizer"
+        )
     print(f"{file} and a plot beside it")
     return None
 

@@ -19,16 +19,28 @@ def draw(file: Path) -> None:
         [float(row[column]) for row in rows]
         for column in ("step_ms", "step_ms_p20", "step_ms_p80", "optimizer_ms")
     )
-    spread = [[s - a for s, a in zip(step, low, strict=True)],
-              [b - s for s, b in zip(step, high, strict=True)]]  # fmt: skip
+    spread = [
+        [s - a for s, a in zip(step, low, strict=True)],
+        [b - s for s, b in zip(step, high, strict=True)],
+    ]
     with picture(file.with_suffix(".png"), (6, 3.6)) as figure:
         axes = figure.subplots()
         axes.bar(names, step, yerr=spread, color=list(colours(names).values()), capsize=4)
-        axes.bar(names, optimizer, color="none", edgecolor="white", hatch="//",
-                 label="of it the optimizer")  # fmt: skip
+        axes.bar(
+            names,
+            optimizer,
+            color="none",
+            edgecolor="white",
+            hatch="//",
+            label="of it the optimizer",
+        )
         for place, row in enumerate(rows):
-            axes.annotate(f"{float(row['tokens_per_second']):,.0f} tokens/s", (place, high[place]),
-                          ha="center", va="bottom")  # fmt: skip
+            axes.annotate(
+                f"{float(row['tokens_per_second']):,.0f} tokens/s",
+                (place, high[place]),
+                ha="center",
+                va="bottom",
+            )
         axes.set(ylabel="ms per training step, median", ylim=(0, 1.2 * max(high)))
         title = f"equal FLOPs per token, {rows[0]['scale']}; {rows[0]['hardware']}"
         axes.set_title(title, fontsize=9)

@@ -39,9 +39,14 @@ def _init(original: Any) -> Any:
 
 def _forward(original: Any) -> Any:
     def forward(
-        self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-        *args: Any, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         if self.config.context_parallel_size > 1:
             group = _group(self)
             key, value = gather_in_order(key, group), gather_in_order(value, group)
@@ -71,4 +76,4 @@ PATCH = Patch(
     reason="DotProductAttention asserts context_parallel_size == 1 (its __init__).",
     delete_when="Megatron's local attention has context parallelism.",
     install=_install,
-)  # fmt: skip
+)

@@ -18,16 +18,35 @@ _ATTENTION = "megatron.core.transformer.attention"
 _METHOD = f"{_ATTENTION}.Attention.flash_decode_and_prefill"
 _APPEND = "megatron.core.inference.contexts.dynamic_context.triton_append_key_value_cache"
 _PARAMETERS = (
-    "self", "q", "k", "v", "max_seqlen_q", "max_seqlen_k", "cu_seqlens_q", "cu_seqlens_k",
-    "seqlens_k", "block_table", "is_decode_only", "softmax_offset",
-)  # fmt: skip
+    "self",
+    "q",
+    "k",
+    "v",
+    "max_seqlen_q",
+    "max_seqlen_k",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqlens_k",
+    "block_table",
+    "is_decode_only",
+    "softmax_offset",
+)
 
 
 def _paged_attention(
-    self: Any, q: Tensor, k: Tensor, v: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqlens_k: Tensor, block_table: Tensor,
-    is_decode_only: bool, softmax_offset: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    self: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqlens_k: Tensor,
+    block_table: Tensor,
+    is_decode_only: bool,
+    softmax_offset: Tensor | None = None,
+) -> Tensor:
     """Causal attention of packed queries (T, 1, heads, width); k, v: (blocks, size, groups, ...).
 
     Of n requests, request r has queries cu_seqlens_q[r] to [r+1] (when all decode: T/n each), the
@@ -83,4 +102,4 @@ PATCH = Patch(
     install=_install,
     active=without_cuda,
     versions=">=0.19",
-)  # fmt: skip
+)

@@ -21,9 +21,12 @@ _METHOD = "torch.distributed.checkpoint.filesystem.FileSystemReader.read_metadat
 _PACKAGE = "torch.distributed.checkpoint"
 _MODULES = {f"{_PACKAGE}.{name}" for name in ("metadata", "planner", "filesystem")}
 _SINGLE = {
-    ("torch.serialization", "_get_layout"), ("torch", "Size"), ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
-}  # fmt: skip
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
 
 
 class _Checker(pickle.Unpickler):

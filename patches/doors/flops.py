@@ -8,9 +8,7 @@ from ultramem_megatron.patches.patch import Editor, Patch
 more: list[Callable[[int], int]] = []
 """Each gives the FLOPs of forward and backward for so many tokens; they are added up."""
 
-_PARAMETERS = (
-    "args", "batch_size", "seqlen_squared_sum_in_batch", "total_real_tokens_in_batch",
-)  # fmt: skip
+_PARAMETERS = ("args", "batch_size", "seqlen_squared_sum_in_batch", "total_real_tokens_in_batch")
 
 
 def _and_more(original: Any) -> Any:

@@ -9,18 +9,33 @@ after: list[Callable[[int], None]] = []
 """Called on every rank with the iteration, at every step at which `training_log` is called."""
 
 _PARAMETERS = (
-    "loss_dict", "total_loss_dict", "learning_rate", "iteration", "loss_scale",
-    "report_memory_flag", "skipped_iter", "grad_norm", "params_norm", "num_zeros_in_grad",
-    "max_attention_logit", "pg_collection", "is_first_iteration", "seqlen_squared_sum_in_batch",
+    "loss_dict",
+    "total_loss_dict",
+    "learning_rate",
+    "iteration",
+    "loss_scale",
+    "report_memory_flag",
+    "skipped_iter",
+    "grad_norm",
+    "params_norm",
+    "num_zeros_in_grad",
+    "max_attention_logit",
+    "pg_collection",
+    "is_first_iteration",
+    "seqlen_squared_sum_in_batch",
     "total_real_tokens_in_batch",
-)  # fmt: skip
+)
 
 
 def _then_the_others(original: Any) -> Any:
     def training_log(
-        loss_dict: Any, total_loss_dict: Any, learning_rate: Any, iteration: int, *args: Any,
+        loss_dict: Any,
+        total_loss_dict: Any,
+        learning_rate: Any,
+        iteration: int,
+        *args: Any,
         **kwargs: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         result = original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
         for function in after:
             function(iteration)

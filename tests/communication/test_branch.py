@@ -46,8 +46,11 @@ _BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
 
 
 def _two_stages_of(chunks):
-    return {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32,
-            "virtual_pipeline_model_parallel_size": chunks}  # fmt: skip
+    return {
+        "pipeline_model_parallel_size": 2,
+        "pipeline_dtype": torch.float32,
+        "virtual_pipeline_model_parallel_size": chunks,
+    }
 
 
 @pytest.mark.parametrize(

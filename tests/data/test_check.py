@@ -72,11 +72,23 @@ def test_a_run_refuses_before_it_builds_a_model(prefix, flag):
 
 def _flags(**changes):
     given = {
-        **dict.fromkeys(("data_path", "data_args_path", "train_data_path", "valid_data_path",
-                         "test_data_path", "per_split_data_args_path", "split")),
-        "mock_data": False, "skip_train": False, "full_validation": False, "eval_iters": 1,
+        **dict.fromkeys(
+            (
+                "data_path",
+                "data_args_path",
+                "train_data_path",
+                "valid_data_path",
+                "test_data_path",
+                "per_split_data_args_path",
+                "split",
+            )
+        ),
+        "mock_data": False,
+        "skip_train": False,
+        "full_validation": False,
+        "eval_iters": 1,
         "padded_vocab_size": 512,
-    }  # fmt: skip
+    }
     return Namespace(**{**given, **changes})
 
 
@@ -138,8 +150,9 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path, place, token):
 def test_a_run_refuses_tokens_of_another_vocabulary(tmp_path):
     prefix = _tokens_with(tmp_path / "text", 3, 512, 100_000)
     with pytest.raises(RanksFailed, match=r"text.bin holds token 512") as refused:
-        run_pretrain(2, tiny_gpt(mock_data=None, train_data_path=prefix,
-                                 tensor_model_parallel_size=2))  # fmt: skip
+        run_pretrain(
+            2, tiny_gpt(mock_data=None, train_data_path=prefix, tensor_model_parallel_size=2)
+        )
     assert "building GPT model" not in str(refused.value)
 
 

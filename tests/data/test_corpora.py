@@ -74,8 +74,10 @@ def test_fetch_unpacks_once(root: Path, tmp_path: Path, monkeypatch: pytest.Monk
         text = corpora.fetch(out, any_edition=True)
     assert len(calls) == 1
     assert sorted(file.name for file in text.iterdir()) == [
-        "gcide.txt", "stdlib.txt", "wordnet.txt",
-    ]  # fmt: skip
+        "gcide.txt",
+        "stdlib.txt",
+        "wordnet.txt",
+    ]
     assert (out / "definitions.tsv").read_text().startswith("entity\tthat which is perceived\n")
     with pytest.raises(UltraMemError, match="SHA-256"):
         corpora.fetch(out)  # the folder is of an unknown edition

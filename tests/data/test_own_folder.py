@@ -143,11 +143,7 @@ def folder_for_file(prepared: Path, _: Path) -> None:
     ],
 )
 def test_links_in_the_place_of_our_files_are_refused(
-    text: Path,
-    prepared: Path,
-    tmp_path: Path,
-    change: Callable[[Path, Path], None],
-    message: str,
+    text: Path, prepared: Path, tmp_path: Path, change: Callable[[Path, Path], None], message: str
 ) -> None:
     change(prepared, tmp_path / "elsewhere")
     before = contents(tmp_path)

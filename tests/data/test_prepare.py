@@ -174,9 +174,16 @@ def test_command_line_reports_bad_input_in_one_line(
     defaults = {"text": source, "vocab_size": VOCAB_SIZE, "output": tmp_path / "x", "rest": []}
     given = SimpleNamespace(**{**defaults, **arguments})
     status = prepare.main(
-        ["--text", str(given.text), "--output", str(given.output), "--vocab-size",
-         str(given.vocab_size), *given.rest]
-    )  # fmt: skip
+        [
+            "--text",
+            str(given.text),
+            "--output",
+            str(given.output),
+            "--vocab-size",
+            str(given.vocab_size),
+            *given.rest,
+        ]
+    )
     error = capsys.readouterr().err
     assert status == 2
     assert message in error

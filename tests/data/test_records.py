@@ -113,9 +113,11 @@ def test_lines_that_are_no_records_are_named(tmp_path: Path, line: bytes, messag
 
 @pytest.mark.parametrize(
     ("key", "message"),
-    [("content", r"--json-key content: .*a.parquet has no such column; it has id, text"),
-     ("id", r"--json-key id: this column of .*a.parquet holds int64, not text")],
-)  # fmt: skip
+    [
+        ("content", r"--json-key content: .*a.parquet has no such column; it has id, text"),
+        ("id", r"--json-key id: this column of .*a.parquet holds int64, not text"),
+    ],
+)
 def test_columns_that_hold_no_text_are_refused(tmp_path: Path, key: str, message: str) -> None:
     file = write_parquet(tmp_path, TEXTS)
     with pytest.raises(UltraMemError, match=message):
@@ -130,8 +132,7 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "state",
-    ["{", "[]", '{"_data_files": []}', '{"_data_files": [{"filename": "../data.arrow"}]}'],
+    "state", ["{", "[]", '{"_data_files": []}', '{"_data_files": [{"filename": "../data.arrow"}]}']
 )
 def test_a_dataset_that_names_other_files_is_refused(tmp_path: Path, state: str) -> None:
     (tmp_path / "state.json").write_text(state)

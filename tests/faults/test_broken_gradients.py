@@ -68,10 +68,14 @@ def test_fp16_skips_the_step_on_all_ranks_and_counts_it(world_size, layout):
 def test_one_loss_scale_for_tables_and_the_rest():
     flags = _flags(fp16=True, initial_loss_scale=1024, hysteresis=1)
     tables, others = (
-        run_pretrain(1, flags, before=functools.partial(_break_gradient, float("inf"), of_table),
-                     parameters=True)
+        run_pretrain(
+            1,
+            flags,
+            before=functools.partial(_break_gradient, float("inf"), of_table),
+            parameters=True,
+        )
         for of_table in (True, False)
-    )  # fmt: skip
+    )
     assert tables.losses == others.losses
     for name, value in others.ranks[0].parameters.items():
         torch.testing.assert_close(tables.ranks[0].parameters[name], value, rtol=0, atol=0)

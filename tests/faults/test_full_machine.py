@@ -13,9 +13,14 @@ from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron.faults import integrity
 
 _FLAGS = {
-    "ultramem_spans": "1:2", "ultramem_num_keys": 12, "ultramem_topk": 6,
-    "ckpt_format": "torch_dist", "verify_integrity": True, "save_interval": 2, "train_iters": 6,
-}  # fmt: skip
+    "ultramem_spans": "1:2",
+    "ultramem_num_keys": 12,
+    "ultramem_topk": 6,
+    "ckpt_format": "torch_dist",
+    "verify_integrity": True,
+    "save_interval": 2,
+    "train_iters": 6,
+}
 
 
 @pytest.fixture
@@ -82,9 +87,14 @@ def _fill_after_scalars(folder: str, count: int) -> None:
 def test_events_that_do_not_fit(small_disk):
     events = small_disk / "events"
     flags = tiny_gpt(
-        **{**_FLAGS, "save_interval": None, "train_iters": 400, "tensorboard_dir": events,
-           "tensorboard_log_interval": 1}
-    )  # fmt: skip
+        **{
+            **_FLAGS,
+            "save_interval": None,
+            "train_iters": 400,
+            "tensorboard_dir": events,
+            "tensorboard_log_interval": 1,
+        }
+    )
     before = functools.partial(_fill_after_scalars, str(small_disk), 100)
     with pytest.raises(RanksFailed, match="No space left on device") as ended:
         run_pretrain(1, flags, before=before)

@@ -14,9 +14,13 @@ from ultramem_megatron.faults.integrity import DamagedCheckpointError
 from ultramem_megatron.megatron.checkpoint.source import check_sums, source_of_weights
 
 _FLAGS = {
-    "ultramem_spans": "1:2", "ultramem_num_keys": 12, "ultramem_topk": 6,
-    "ckpt_format": "torch_dist", "verify_integrity": True, "save_interval": 2,
-}  # fmt: skip
+    "ultramem_spans": "1:2",
+    "ultramem_num_keys": 12,
+    "ultramem_topk": 6,
+    "ckpt_format": "torch_dist",
+    "verify_integrity": True,
+    "save_interval": 2,
+}
 
 
 def _train(**changes):
@@ -55,8 +59,12 @@ _DAMAGES = [
 
 
 def _check(folder, **changes):
-    args = {"load": str(folder), "verify_integrity": True, "ckpt_format": "torch_dist",
-            "ckpt_step": None}  # fmt: skip
+    args = {
+        "load": str(folder),
+        "verify_integrity": True,
+        "ckpt_format": "torch_dist",
+        "ckpt_step": None,
+    }
     args = Namespace(**{**args, **changes})
     check_sums(source_of_weights(args), args)
 

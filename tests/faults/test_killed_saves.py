@@ -19,9 +19,14 @@ from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron.faults import integrity
 
 _FLAGS = {
-    "ultramem_spans": "1:2", "ultramem_num_keys": 12, "ultramem_topk": 6,
-    "ckpt_format": "torch_dist", "verify_integrity": True, "save_interval": 2, "train_iters": 6,
-}  # fmt: skip
+    "ultramem_spans": "1:2",
+    "ultramem_num_keys": 12,
+    "ultramem_topk": 6,
+    "ckpt_format": "torch_dist",
+    "verify_integrity": True,
+    "save_interval": 2,
+    "train_iters": 6,
+}
 _WATCHED = "iter_0000004"
 _CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.move"}
 

@@ -13,8 +13,14 @@ from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.faults.launcher_environment import check_launcher_environment
 from ultramem_megatron.faults.unseen_gpus import warn_of_unseen_gpus
 
-_ALL = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "host", "MASTER_PORT": "1"}  # fmt: skip
+_ALL = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "host",
+    "MASTER_PORT": "1",
+}
 
 
 @pytest.fixture
@@ -57,8 +63,12 @@ def test_train_ends_at_once_instead_of_waiting_for_ranks(launched):
     launched(WORLD_SIZE="4")
     done = subprocess.run(
         [sys.executable, "-m", "ultramem_megatron", "train", *tiny_gpt()],
-        capture_output=True, text=True, timeout=100, check=False, env=dict(os.environ),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env=dict(os.environ),
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
         "error: WORLD_SIZE=4 in the environment, but not RANK, MASTER_ADDR, MASTER_PORT: half of"

@@ -37,9 +37,12 @@ time.sleep(60)
 def _start(launcher: int) -> "subprocess.Popen[str]":
     settings = {"TORCHELASTIC_RUN_ID": "test", "ULTRAMEM_TORCHRUN_PID": str(launcher)}
     return subprocess.Popen(
-        [sys.executable, "-c", _RANK], env={**os.environ, **settings}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", _RANK],
+        env={**os.environ, **settings},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def _gone_within(pid: int, seconds: float) -> bool:

@@ -15,8 +15,11 @@ from ultramem_megatron.faults.trust import TRUST
 
 _CHECKED: dict[str, Any] = {"ckpt_format": "torch_dist", "verify_integrity": True}
 _MEMORY: dict[str, Any] = {
-    **_CHECKED, "ultramem_spans": "1:2", "ultramem_num_keys": 12, "ultramem_topk": 6,
-}  # fmt: skip
+    **_CHECKED,
+    "ultramem_spans": "1:2",
+    "ultramem_num_keys": 12,
+    "ultramem_topk": 6,
+}
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +104,11 @@ def test_no_training_runs_what_is_planted(kind, whole, dense, tmp_path):
     upcycled = tmp_path / "upcycled"
     upcycled.mkdir()
     trainings = _trainings(planted(whole, tmp_path, kind))
-    trainings["upcycle"] = [*trainings["train"][:-2], "--ultramem-upcycle",
-                            str(planted(dense, upcycled, kind))]  # fmt: skip
+    trainings["upcycle"] = [
+        *trainings["train"][:-2],
+        "--ultramem-upcycle",
+        str(planted(dense, upcycled, kind)),
+    ]
     for name, argv in trainings.items():  # Megatron parses its flags once in a process
         folder = upcycled if name == "upcycle" else tmp_path
         ends = run_on_ranks(1, _try, folder, {name: argv})[0]

@@ -87,9 +87,9 @@ def _replayed_benchmark_step():
 
 
 def test_a_step_of_the_benchmark_can_be_captured():
-    for kind, (replayed, eager, before) in run_on_ranks(
-        1, _replayed_benchmark_step, env=_KERNELS
-    )[0].items():  # fmt: skip
+    for kind, (replayed, eager, before) in run_on_ranks(1, _replayed_benchmark_step, env=_KERNELS)[
+        0
+    ].items():
         # Static batching replaces the convolution's history instead of writing into it, so that a
         # replay goes on with the old one: it is not captured but here, to see that this would show.
         assert torch.equal(replayed, eager) == (kind != "ultramem-conv"), kind
@@ -120,8 +120,11 @@ def test_nothing_around_the_triton_kernels_reads_on_the_host():
     run = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "ULTRAMEM_KERNELS": "triton", "TRITON_INTERPRET": "1"},
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "operations:" in run.stdout, run.stderr[-3000:]
 
 

@@ -129,9 +129,14 @@ def test_values_multiplied_beforehand_decode_the_same(saved):
 def _options(tokens, layout, batching):
     names = ("tensor_parallel_size", "ultramem_parallel_size", "ultramem_partition")
     return argparse.Namespace(
-        tokens=tokens, temperature=0.0, top_k=0, top_p=1.0, seed=1, batching=batching,
+        tokens=tokens,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        seed=1,
+        batching=batching,
         **dict(zip(names, layout, strict=True)),
-    )  # fmt: skip
+    )
 
 
 def _generate(folder, prompt_lists, layouts, batching="static"):
@@ -156,9 +161,12 @@ def test_ranks_with_prompts_of_their_own_may_share_tables(saved):
     assert [len(texts) for texts in expected] == [3, 1]
     assert len({text for texts in expected for text in texts}) == 4
     two = run_on_ranks(
-        2, _generate, folder, prompt_lists,
+        2,
+        _generate,
+        folder,
+        prompt_lists,
         [(1, 2, "number"), (1, 2, "dimension"), (2, 2, "number"), (1, 1, "auto")],
-    )  # fmt: skip
+    )
     four = run_on_ranks(4, _generate, folder, prompt_lists, [(2, 4, "number")])
     dynamic = run_on_ranks(
         4, _generate, folder, prompt_lists, [(2, 4, "number"), (1, 4, "dimension")], "dynamic"

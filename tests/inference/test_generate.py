@@ -9,10 +9,15 @@ from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
 
 _FLAGS = {
-    "num_layers": 4, "ultramem_spans": "1:2/3:4", "ultramem_num_keys": 12, "ultramem_topk": 6,
-    "ultramem_query_conv_kernel": 4, "ckpt_format": "torch_dist", "save_interval": 2,
+    "num_layers": 4,
+    "ultramem_spans": "1:2/3:4",
+    "ultramem_num_keys": 12,
+    "ultramem_topk": 6,
+    "ultramem_query_conv_kernel": 4,
+    "ckpt_format": "torch_dist",
+    "save_interval": 2,
     "train_iters": 2,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +50,12 @@ def _decode(folder):
     with InferenceMode.active():
         for start, end in [(0, 5), *((i, i + 1) for i in range(5, 12))]:
             logits = model(
-                tokens[:, start:end], positions[:, start:end], mask(end) if start == 0 else None,
-                inference_context=context, runtime_gather_output=True,
-            )  # fmt: skip
+                tokens[:, start:end],
+                positions[:, start:end],
+                mask(end) if start == 0 else None,
+                inference_context=context,
+                runtime_gather_output=True,
+            )
             context.sequence_len_offset = end
             context.enable_decode_mode()
             cached.append(logits[:, -1])

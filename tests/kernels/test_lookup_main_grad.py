@@ -7,13 +7,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close
-from tests.kernels.lookup_cases import (
-    Sizes,
-    exact_rounding,
-    inputs,
-    main_grad_rounding,
-    results,
-)  # fmt: skip
+from tests.kernels.lookup_cases import Sizes, exact_rounding, inputs, main_grad_rounding, results
 from tests.ranks import run_on_ranks
 from tests.training_runs import tiny_gpt
 from tests.whole_model import assert_same_training, train
@@ -86,11 +80,17 @@ def _path(trained):
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_megatron_trains_the_same_model(overlapped):
     flags = tiny_gpt(
-        ultramem_spans="1:2", ultramem_num_keys=11, ultramem_topk=6, ultramem_value_dim=16,
-        ultramem_parallel_size=1, disable_bias_linear=True, clip_grad=0.5,
-        overlap_grad_reduce=overlapped, overlap_param_gather=overlapped,
+        ultramem_spans="1:2",
+        ultramem_num_keys=11,
+        ultramem_topk=6,
+        ultramem_value_dim=16,
+        ultramem_parallel_size=1,
+        disable_bias_linear=True,
+        clip_grad=0.5,
+        overlap_grad_reduce=overlapped,
+        overlap_param_gather=overlapped,
         use_distributed_optimizer=overlapped,
-    )  # fmt: skip
+    )
     ours, reference = (
         train(2, flags, env={"ULTRAMEM_KERNELS": kernels}, on_finish=_path)
         for kernels in ("torch", "reference")

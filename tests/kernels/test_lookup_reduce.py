@@ -28,9 +28,12 @@ def torch_path(monkeypatch):
 @pytest.mark.parametrize("read", [lookup_reduce, lookup_reduce_reference])
 def test_worked_case(read):
     out = read(
-        torch.tensor([[1.0, 1.0], [10.0, 10.0]]), torch.tensor([[0, 1]]), torch.tensor([[1, 1]]),
-        torch.tensor([[[2.0, 0.0], [3.0, 1.0]]]), 2,
-    )  # fmt: skip
+        torch.tensor([[1.0, 1.0], [10.0, 10.0]]),
+        torch.tensor([[0, 1]]),
+        torch.tensor([[1, 1]]),
+        torch.tensor([[[2.0, 0.0], [3.0, 1.0]]]),
+        2,
+    )
     assert out.tolist() == [[[0, 0], [32, 10]]]
 
 
@@ -43,10 +46,15 @@ def test_output_and_gradients_equal_the_reference(sizes):
 @settings(max_examples=40, deadline=None)
 @given(
     st.builds(
-        Sizes, tokens=st.integers(0, 9), picks=st.integers(1, 20), cores=st.integers(1, 5),
-        width=st.integers(1, 19), groups=st.integers(1, 9), rows=st.integers(1, 50),
+        Sizes,
+        tokens=st.integers(0, 9),
+        picks=st.integers(1, 20),
+        cores=st.integers(1, 5),
+        width=st.integers(1, 19),
+        groups=st.integers(1, 9),
+        rows=st.integers(1, 50),
     )
-)  # fmt: skip
+)
 def test_any_sizes(sizes):
     assert_equals_reference(lookup_reduce, sizes)
 

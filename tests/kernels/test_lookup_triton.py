@@ -22,8 +22,11 @@ def test_in_the_interpreter():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(checks)],
         env={**os.environ, "TRITON_INTERPRET": "1", "ULTRAMEM_KERNELS": "triton"},
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 

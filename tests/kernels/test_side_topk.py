@@ -15,9 +15,12 @@ from ultramem_megatron.kernels.side_topk.eager import EagerSideTopk
 
 # tokens, heads, keys per side, ranks, width of a rank's key, m
 SIZES = [
-    (5, 2, 40, 2, 3, 7), (1, 1, 9, 1, 4, 1), (0, 2, 12, 2, 3, 4), (3, 1, 33, 3, 2, 33),
+    (5, 2, 40, 2, 3, 7),
+    (1, 1, 9, 1, 4, 1),
+    (0, 2, 12, 2, 3, 4),
+    (3, 1, 33, 3, 2, 33),
     (2, 3, 131, 2, 5, 8),
-]  # fmt: skip
+]
 
 
 TRITON = ["triton"] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") else []

@@ -5,14 +5,26 @@ from ultramem_megatron.presets.flags import as_words
 from ultramem_megatron.presets.preset import Value
 
 _SIZES: dict[str, Value] = {
-    "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4,
-    "seq_length": 64, "max_position_embeddings": 64, "micro_batch_size": 2,
-    "global_batch_size": 8, "train_iters": 2, "eval_iters": 1, "log_interval": 1, "num_workers": 0,
-}  # fmt: skip
+    "num_layers": 4,
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "num_attention_heads": 4,
+    "seq_length": 64,
+    "max_position_embeddings": 64,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "train_iters": 2,
+    "eval_iters": 1,
+    "log_interval": 1,
+    "num_workers": 0,
+}
 _MEMORY: dict[str, Value] = {
-    "ultramem_spans": "2:3", "ultramem_num_keys": 24, "ultramem_key_dim": 16,
-    "ultramem_value_dim": 32, "ultramem_topk": 8,
-}  # fmt: skip
+    "ultramem_spans": "2:3",
+    "ultramem_num_keys": 24,
+    "ultramem_key_dim": 16,
+    "ultramem_value_dim": 32,
+    "ultramem_topk": 8,
+}
 _EXPERTS: dict[str, Value] = {"num_experts": 4, "moe_ffn_hidden_size": 32}
 
 

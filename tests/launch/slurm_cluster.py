@@ -141,10 +141,16 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
     (folder / "state").mkdir()
     cluster = Cluster(configuration)
     cluster.command(
-        ["munged", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
-         f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log",
-         f"--seed-file={folder}/munge.seed"]
-    )  # fmt: skip
+        [
+            "munged",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={folder}/munge.socket",
+            f"--pid-file={folder}/munged.pid",
+            f"--log-file={folder}/munged.log",
+            f"--seed-file={folder}/munge.seed",
+        ]
+    )
     try:
         cluster.command(["slurmctld", "-c", "-f", str(configuration)])
         for node in (1, 2):

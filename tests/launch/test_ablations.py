@@ -85,8 +85,20 @@ def test_an_experiment_is_trained_once_and_drawn(
 def test_a_failed_run_leaves_the_others(
     output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(output, tmp_path, "table3", "--ultramem-value-expansion", "4",
-               "--ultramem-tucker-rank", "2", "--ultramem-key-dim", "9") == 1  # fmt: skip
+    assert (
+        run(
+            output,
+            tmp_path,
+            "table3",
+            "--ultramem-value-expansion",
+            "4",
+            "--ultramem-tucker-rank",
+            "2",
+            "--ultramem-key-dim",
+            "9",
+        )
+        == 1
+    )
     error = capsys.readouterr().err
     assert "failed; the last lines of" in error
     assert "--ultramem-key-dim is 9, not divisible by" in error
@@ -159,8 +171,13 @@ def test_models_stand_beside_what_the_paper_prints_of_them() -> None:
     assert len(found["table2"]) == len(found["table3"]) == 12
     changes = ("E=1", "E=16", "r=1", "r=3", "h=1", "h=8")
     assert [found["table3"][name] for name in changes] == [
-        2.789, 2.762, 2.772, 2.7636, 2.764, 2.770,
-    ]  # fmt: skip
+        2.789,
+        2.762,
+        2.772,
+        2.7636,
+        2.764,
+        2.770,
+    ]
     # Those of other sizes or with other changes stand nowhere.
     assert found["recall"] == found["figure6b"] == found["figure10"] == {}
 

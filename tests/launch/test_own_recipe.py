@@ -21,11 +21,19 @@ def _initialise():
 def _transformer_config(**changes):
     from megatron.core.transformer import TransformerConfig
 
-    settings = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4,
-                "use_cpu_initialization": True, "hidden_dropout": 0.0, "attention_dropout": 0.0,
-                "bias_dropout_fusion": False, "masked_softmax_fusion": False,
-                "apply_rope_fusion": False, "gradient_accumulation_fusion": False,
-                "params_dtype": torch.float32}  # fmt: skip
+    settings = {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "use_cpu_initialization": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "params_dtype": torch.float32,
+    }
     return TransformerConfig(**{**settings, **changes})
 
 
@@ -52,18 +60,26 @@ def _train_by_hand(through_builder):
     config = _transformer_config()
     if through_builder:
         model_config = UltraMemGPTModelConfig(
-            transformer=config, ultramem=_ultramem(), vocab_size=64, seq_length=16,
-            position_embedding_type="rope", share_embeddings_and_output_weights=True,
-        )  # fmt: skip
+            transformer=config,
+            ultramem=_ultramem(),
+            vocab_size=64,
+            seq_length=16,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=True,
+        )
         groups = ProcessGroupCollection.use_mpu_process_groups()
         model_config.transformer.transformer_impl = "local"
         model = UltraMemGPTModelBuilder(model_config).build_model(groups)
     else:
         spec = with_memory(get_gpt_layer_local_spec(), _ultramem(), config)
         model = GPTModel(
-            config, spec, vocab_size=64, max_sequence_length=16, position_embedding_type="rope",
+            config,
+            spec,
+            vocab_size=64,
+            max_sequence_length=16,
+            position_embedding_type="rope",
             share_embeddings_and_output_weights=True,
-        )  # fmt: skip
+        )
     assert len(list(memory_layers(model))) == 2
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     tokens = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(0))

@@ -32,8 +32,10 @@ def _run(name, *more, **settings):
     return subprocess.run(
         ["bash", str(ROOT / "launch/recipes" / f"{name}.sh"), *more],
         env={**environment, "PYTHON": sys.executable, **settings},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def _dry_run(name: str, *more: str) -> tuple[str, list[str]]:
@@ -123,9 +125,14 @@ def test_a_recipe_trains_on_data_of_its_own(tmp_path):
     prepare(None, data, 512)
     name = "ultramem-151m-x12"
     done = _run(
-        name, *shrunk(name, 1), NPROC="1", RUN=str(tmp_path), LOG_DIR=str(tmp_path / "logs"),
-        DATA=str(data / "train"), TOKENIZER=str(data / "tokenizer"),
-    )  # fmt: skip
+        name,
+        *shrunk(name, 1),
+        NPROC="1",
+        RUN=str(tmp_path),
+        LOG_DIR=str(tmp_path / "logs"),
+        DATA=str(data / "train"),
+        TOKENIZER=str(data / "tokenizer"),
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "iteration        2/       2" in done.stdout
     assert "MockGPTDataset" not in done.stdout

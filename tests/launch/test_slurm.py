@@ -22,10 +22,7 @@ def _arguments(folder, data):
     return [*made.arguments(data, folder), "--load", str(folder / "checkpoints")]
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +39,27 @@ def test_a_job_that_keeps_failing_is_given_up(cluster, tmp_path):
     )
     output = tmp_path / "output"
     job = cluster.submit(
-        ["--nodes=2", "--time=5", f"--output={output}", f"--chdir={ROOT}",
-         "launch/slurm/train.sbatch", str(fails)],
+        [
+            "--nodes=2",
+            "--time=5",
+            f"--output={output}",
+            f"--chdir={ROOT}",
+            "launch/slurm/train.sbatch",
+            str(fails),
+        ],
         {"LOG_DIR": str(tmp_path / "logs"), "MAX_REQUEUES": "1"},
-    )  # fmt: skip
+    )
     assert cluster.wait_for_end(job, 120, output) == "FAILED"
     assert "ExitCode=3:0" in cluster.command(["scontrol", "show", "job", str(job)])
     text = output.read_text()
     assert text.count("status 3: requeueing") == 1
     assert text.count("status 3 after 1 requeues: giving up") == 1
     assert sorted(re.findall(r"node \d of 2 meets at node1", text)) == [
-        "node 0 of 2 meets at node1", "node 0 of 2 meets at node1",
-        "node 1 of 2 meets at node1", "node 1 of 2 meets at node1",
-    ]  # fmt: skip
+        "node 0 of 2 meets at node1",
+        "node 0 of 2 meets at node1",
+        "node 1 of 2 meets at node1",
+        "node 1 of 2 meets at node1",
+    ]
 
 
 _BOTH_NODES_HERE = {"MASTER_ADDR": "127.0.0.1", "NETWORK": "lo", "NPROC": "1"}
@@ -63,10 +68,17 @@ _BOTH_NODES_HERE = {"MASTER_ADDR": "127.0.0.1", "NETWORK": "lo", "NPROC": "1"}
 def test_a_recipe_made_small_trains_on_two_nodes(cluster, tmp_path):
     output, name = tmp_path / "output", "ultramem-1.6b-x12"
     job = cluster.submit(
-        ["--nodes=2", "--time=10", f"--output={output}", f"--chdir={ROOT}",
-         "launch/slurm/train.sbatch", f"launch/recipes/{name}.sh", *shrunk(name, 2)],
+        [
+            "--nodes=2",
+            "--time=10",
+            f"--output={output}",
+            f"--chdir={ROOT}",
+            "launch/slurm/train.sbatch",
+            f"launch/recipes/{name}.sh",
+            *shrunk(name, 2),
+        ],
         {**_BOTH_NODES_HERE, "LOG_DIR": str(tmp_path / "logs"), "RUN": str(tmp_path / "run")},
-    )  # fmt: skip
+    )
     assert cluster.wait_for_end(job, 240, output) == "COMPLETED", output.read_text()[-4000:]
     text = output.read_text()
     assert text.count("\n2 GPUs: 2 tensor x 1 pipeline x 1 data") == 1  # the job's own size, once
@@ -80,10 +92,17 @@ def test_a_recipe_made_small_trains_on_two_nodes(cluster, tmp_path):
 def test_a_refused_job_is_not_requeued(cluster, tmp_path):
     output = tmp_path / "output"
     job = cluster.submit(
-        ["--nodes=2", "--time=10", f"--output={output}", f"--chdir={ROOT}",
-         "launch/slurm/train.sbatch", "launch/torchrun.sh", *flags(tmp_path, ultramem_spans="1:9")],
+        [
+            "--nodes=2",
+            "--time=10",
+            f"--output={output}",
+            f"--chdir={ROOT}",
+            "launch/slurm/train.sbatch",
+            "launch/torchrun.sh",
+            *flags(tmp_path, ultramem_spans="1:9"),
+        ],
         {**_BOTH_NODES_HERE, "LOG_DIR": str(tmp_path / "logs")},
-    )  # fmt: skip
+    )
     assert cluster.wait_for_end(job, 120, output) == "FAILED", output.read_text()[-4000:]
     assert "ExitCode=2:0" in cluster.command(["scontrol", "show", "job", str(job)])
     text = output.read_text()
@@ -103,13 +122,23 @@ def test_a_warned_job_saves_requeues_and_finishes(cluster, tmp_path):
     folder.mkdir()
     output = folder / "output"
     settings = {  # both nodes are this host
-        "MASTER_ADDR": "127.0.0.1", "NETWORK": "lo", "NPROC": "1", "LOG_DIR": str(folder / "logs"),
-    }  # fmt: skip
+        "MASTER_ADDR": "127.0.0.1",
+        "NETWORK": "lo",
+        "NPROC": "1",
+        "LOG_DIR": str(folder / "logs"),
+    }
     job = cluster.submit(
-        ["--nodes=2", "--time=15", f"--output={output}", f"--chdir={ROOT}",
-         "launch/slurm/train.sbatch", "launch/torchrun.sh", *_arguments(folder, data)],
+        [
+            "--nodes=2",
+            "--time=15",
+            f"--output={output}",
+            f"--chdir={ROOT}",
+            "launch/slurm/train.sbatch",
+            "launch/torchrun.sh",
+            *_arguments(folder, data),
+        ],
         settings,
-    )  # fmt: skip
+    )
     until = time.monotonic() + 120
     while not (output.exists() and re.search(r"iteration +20/", output.read_text())):
         assert time.monotonic() < until, cluster.state(job)

@@ -23,8 +23,10 @@ def _dry_run(**settings):
     return subprocess.run(
         ["bash", str(ROOT / "launch/torchrun.sh"), "--dry-run", "--lr", "1"],
         env={**environment, "PYTHON": sys.executable, **settings},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def _words(**settings):

@@ -28,9 +28,7 @@ pytestmark = pytest.mark.slow
 
 
 def _arguments(folder: Path) -> list[str]:
-    return flags(
-        folder, train_iters=STEPS, save_interval=SAVE_INTERVAL, ultramem_parallel_size=2,
-    )  # fmt: skip
+    return flags(folder, train_iters=STEPS, save_interval=SAVE_INTERVAL, ultramem_parallel_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +52,13 @@ def hosts(tmp_path) -> Iterator[TwoHosts]:
 @contextmanager
 def _on(hosts: TwoHosts, node: int, folder: Path, name: str = "") -> Iterator[Launched]:
     settings = {
-        "NNODES": "2", "NPROC": "1", "MASTER_ADDR": "node1", "GLOO_SOCKET_IFNAME": "eth0",
-        "STALL_SECONDS": str(STALL_SECONDS), "JOIN_SECONDS": "60",
-    }  # fmt: skip
+        "NNODES": "2",
+        "NPROC": "1",
+        "MASTER_ADDR": "node1",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "STALL_SECONDS": str(STALL_SECONDS),
+        "JOIN_SECONDS": "60",
+    }
     with launch(folder, _arguments(folder), settings, hosts.on(node), name or f"node{node}") as run:
         yield run
 

@@ -65,8 +65,20 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
         _ip("-n", switch, "link", "set", "switch", "up")
         for node in (1, 2):
             port, space = f"port{node}", spaces[node]
-            _ip("-n", switch, "link", "add", port, "type", "veth",
-                "peer", "name", "eth0", "netns", space)  # fmt: skip
+            _ip(
+                "-n",
+                switch,
+                "link",
+                "add",
+                port,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                space,
+            )
             _ip("-n", switch, "link", "set", port, "master", "switch", "up")
             _ip("-n", space, "address", "add", f"10.77.0.1{node}/24", "dev", "eth0")
             _ip("-n", space, "link", "set", "eth0", "up")

@@ -24,11 +24,19 @@ def test_they_stand_in_tensorboard_and_checkpoint_as_they_came_to(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     argv = tiny_gpt(
-        num_layers=5, ultramem_preset="ultramem-151m-x12", ultramem_spans="1:2/3:5",
-        ultramem_num_keys=12, ultramem_key_dim=8, ultramem_value_dim=16, ultramem_topk=6,
-        train_iters=1, tensorboard_dir=tmp_path / "tb", save=tmp_path / "save", save_interval=1,
+        num_layers=5,
+        ultramem_preset="ultramem-151m-x12",
+        ultramem_spans="1:2/3:5",
+        ultramem_num_keys=12,
+        ultramem_key_dim=8,
+        ultramem_value_dim=16,
+        ultramem_topk=6,
+        train_iters=1,
+        tensorboard_dir=tmp_path / "tb",
+        save=tmp_path / "save",
+        save_interval=1,
         ckpt_format="torch_dist",
-    )  # fmt: skip
+    )
     run_pretrain(2, argv)
     (found,) = run_on_ranks(1, _stored, str(tmp_path / "save"))
     assert found["preset"] == "ultramem-151m-x12"
@@ -48,10 +56,18 @@ def test_they_stand_in_tensorboard_and_checkpoint_as_they_came_to(tmp_path):
 def test_the_log_has_them_once_and_upstreams_noise_on_demand(shown):
     environment = {**os.environ, SHOW: "1" if shown else "0", "PYTHONWARNINGS": "default"}
     done = subprocess.run(
-        [sys.executable, "-m", "ultramem_megatron", "train",
-         *tiny_gpt(train_iters=1, ultramem_spans="1:2", ultramem_num_keys=12, ultramem_topk=6)],
-        capture_output=True, text=True, check=True, env=environment,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "ultramem_megatron",
+            "train",
+            *tiny_gpt(train_iters=1, ultramem_spans="1:2", ultramem_num_keys=12, ultramem_topk=6),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
     said = done.stdout + done.stderr
     for words in ("Apex is not installed", "GPTModel IS DEPRECATED", "No CUDA runtime is found"):
         assert (words in said) == shown, words

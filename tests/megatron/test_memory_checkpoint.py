@@ -11,10 +11,15 @@ from tests.training_runs import run_pretrain, tiny_gpt
 from tests.whole_model import LOSS
 
 _MEMORY = {
-    "num_layers": 4, "ultramem_spans": "1:2/3:4", "ultramem_num_keys": 12, "ultramem_topk": 6,
-    "ultramem_query_conv_kernel": 3, "ckpt_format": "torch_dist", "train_iters": 6,
+    "num_layers": 4,
+    "ultramem_spans": "1:2/3:4",
+    "ultramem_num_keys": 12,
+    "ultramem_topk": 6,
+    "ultramem_query_conv_kernel": 3,
+    "ckpt_format": "torch_dist",
+    "train_iters": 6,
     "hidden_dropout": 0.1,
-}  # fmt: skip
+}
 
 
 def _flags(**changes):
@@ -29,16 +34,25 @@ def _buffers(trained):
     ("world_size", "changes"),
     [
         (1, {}),
-        (2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
-             "overlap_param_gather": True, "bf16": True}),
+        (
+            2,
+            {
+                "use_distributed_optimizer": True,
+                "overlap_grad_reduce": True,
+                "overlap_param_gather": True,
+                "bf16": True,
+            },
+        ),
         (2, {"fp16": True, "initial_loss_scale": 4096}),
     ],
-)  # fmt: skip
+)
 def test_resumed_training_continues_exactly(world_size, changes, tmp_path):
     whole = run_pretrain(
-        world_size, _flags(**changes, save=tmp_path, save_interval=3), parameters=True,
+        world_size,
+        _flags(**changes, save=tmp_path, save_interval=3),
+        parameters=True,
         on_finish=_buffers,
-    )  # fmt: skip
+    )
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     resumed = run_pretrain(
         world_size, _flags(**changes, load=tmp_path), parameters=True, on_finish=_buffers
@@ -75,8 +89,7 @@ def saved(tmp_path_factory):
 def test_a_checkpoint_continues_in_another_layout(world_size, layout, saved):
     folder, whole = saved
     run = run_pretrain(
-        world_size,
-        _flags(load=folder, hidden_dropout=0, no_load_rng=True, **layout),
+        world_size, _flags(load=folder, hidden_dropout=0, no_load_rng=True, **layout)
     )
     assert run.losses == pytest.approx(whole.losses[3:], rel=LOSS)
     assert run.grad_norms == pytest.approx(whole.grad_norms[3:], rel=10 * LOSS)
@@ -140,8 +153,9 @@ def _unknown_flags():
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
-    plain = tiny_gpt(num_layers=4, ckpt_format="torch", train_iters=1, save=tmp_path,
-                     save_interval=1)  # fmt: skip
+    plain = tiny_gpt(
+        num_layers=4, ckpt_format="torch", train_iters=1, save=tmp_path, save_interval=1
+    )
     run_pretrain(1, plain)
     assert f"--load {tmp_path} is no torch_dist checkpoint" in _refusal(load=tmp_path)
 
@@ -152,9 +166,10 @@ def _poison(which, trained):
     model = trained.model[0]
     layer = next(iter(memory_layers(model)))
     weights = {
-        "table": layer.values.weight, "keys": layer.retrieval.keys.weight,
+        "table": layer.values.weight,
+        "keys": layer.retrieval.keys.weight,
         "dense": dict(model.named_parameters())["module.decoder.final_layernorm.weight"],
-    }  # fmt: skip
+    }
     weights[which].data.view(-1)[5] = float("nan")
     from megatron.training.checkpointing import save_checkpoint
 
@@ -171,9 +186,10 @@ def _poison(which, trained):
 )
 def test_nan_in_a_loaded_weight_is_refused(which, message, tmp_path):
     run_pretrain(
-        1, _flags(save=tmp_path, save_interval=100, train_iters=1, no_save_optim=True),
+        1,
+        _flags(save=tmp_path, save_interval=100, train_iters=1, no_save_optim=True),
         on_finish=functools.partial(_poison, which),
-    )  # fmt: skip
+    )
     assert message in _refusal(load=tmp_path, no_load_optim=True, finetune=True)
 
 

@@ -15,9 +15,14 @@ from ultramem_megatron.megatron.optimizer.value_learning_rate import value_lr_fa
 # TensorBoard keeps float32: two numbers, each rounded once, and a product of them.
 LOGGED = rounding(torch.float32, 2)
 _FLAGS = {
-    "num_layers": 4, "ultramem_spans": "1:2/3:4", "ultramem_num_keys": 12, "ultramem_topk": 6,
-    "train_iters": 4, "log_interval": 2, "tensorboard_log_interval": 1,
-}  # fmt: skip
+    "num_layers": 4,
+    "ultramem_spans": "1:2/3:4",
+    "ultramem_num_keys": 12,
+    "ultramem_topk": 6,
+    "train_iters": 4,
+    "log_interval": 2,
+    "tensorboard_log_interval": 1,
+}
 
 
 def _scalars(folder):
@@ -69,10 +74,7 @@ def test_value_learning_rate_falls_from_ten_times_to_the_base_rate(scalars):
 
 def test_recomputation_is_not_counted_twice(scalars, tmp_path):
     again = _train(
-        tmp_path,
-        recompute_granularity="full",
-        recompute_method="uniform",
-        recompute_num_layers=1,
+        tmp_path, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
     )
     for tag in (tag for tag in scalars if tag.startswith("ultramem/")):
         assert again[tag] == scalars[tag], tag
@@ -104,11 +106,7 @@ def test_product_keys_leave_out_what_does_not_apply(tmp_path, capfd):
 
 @pytest.mark.parametrize(
     ("counts", "used", "divergence"),
-    [
-        ([5, 5, 5, 5], 1.0, 0.0),
-        ([8, 0, 0, 0], 0.25, math.log(4)),
-        ([4, 4, 0, 0], 0.5, math.log(2)),
-    ],
+    [([5, 5, 5, 5], 1.0, 0.0), ([8, 0, 0, 0], 0.25, math.log(4)), ([4, 4, 0, 0], 0.5, math.log(2))],
 )
 def test_usage(counts, used, divergence):
     assert usage(torch.tensor(counts)) == pytest.approx((used, divergence))

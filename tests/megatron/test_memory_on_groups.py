@@ -62,9 +62,11 @@ def _on_rank(layout):
     registry.apply_all()
     init_gloo()
     parallel_state.initialize_model_parallel(
-        layout.tp, context_parallel_size=layout.cp, expert_model_parallel_size=layout.size,
+        layout.tp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.size,
         expert_tensor_parallel_size=1,
-    )  # fmt: skip
+    )
     return [_compute(layout, config) for config in _DESIGNS]
 
 
@@ -76,14 +78,22 @@ def _memory(layout, config):
     from ultramem_megatron.memory.placement import Placement
 
     transformer = TransformerConfig(
-        num_layers=1, hidden_size=_HIDDEN, num_attention_heads=2, use_cpu_initialization=True,
-        tensor_model_parallel_size=layout.tp, sequence_parallel=layout.sequence_parallel,
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=_HIDDEN,
+        num_attention_heads=2,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.sequence_parallel,
+    )
     return TransformerMemory(
-        transformer, ultramem=config, layer_number=1, partition=layout.partition,
+        transformer,
+        ultramem=config,
+        layer_number=1,
+        partition=layout.partition,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        placement=Placement(1, 1, 1), values_by_table={},
-    )  # fmt: skip
+        placement=Placement(1, 1, 1),
+        values_by_table={},
+    )
 
 
 def _compute(layout, config):
@@ -101,10 +111,11 @@ def _compute(layout, config):
     table = memory.values.layout
     assert sum(1 for _ in memory.steps(x[own])) == memory.pauses
     return {
-        "out": out.detach(), "gradients": gradients,
+        "out": out.detach(),
+        "gradients": gradients,
         "corner": (table.rows().start, table.columns().start),
         "group": torch.distributed.get_process_group_ranks(group),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module", params=_LAYOUTS, ids=str)

@@ -5,19 +5,17 @@ import torch
 
 from tests.closeness import assert_close, rounding
 from tests.training_runs import run_pretrain, tiny_gpt
-from tests.whole_model import (
-    STEADY,
-    assert_same_training,
-    first_decided,
-    train,
-    train_watched,
-)  # fmt: skip
+from tests.whole_model import STEADY, assert_same_training, first_decided, train, train_watched
 
 _MEMORY = {
-    "num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 12, "ultramem_topk": 6,
+    "num_layers": 6,
+    "ultramem_spans": "2:3/4:6",
+    "ultramem_num_keys": 12,
+    "ultramem_topk": 6,
     "ultramem_query_conv_kernel": 3,
-    "disable_bias_linear": True, **STEADY,
-}  # fmt: skip
+    "disable_bias_linear": True,
+    **STEADY,
+}
 
 
 def _flags(**changes):
@@ -44,7 +42,7 @@ def with_dropout():
         {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
         {"recompute_granularity": "selective", "recompute_modules": "core_attn"},
     ],
-)  # fmt: skip
+)
 def test_recomputation_changes_nothing(recompute, with_dropout):
     assert_same_training(_run(**_DROPOUT, **recompute), with_dropout, 0.0)
 
@@ -92,8 +90,11 @@ def test_layouts_agree(one_process, world_size, changes):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_distributed_optimizer_agrees(one_process, overlap):
-    flags = {"use_distributed_optimizer": True, "overlap_grad_reduce": overlap,
-             "overlap_param_gather": overlap}  # fmt: skip
+    flags = {
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": overlap,
+        "overlap_param_gather": overlap,
+    }
     _check_like(one_process, 2, gradients=False, **flags)
 
 
@@ -106,9 +107,15 @@ def _initial_penalty_gradients():
     gradients = {}
     for number in (2, 4):
         config = UltraMemConfig(
-            spans=(Span(2, 3), Span(4, 6)), num_keys=12, key_dim=16, value_dim=16, topk=6,
-            query_conv_kernel=3, aux_loss_weight=10.0, aux_loss_margin=0.01,
-        )  # fmt: skip
+            spans=(Span(2, 3), Span(4, 6)),
+            num_keys=12,
+            key_dim=16,
+            value_dim=16,
+            topk=6,
+            query_conv_kernel=3,
+            aux_loss_weight=10.0,
+            aux_loss_margin=0.01,
+        )
         layer = UltraMemLayer(config, hidden_size=32, num_layers=6, layer_number=number)
         (gradients[number],) = torch.autograd.grad(
             layer.auxiliary_loss(), layer.retrieval.cores.weight
@@ -123,7 +130,7 @@ def _initial_penalty_gradients():
         ({"fp16": True, "initial_loss_scale": 1024}, 1024, torch.float16),
         ({"bf16": True}, 1, torch.bfloat16),
     ],
-)  # fmt: skip
+)
 def test_penalty_enters_the_gradient_once_and_scaled(precision, scale, dtype):
     with_penalty = _run(**_STRONG_PENALTY, **precision).ranks[0].gradients
     without = _run(ultramem_aux_loss_weight=0.0, **precision).ranks[0].gradients

@@ -16,15 +16,25 @@ from tests.whole_model import (
     train,
     train_watched,
     whole,
-)  # fmt: skip
+)
 
 _MEMORY = {
-    "num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 11, "ultramem_topk": 6,
-    "ultramem_value_dim": 16, "ultramem_query_conv_kernel": 3, "ultramem_aux_loss_weight": 1.0,
-    "global_batch_size": 24, "micro_batch_size": 3, "train_iters": 4, "ckpt_format": "torch_dist",
-    "lr_decay_style": "constant", "clip_grad": 0.5,  # below the norms seen: clipping takes part
-    "disable_bias_linear": True, **STEADY,
-}  # fmt: skip
+    "num_layers": 6,
+    "ultramem_spans": "2:3/4:6",
+    "ultramem_num_keys": 11,
+    "ultramem_topk": 6,
+    "ultramem_value_dim": 16,
+    "ultramem_query_conv_kernel": 3,
+    "ultramem_aux_loss_weight": 1.0,
+    "global_batch_size": 24,
+    "micro_batch_size": 3,
+    "train_iters": 4,
+    "ckpt_format": "torch_dist",
+    "lr_decay_style": "constant",
+    "clip_grad": 0.5,  # below the norms seen: clipping takes part
+    "disable_bias_linear": True,
+    **STEADY,
+}
 
 
 def _flags(**changes):
@@ -98,20 +108,38 @@ _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
             ("PP2 crossing", 2, _CROSSING),
             ("PP3 crossing twice", 3, {"pipeline_model_parallel_size": 3}),
             ("PP2 interleaved, crossing", 2, _VPP),
-            ("PP2 crossing at another span", 2,
-             {**_PP, "pipeline_model_parallel_layout": "Etttt|ttL"}),
+            (
+                "PP2 crossing at another span",
+                2,
+                {**_PP, "pipeline_model_parallel_layout": "Etttt|ttL"},
+            ),
             ("PP2 DP2 number, crossing", 4, {**_CROSSING, **_NUMBER}),
             ("PP2 TP2 SP, crossing", 4, {**_CROSSING, **_SP, **_DIMENSION}),
             ("PP2 interleaved TP2 DP2", 8, {**_VPP, **_TP, **_DIMENSION}),
             ("per-token loss", 2, {"calculate_per_token_loss": True, **_DIMENSION}),
-            ("recompute", 2, {**_NUMBER, "recompute_granularity": "full",
-                              "recompute_method": "uniform", "recompute_num_layers": 2}),
-            ("PP2 crossing, recompute", 2, {**_CROSSING, "recompute_granularity": "full",
-                                            "recompute_method": "block",
-                                            "recompute_num_layers": 2}),
+            (
+                "recompute",
+                2,
+                {
+                    **_NUMBER,
+                    "recompute_granularity": "full",
+                    "recompute_method": "uniform",
+                    "recompute_num_layers": 2,
+                },
+            ),
+            (
+                "PP2 crossing, recompute",
+                2,
+                {
+                    **_CROSSING,
+                    "recompute_granularity": "full",
+                    "recompute_method": "block",
+                    "recompute_num_layers": 2,
+                },
+            ),
         ]
     ],
-)  # fmt: skip
+)
 def test_layout_trains_like_one_rank(start, world_size, layout):
     _check(start, world_size, **layout)
 
@@ -129,16 +157,30 @@ _CP = {"context_parallel_size": 2}
             ("CP2 dimension", 2, {**_CP, **_DIMENSION}),
             ("CP4 number", 4, {"context_parallel_size": 4, **_NUMBER}),
             ("CP2 TP2 SP", 4, {**_CP, **_SP, **_DIMENSION}),
-            ("CP2 DP2 P2, per-token loss", 4,
-             {**_CP, **_NUMBER, "ultramem_parallel_size": 2, "calculate_per_token_loss": True}),
-            ("CP2 PP2 crossing, recompute", 4,
-             {**_CP, **_CROSSING, "recompute_granularity": "full", "recompute_method": "block",
-              "recompute_num_layers": 2}),
-            ("CP2 mask made by the attention", 2,
-             {**_CP, "no_create_attention_mask_in_dataloader": True}),
+            (
+                "CP2 DP2 P2, per-token loss",
+                4,
+                {**_CP, **_NUMBER, "ultramem_parallel_size": 2, "calculate_per_token_loss": True},
+            ),
+            (
+                "CP2 PP2 crossing, recompute",
+                4,
+                {
+                    **_CP,
+                    **_CROSSING,
+                    "recompute_granularity": "full",
+                    "recompute_method": "block",
+                    "recompute_num_layers": 2,
+                },
+            ),
+            (
+                "CP2 mask made by the attention",
+                2,
+                {**_CP, "no_create_attention_mask_in_dataloader": True},
+            ),
         ]
     ],
-)  # fmt: skip
+)
 def test_context_parallelism_trains_like_one_rank(start, world_size, layout):
     _check(start, world_size, **layout)
 
@@ -157,10 +199,14 @@ def test_context_parallelism_of_another_attention(tmp_path):
     [
         {"ultramem_heads": 1, "ultramem_cores": 1, "ultramem_value_expansion": 1},
         {"ultramem_cores": 4, "ultramem_value_expansion": 9, "ultramem_tucker_rank": 4},
-        {"ultramem_retrieval": "pkm", "ultramem_qk_norm": "rmsnorm", "seq_length": 31,
-         "max_position_embeddings": 31},
+        {
+            "ultramem_retrieval": "pkm",
+            "ultramem_qk_norm": "rmsnorm",
+            "seq_length": 31,
+            "max_position_embeddings": 31,
+        },
     ],
-)  # fmt: skip
+)
 def test_other_designs(design, tmp_path):
     start = _Start(tmp_path, **design)
     layouts = [(4, {**_TP, **_NUMBER}), (4, {**_TP, **_DIMENSION, "ultramem_parallel_size": 2})]
@@ -270,18 +316,30 @@ def test_experts_and_tables_share_their_groups():
         (2, {"ultramem_parallel_size": 3}, "-parallel-size 3: it must divide the 2 ranks"),
         (2, {"ultramem_parallel_size": 0}, "--ultramem-parallel-size 0: .* Use one of 1, 2"),
         (2, {**_PP, "ultramem_parallel_size": 2}, "must divide the 1 ranks of a pipeline stage"),
-        (3, {**_DIMENSION, "micro_batch_size": 2},
-         "-value-dim 16 is not divisible by --ultramem-parallel-size 3"),
+        (
+            3,
+            {**_DIMENSION, "micro_batch_size": 2},
+            "-value-dim 16 is not divisible by --ultramem-parallel-size 3",
+        ),
         (2, {**_DIMENSION, "ultramem_cores": 3, "ultramem_value_dim": 18}, "straddle ranks"),
-        (2, {"num_experts": 4, "ultramem_parallel_size": 2},
-         "must equal --expert-model-parallel-size 1"),
+        (
+            2,
+            {"num_experts": 4, "ultramem_parallel_size": 2},
+            "must equal --expert-model-parallel-size 1",
+        ),
         (2, {**_PP, "pipeline_model_parallel_layout": "Etttttt|L", "ultramem_spans": "2:3"}, None),
-        (3, {"pipeline_model_parallel_size": 3, "ultramem_spans": "2:5",
-             "pipeline_model_parallel_layout": "Ettt||tttL"},
-         "stage 1 has no transformer layer to pass it on"),
+        (
+            3,
+            {
+                "pipeline_model_parallel_size": 3,
+                "ultramem_spans": "2:5",
+                "pipeline_model_parallel_layout": "Ettt||tttL",
+            },
+            "stage 1 has no transformer layer to pass it on",
+        ),
         (2, {**_CROSSING, "fp32_residual_connection": True, "bf16": True}, "--fp32-resid"),
     ],
-)  # fmt: skip
+)
 def test_impossible_layouts_are_refused(world_size, flags, message):
     if message is None:  # a stage without layers is no obstacle where no span crosses
         run_pretrain(world_size, _flags(**flags, train_iters=1))

@@ -11,9 +11,11 @@ _MODEL = {"num_layers": 4, "ckpt_format": "torch_dist", "disable_bias_linear": T
 _MEMORY = {"ultramem_spans": "1:2/3:4", "ultramem_num_keys": 12, "ultramem_topk": 6}
 _STILL = {"lr": 0.0, "min_lr": 0.0}
 _NO_PROJECTION = {
-    "ultramem_value_projection": None, "no_ultramem_value_projection": True,
-    "ultramem_value_dim": 32, "ultramem_value_expansion": 1,
-}  # fmt: skip
+    "ultramem_value_projection": None,
+    "no_ultramem_value_projection": True,
+    "ultramem_value_dim": 32,
+    "ultramem_value_expansion": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +74,10 @@ def alone(dense):
 
 
 _RECOMPUTE = {
-    "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
-}  # fmt: skip
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 
 
 @pytest.mark.parametrize(
@@ -103,8 +107,14 @@ def test_training_memories_alone_leaves_the_rest_bitwise(world_size, changes, de
 
 @pytest.mark.parametrize("train_only", [{}, {"ultramem_train_only": "memory"}])
 def test_an_upcycled_run_resumes_from_its_own_checkpoint(train_only, dense, tmp_path):
-    flags = {"train_iters": 4, "save": tmp_path, "load": tmp_path, "save_interval": 2,
-             "load_or_start": True, **train_only}  # fmt: skip
+    flags = {
+        "train_iters": 4,
+        "save": tmp_path,
+        "load": tmp_path,
+        "save_interval": 2,
+        "load_or_start": True,
+        **train_only,
+    }
     whole = run_pretrain(1, _upcycled(dense, **flags))
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
     resumed = run_pretrain(1, _upcycled(dense, **flags))

@@ -30,11 +30,17 @@ def test_value_std_of_the_papers_models(topk, heads, expansion, layers, expected
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"tucker_rank": 4}, {"cores": 4}, {"heads": 1}, {"rank_layout": "full"},
-        {"qk_norm": "rmsnorm"}, {"qk_norm": "none"},
-        {"retrieval": "pkm", "tucker_rank": 1, "cores": 1}, {"tucker_rank": 1, "cores": 1},
+        {},
+        {"tucker_rank": 4},
+        {"cores": 4},
+        {"heads": 1},
+        {"rank_layout": "full"},
+        {"qk_norm": "rmsnorm"},
+        {"qk_norm": "none"},
+        {"retrieval": "pkm", "tucker_rank": 1, "cores": 1},
+        {"tucker_rank": 1, "cores": 1},
     ],
-)  # fmt: skip
+)
 def test_calibration_makes_the_mean_score_one(changes):
     layer = _layer(**changes)
     mean = layer.calibrate(torch.Generator().manual_seed(99))  # other queries than it was set with

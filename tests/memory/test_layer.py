@@ -62,19 +62,33 @@ def test_layer_equals_reference_in_float32(variant):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    num_keys=st.integers(2, 9), heads=st.integers(1, 4), share=st.booleans(),
-    rank=st.integers(1, 4), full=st.booleans(), cores=st.integers(1, 4), root=st.integers(1, 3),
-    width=st.integers(1, 4), topk=st.integers(1, 8), norm=st.sampled_from(["layernorm", "rmsnorm"]),
-)  # fmt: skip
+    num_keys=st.integers(2, 9),
+    heads=st.integers(1, 4),
+    share=st.booleans(),
+    rank=st.integers(1, 4),
+    full=st.booleans(),
+    cores=st.integers(1, 4),
+    root=st.integers(1, 3),
+    width=st.integers(1, 4),
+    topk=st.integers(1, 8),
+    norm=st.sampled_from(["layernorm", "rmsnorm"]),
+)
 def test_layer_equals_reference_for_random_sizes(
     num_keys, heads, share, rank, full, cores, root, width, topk, norm
 ):
     sizes = {
-        "num_keys": num_keys, "share_query": share, "tucker_rank": rank, "cores": cores,
-        "heads": heads + (heads % 2 if share and heads > 1 else 0), "key_dim": rank * (width + 2),
-        "rank_layout": "full" if full else "split", "value_expansion": root**2,
-        "value_dim": cores * width, "topk": min(topk, root * num_keys), "qk_norm": norm,
-    }  # fmt: skip
+        "num_keys": num_keys,
+        "share_query": share,
+        "tucker_rank": rank,
+        "cores": cores,
+        "heads": heads + (heads % 2 if share and heads > 1 else 0),
+        "key_dim": rank * (width + 2),
+        "rank_layout": "full" if full else "split",
+        "value_expansion": root**2,
+        "value_dim": cores * width,
+        "topk": min(topk, root * num_keys),
+        "qk_norm": norm,
+    }
     layer = small_layer(**sizes)
     x = _input(sequence=3, batch=1)
     assert_close(layer(x), _reference(layer, x)[0], _tolerance(layer))

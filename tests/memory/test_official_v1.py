@@ -78,9 +78,13 @@ def test_round_trip_is_exact():
 @pytest.mark.parametrize("expansion", [1, 9])
 def test_our_layers_survive_export_and_import(heads, cores, expansion):
     layer = small_layer(
-        heads=heads, cores=cores, value_expansion=expansion, tucker_rank=3, rank_layout="full",
+        heads=heads,
+        cores=cores,
+        value_expansion=expansion,
+        tucker_rank=3,
+        rank_layout="full",
         qk_norm="rmsnorm",
-    )  # fmt: skip
+    )
     back = load_official_v1(export_official_v1(layer), topk=5, norm="rms", eps=1e-5)
     x = torch.randn(4, 2, 24, dtype=torch.float64)
     assert_close(back(x), layer(x), rounding(x.dtype, sum_lengths(layer.config)))

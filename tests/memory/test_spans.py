@@ -44,5 +44,9 @@ def test_wrong_spans_are_refused(text, message):
 def test_lookup_by_layer():
     spans = parse_spans("3:5/6:8", 12)
     assert [span_covering(spans, layer) for layer in (2, 3, 5, 6, 9)] == [
-        None, Span(3, 5), Span(3, 5), Span(6, 8), None,
-    ]  # fmt: skip
+        None,
+        Span(3, 5),
+        Span(3, 5),
+        Span(6, 8),
+        None,
+    ]

@@ -54,8 +54,11 @@ def test_compared_models_share_transformer_and_training(size):
 def test_learning_rates_are_those_of_table_4():
     rates = {name: PRESETS[name].training["lr"].value for name in PRESETS if "dense" in name}
     assert rates == {
-        "dense-151m": 6e-4, "dense-680m": 2.5e-4, "dense-1.6b": 2e-4, "dense-6.5b": 1.2e-4,
-    }  # fmt: skip
+        "dense-151m": 6e-4,
+        "dense-680m": 2.5e-4,
+        "dense-1.6b": 2e-4,
+        "dense-6.5b": 1.2e-4,
+    }
 
 
 def test_an_explanation_names_every_setting_and_its_source(capsys):

@@ -24,8 +24,15 @@ def _checked(*runs):
 
 
 def test_flags_that_train_pass_every_check(tmp_path):
-    argv = tiny_gpt(**_MEMORY, save=tmp_path, load=tmp_path, save_interval=2, verify_integrity=True,
-                    ckpt_format="torch_dist", load_or_start=True)  # fmt: skip
+    argv = tiny_gpt(
+        **_MEMORY,
+        save=tmp_path,
+        load=tmp_path,
+        save_interval=2,
+        verify_integrity=True,
+        ckpt_format="torch_dist",
+        load_or_start=True,
+    )
     run_pretrain(2, argv)
     (results,) = run_on_ranks(1, _checked, argv, ["--gpus", "4", *argv])
     for (status, lines), ranks in zip(results, (1, 4), strict=True):
@@ -43,10 +50,17 @@ def test_each_refusal_stands_in_its_line(tmp_path):
     file = tmp_path / "file"
     file.touch()
     wrong = tiny_gpt(
-        **_MEMORY, mock_data=None, data_path="nowhere/data", split="1,1,1",
-        tokenizer_type="HuggingFaceTokenizer", tokenizer_model=tmp_path / "none", vocab_size=None,
-        save=file / "below", save_interval=1, eval_interval=None,
-    )  # fmt: skip
+        **_MEMORY,
+        mock_data=None,
+        data_path="nowhere/data",
+        split="1,1,1",
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=tmp_path / "none",
+        vocab_size=None,
+        save=file / "below",
+        save_interval=1,
+        eval_interval=None,
+    )
     other = tiny_gpt(**{**_MEMORY, "ultramem_spans": "1:9"})
     crossing = tiny_gpt(**_MEMORY, pipeline_model_parallel_size=2)
     (results,) = run_on_ranks(1, _checked, wrong, other, crossing)

@@ -75,10 +75,19 @@ def _evaluate(folder, *words):
         (1, ["--batch-size", "3"]),
         (2, []),
         (2, ["--tensor-model-parallel-size", "1", "--ultramem-partition", "number"]),
-        (4, ["--tensor-parallel-size", "1", "--ultramem-partition", "dimension",
-             "--batch-size", "2"]),
+        (
+            4,
+            [
+                "--tensor-parallel-size",
+                "1",
+                "--ultramem-partition",
+                "dimension",
+                "--batch-size",
+                "2",
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_perplexity_counts_every_token_once(files, ranks, words):
     folder, (loss, _) = files
     prefix = str(folder / "data")
@@ -165,9 +174,11 @@ def _harness(folder):
         "rolling": harness.loglikelihood_rolling([request(text)])[0],
         "rolled": _plain_score(model, [511], list(range(40, 72)))
         + _plain_score(model, [71], list(range(72, 80))),
-        "greedy": greedy, "cut": cut, "stop": stop,
+        "greedy": greedy,
+        "cut": cut,
+        "stop": stop,
         "length": len(harness.generate_until([request(text, {"max_gen_toks": 9})])[0].split()),
-    }  # fmt: skip
+    }
 
 
 def test_the_harness_asks_and_gets_answers(files):

@@ -9,9 +9,13 @@ from tests.ranks import run_on_ranks
 from tests.training_runs import run_pretrain
 
 _PRESETS = (
-    "dense-151m", "moe-151m-2in32", "dense-1.6b", "moe-1.6b-2in34", "ultramem-1.6b-x12",
+    "dense-151m",
+    "moe-151m-2in32",
+    "dense-1.6b",
+    "moe-1.6b-2in34",
+    "ultramem-1.6b-x12",
     "dense-6.5b",
-)  # fmt: skip
+)
 
 
 def _sizes_of_presets():
@@ -198,8 +202,10 @@ def test_ranks_of_a_real_run_hold_what_is_planned(flags, ranks):
 
 
 def test_the_distributed_optimizer_spreads_its_state_and_changes_what_is_sent():
-    plain, spread = (_layout(flags, 4)["layouts"][0]["stages"][0]
-                     for flags in ("", "--use-distributed-optimizer"))  # fmt: skip
+    plain, spread = (
+        _layout(flags, 4)["layouts"][0]["stages"][0]
+        for flags in ("", "--use-distributed-optimizer")
+    )
     assert spread["optimizer"] == plain["optimizer"] / 4
     elements = plain["parameters"] // 2
     # Rings: gradients in fp32 both ways, or gradients in fp32 one way and bf16 parameters back.
@@ -378,6 +384,6 @@ def test_importing_a_plan_patches_nothing():
         ("ultramem-151m-x12 --ultramem-topk 0", "--ultramem-topk is 0"),
         ("--figure=f.png", "--figure of plan is a command of its own now: ultramem paper figure1c"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_planned_is_refused(argv, message):
     assert message in _run(_refusal, *argv.split())

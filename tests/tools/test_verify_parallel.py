@@ -14,13 +14,19 @@ def test_tables_and_shards_are_put_together():
     whole = torch.arange(12.0).view(4, 3)
     ranks = [
         (
-            {"w": Piece("w", partition_dim=1, tp_rank=rank), "b": Piece("b"),
-             "t": Piece("t", corner=(2 * rank, 0), whole=(4, 3))},
-            {"w": whole[:, rank : rank + 1], "b": whole[0] + 0.5 * rank,
-             "t": whole[2 * rank : 2 * rank + 2]},
+            {
+                "w": Piece("w", partition_dim=1, tp_rank=rank),
+                "b": Piece("b"),
+                "t": Piece("t", corner=(2 * rank, 0), whole=(4, 3)),
+            },
+            {
+                "w": whole[:, rank : rank + 1],
+                "b": whole[0] + 0.5 * rank,
+                "t": whole[2 * rank : 2 * rank + 2],
+            },
         )
         for rank in (1, 0)
-    ]  # fmt: skip
+    ]
     found = assemble(ranks)
     assert torch.equal(found["w"].tensor, whole[:, :2])
     assert torch.equal(found["t"].tensor, whole)
@@ -41,8 +47,9 @@ def test_shards_of_a_gated_mlp_hold_two_halves_each():
 def _recorded(loss, weight):
     step = {"iteration": 1, "loss": loss, "grad norm": 1.0}
     tensors = {"w": torch.tensor([weight])}
-    return [{"steps": [step], "gradients": tensors, "weights": tensors,
-             "pieces": {"w": {"name": "w"}}}]  # fmt: skip
+    return [
+        {"steps": [step], "gradients": tensors, "weights": tensors, "pieces": {"w": {"name": "w"}}}
+    ]
 
 
 def test_differences_are_found_where_they_are():
@@ -78,9 +85,11 @@ def test_wrong_calls_are_refused(argv, message):
 
 _SPANS = {"ultramem_spans": "1:2", "ultramem_num_keys": 8, "ultramem_topk": 4}
 _EXPERTS = {
-    "num_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none",
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "moe_router_load_balancing_type": "none",
     "moe_token_dispatcher_type": "allgather",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -98,9 +107,13 @@ _EXPERTS = {
 )
 def test_two_layouts_agree(model, first, second, capsys):
     common = tiny_gpt(
-        num_layers=2, disable_bias_linear=True, train_iters=None,
-        make_vocab_size_divisible_by=256, **model, **_SPANS,
-    )  # fmt: skip
+        num_layers=2,
+        disable_bias_linear=True,
+        train_iters=None,
+        make_vocab_size_divisible_by=256,
+        **model,
+        **_SPANS,
+    )
     ranks = ["--ranks", str(first[0]), str(second[0]), "--steps", "2"]
     assert main([*ranks, *common, "--", *first[1].split(), "--", *second[1].split()]) == 0
     assert "layouts agree" in capsys.readouterr().out

@@ -13,9 +13,12 @@ from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.patches.megatron_lm.__main__ import fitting_patch
 
 _FLAGS = {
-    "num_layers": 4, "ultramem_spans": "1:2/3:4", "ultramem_num_keys": 12, "ultramem_topk": 6,
+    "num_layers": 4,
+    "ultramem_spans": "1:2/3:4",
+    "ultramem_num_keys": 12,
+    "ultramem_topk": 6,
     "split": "100,0,0",
-}  # fmt: skip
+}
 
 # What pretrain_gpt.py of Megatron-LM 0.19 does, in the same order and by the same names.
 _SCRIPT = """
@@ -86,13 +89,18 @@ def test_a_script_trains_what_our_command_trains(memory, tmp_path):
     ("before", "after", "message"),
     [
         ("gpt_config_from_args(args)", "None", "does not build its GPT from gpt_config_from_args"),
-        ("gpt_config_from_args(args)", "gpt_config_from_args(args, model_config_cls=dict)",
-         "builds its model from a config of its own"),
+        (
+            "gpt_config_from_args(args)",
+            "gpt_config_from_args(args, model_config_cls=dict)",
+            "builds its model from a config of its own",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_script_without_place_for_memories_is_refused(before, after, message, tmp_path):
-    argv = [str(_write(tmp_path, _SCRIPT.replace(before, after))),
-            *tiny_gpt(**_FLAGS, of_the_script=7)]  # fmt: skip
+    argv = [
+        str(_write(tmp_path, _SCRIPT.replace(before, after))),
+        *tiny_gpt(**_FLAGS, of_the_script=7),
+    ]
     with pytest.raises(RanksFailed, match=message):
         run_on_ranks(1, _run, argv)
 

@@ -177,10 +177,7 @@ def _own_share(group: Any) -> Start:
 
 
 def _all_to_all(
-    group: Any,
-    purpose: str,
-    send_sizes: Sequence[int] | None,
-    receive_sizes: Sequence[int] | None,
+    group: Any, purpose: str, send_sizes: Sequence[int] | None, receive_sizes: Sequence[int] | None
 ) -> Start:
     send = None if send_sizes is None else list(send_sizes)
     receive = None if receive_sizes is None else list(receive_sizes)

@@ -39,19 +39,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=1234, help="Of the sampling. Default 1234.")
     parser.add_argument(
-        "--batching", choices=("static", "dynamic"), default="static",
+        "--batching",
+        choices=("static", "dynamic"),
+        default="static",
         help="Megatron's engine: all prompts in step (default), or each on its own, from a cache "
         "in blocks.",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--cuda-graphs", action="store_true",
+        "--cuda-graphs",
+        action="store_true",
         help="Capture decoding steps as CUDA graphs (GPU and --batching dynamic only).",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--premultiply-values", action="store_true",
+        "--premultiply-values",
+        action="store_true",
         help="Multiply value tables by their projections first: no projection in a step, for E*h*D/"
         "Dv times the tables' memory. Tables must be whole on each rank.",
-    )  # fmt: skip
+    )
     parser.add_argument("--tokenizer-model", help="Where the tokenizer is, if it has moved.")
     add_layout_arguments(parser)
     return parser.parse_args(argv)

@@ -88,7 +88,7 @@ def describe_machine(args: Namespace, local_layers: bool) -> None:
         "apply_rope_fusion",
         "gradient_accumulation_fusion",
     ):
-        setattr(args, name, False)  # fmt: skip
+        setattr(args, name, False)
     args.no_persist_layer_norm, args.use_cpu_initialization = True, not has_cuda()
     if not has_cuda():  # the other dispatchers need CUDA to learn how many tokens go where
         args.moe_token_dispatcher_type = "allgather"
@@ -103,17 +103,25 @@ def describe_machine(args: Namespace, local_layers: bool) -> None:
 def check_cuda_graphs(args: Namespace, tables: TableSettings) -> None:
     """Raise UltraMemError where the host takes part in a decoding step: no graph holds that."""
     reasons = (
-        (implementation(torch.device("cuda")) == "torch",
-         "PyTorch's kernels of memories ask the host about equal scores. Unset ULTRAMEM_KERNELS"),
-        (bool(args.num_experts),
-         "the host tells experts how many tokens they get. Decode this model without them"),
-        (tables.size > args.tensor_model_parallel_size,
-         "ranks that decode different prompts agree on each read of the tables they share. Use "
-         f"--ultramem-parallel-size {args.tensor_model_parallel_size}"),
-        (tables.kind.waits_for_host,
-         "number-wise, the host learns how much ranks exchange. Use --ultramem-partition "
-         "dimension, or --ultramem-parallel-size 1"),
-    )  # fmt: skip
+        (
+            implementation(torch.device("cuda")) == "torch",
+            "PyTorch's kernels of memories ask the host about equal scores. Unset ULTRAMEM_KERNELS",
+        ),
+        (
+            bool(args.num_experts),
+            "the host tells experts how many tokens they get. Decode this model without them",
+        ),
+        (
+            tables.size > args.tensor_model_parallel_size,
+            "ranks that decode different prompts agree on each read of the tables they share. Use "
+            f"--ultramem-parallel-size {args.tensor_model_parallel_size}",
+        ),
+        (
+            tables.kind.waits_for_host,
+            "number-wise, the host learns how much ranks exchange. Use --ultramem-partition "
+            "dimension, or --ultramem-parallel-size 1",
+        ),
+    )
     for given, reason in reasons:
         if given:
             raise UltraMemError(f"--cuda-graphs: {reason}.")

@@ -12,21 +12,28 @@ if TYPE_CHECKING:  # imported where it is used: --help needs no torch
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say how the ranks of a torchrun share the model."""
     parser.add_argument(
-        "--tensor-model-parallel-size", "--tensor-parallel-size", type=int,
-        dest="tensor_parallel_size", metavar="T",
+        "--tensor-model-parallel-size",
+        "--tensor-parallel-size",
+        type=int,
+        dest="tensor_parallel_size",
+        metavar="T",
         help="Ranks that share each weight. Default: all. (The short name goes with the next "
         "release.)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--ultramem-parallel-size", type=int, metavar="P",
+        "--ultramem-parallel-size",
+        type=int,
+        metavar="P",
         help="Ranks that share each value table. Default: all (with experts, those of one tensor-"
         "parallel group).",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--ultramem-partition", default="auto", metavar="NAME",
+        "--ultramem-partition",
+        default="auto",
+        metavar="NAME",
         help="How they share it, as in training (ultramem flags has the names). Default: auto, by "
         "bytes moved.",
-    )  # fmt: skip
+    )
 
 
 def layout_from(options: argparse.Namespace) -> "InferenceLayout":

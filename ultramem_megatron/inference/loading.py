@@ -52,9 +52,12 @@ def load_for_inference(
     out so.
     """
     model, args = load_model(
-        load, ckpt_step=ckpt_step, layout=layout, cuda_graphs=cuda_graphs,
+        load,
+        ckpt_step=ckpt_step,
+        layout=layout,
+        cuda_graphs=cuda_graphs,
         premultiply_values=premultiply_values,
-    )  # fmt: skip
+    )
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
     return LoadedModel(model, _tokenizer(args), args)

@@ -78,8 +78,10 @@ def _decode(
 
     engine = StaticInferenceEngine(
         controller(StaticInferenceContext(len(prompts), length)),
-        max_batch_size=len(prompts), random_seed=options.seed, legacy=True,
-    )  # fmt: skip
+        max_batch_size=len(prompts),
+        random_seed=options.seed,
+        legacy=True,
+    )
     results = engine.generate(prompts=list(prompts), sampling_params=_sampling(options))
     return [str(result.generated_text) for result in results]
 

@@ -71,9 +71,12 @@ def block(found: Mapping[str, str]) -> str:
     lines = [" UltraMem, settings in force ".center(_WIDTH, "-")]
     for name, value in found.items():
         lines += textwrap.wrap(
-            value or "none", _WIDTH, initial_indent=f"  {name:<{_LABEL}}",
-            subsequent_indent=" " * (_LABEL + 2), break_long_words=False,
-        )  # fmt: skip
+            value or "none",
+            _WIDTH,
+            initial_indent=f"  {name:<{_LABEL}}",
+            subsequent_indent=" " * (_LABEL + 2),
+            break_long_words=False,
+        )
     return "\n".join([*lines, "-" * _WIDTH])
 
 

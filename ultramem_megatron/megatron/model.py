@@ -16,9 +16,7 @@ from ultramem_megatron.megatron import hooks
 from ultramem_megatron.megatron.layer.overlap import describe_overlap
 from ultramem_megatron.megatron.layer.specs import with_memory
 from ultramem_megatron.megatron.metrics import MemoryMonitor
-from ultramem_megatron.megatron.optimizer.auxiliary_loss import (
-    finalize_with_auxiliary_loss,
-)
+from ultramem_megatron.megatron.optimizer.auxiliary_loss import finalize_with_auxiliary_loss
 from ultramem_megatron.megatron.pipeline.carrier import widen_pipeline_tensors
 from ultramem_megatron.megatron.pipeline.layout import most_on_one_stage, spans_cross_stages
 from ultramem_megatron.megatron.startup import (

@@ -5,10 +5,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron.training.argument_utils import (
-    core_transformer_config_from_args,
-    gpt_config_from_args,
-)
+from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 
 from ultramem_megatron.megatron.checkpoint.design import check_design
 from ultramem_megatron.megatron.checkpoint.source import check_sums, source_of_weights

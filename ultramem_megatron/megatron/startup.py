@@ -59,15 +59,15 @@ def describe_tables(
             *_parts(config, settings),
             *_traffic(config, settings, storage.parameter_bytes),
         ]
-    elements = max(
-        _elements(settings.layout(config, rank)) for rank in range(settings.size)
-    )  # fmt: skip
+    elements = max(_elements(settings.layout(config, rank)) for rank in range(settings.size))
     gigabytes = [
         tables_per_rank * elements * per_element / _GIGABYTE
         for per_element in (
-            storage.parameter_bytes, storage.gradient_bytes, storage.optimizer_bytes,
+            storage.parameter_bytes,
+            storage.gradient_bytes,
+            storage.optimizer_bytes,
         )
-    ]  # fmt: skip
+    ]
     lines.append(
         "   per rank ({} tables): {:.3f} GB parameters, {:.3f} GB gradients, {:.3f} GB optimizer "
         "state".format(tables_per_rank, *gigabytes)

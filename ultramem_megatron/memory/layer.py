@@ -186,9 +186,13 @@ class UltraMemLayer(nn.Module):
         """
         weight = self.query.proj.weight
         drawn = torch.randn(
-            _CALIBRATION_TOKENS, 1, weight.shape[1], generator=generator, device=weight.device,
+            _CALIBRATION_TOKENS,
+            1,
+            weight.shape[1],
+            generator=generator,
+            device=weight.device,
             dtype=torch.float32,
-        )  # fmt: skip
+        )
         mean = float(self.retrieval(self.query(drawn.to(weight.dtype))).scores.mean())
         if not mean > 0:
             return mean

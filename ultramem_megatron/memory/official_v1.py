@@ -26,13 +26,25 @@ from ultramem_megatron.memory.spans import Span
 from ultramem_megatron.memory.tables.value_table import mark_as_values
 
 _NORMS: dict[str, Norm] = {
-    "rms": "rmsnorm", "rmsnorm": "rmsnorm",
-    "layernorm": "layernorm", "ln": "layernorm", "default": "layernorm",
-    "lowprecision": "layernorm", "amdcompatible": "layernorm",
+    "rms": "rmsnorm",
+    "rmsnorm": "rmsnorm",
+    "layernorm": "layernorm",
+    "ln": "layernorm",
+    "default": "layernorm",
+    "lowprecision": "layernorm",
+    "amdcompatible": "layernorm",
     "none": "none",
-}  # fmt: skip
-_REQUIRED = ("keys", "values_for_look_up", "shuffle_index", "tucker_core_u", "tucker_core_v",
-             "query_proj.weight", "values_proj.weight", "tucker_core.0")  # fmt: skip
+}
+_REQUIRED = (
+    "keys",
+    "values_for_look_up",
+    "shuffle_index",
+    "tucker_core_u",
+    "tucker_core_v",
+    "query_proj.weight",
+    "values_proj.weight",
+    "tucker_core.0",
+)
 
 
 def load_official_v1(
@@ -118,11 +130,21 @@ def _config_from(state: dict[str, Tensor], topk: int, norm: Norm) -> UltraMemCon
     expansion = state["values_proj.weight"].shape[1] // value_dim
     cores = sum(name.startswith("tucker_core.") for name in state)
     config = UltraMemConfig(
-        spans=(Span(1, 1),), num_keys=math.isqrt(num_values), key_dim=key_dim,
-        value_dim=value_dim, topk=topk, heads=heads, retrieval="tdqkr", tucker_rank=rank,
-        rank_layout="full", cores=cores, value_expansion=expansion, qk_norm=norm, init="official",
+        spans=(Span(1, 1),),
+        num_keys=math.isqrt(num_values),
+        key_dim=key_dim,
+        value_dim=value_dim,
+        topk=topk,
+        heads=heads,
+        retrieval="tdqkr",
+        tucker_rank=rank,
+        rank_layout="full",
+        cores=cores,
+        value_expansion=expansion,
+        qk_norm=norm,
+        init="official",
         share_query=state["query_proj.weight"].shape[0] != 2 * key_dim * heads or heads == 1,
-    )  # fmt: skip
+    )
     expected = {
         "keys": (heads, 2, config.keys_per_side, key_dim, rank),
         "values_for_look_up": (config.num_keys**2, value_dim),
@@ -145,9 +167,12 @@ def _norm_like(
     state: dict[str, Tensor], name: str, config: UltraMemConfig, eps: float
 ) -> nn.Module:
     return build_norm(
-        config.qk_norm, config.key_dim, eps,
-        affine=f"{name}.weight" in state, bias=f"{name}.bias" in state,
-    )  # fmt: skip
+        config.qk_norm,
+        config.key_dim,
+        eps,
+        affine=f"{name}.weight" in state,
+        bias=f"{name}.bias" in state,
+    )
 
 
 def _our_names(state: dict[str, Tensor], cores: int) -> dict[str, Tensor]:

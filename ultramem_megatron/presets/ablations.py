@@ -6,13 +6,29 @@ from ultramem_megatron.presets.preset import Preset, Setting, assumed, inferred,
 _PREFIX = "ablation-151m-x10-"
 
 _PKM = (
-    inferred(spans="6:6", num_keys=1224, key_dim=2448, value_dim=1024, topk=21, heads=2,
-             share_query=False)
-    | paper(retrieval="pkm", tucker_rank=1, cores=1, value_expansion=1, value_projection=False,
-            softmax=True, qk_norm="none", value_lr_mult=1.0, query_conv_kernel=0,
-            aux_loss_weight=0.0)
+    inferred(
+        spans="6:6",
+        num_keys=1224,
+        key_dim=2448,
+        value_dim=1024,
+        topk=21,
+        heads=2,
+        share_query=False,
+    )
+    | paper(
+        retrieval="pkm",
+        tucker_rank=1,
+        cores=1,
+        value_expansion=1,
+        value_projection=False,
+        softmax=True,
+        qk_norm="none",
+        value_lr_mult=1.0,
+        query_conv_kernel=0,
+        aux_loss_weight=0.0,
+    )
     | assumed(init="official")
-)  # fmt: skip
+)
 
 # Table 2 is cumulative: each row changes the row before it.
 _STEPS: tuple[tuple[str, dict[str, Setting]], ...] = (

@@ -8,12 +8,20 @@ _INFERRED_SIZES = "table 1; sizes inferred"
 def _transformer(layers: int, hidden: int, heads: int) -> dict[str, Setting]:
     """A dense GPT whose matrices hold 12 * layers * hidden^2 parameters."""
     return (
-        inferred(num_layers=layers, hidden_size=hidden, ffn_hidden_size=4 * hidden,
-                 disable_bias_linear=True)
-        | assumed(num_attention_heads=heads, normalization="LayerNorm",
-                  position_embedding_type="rope", untie_embeddings_and_output_weights=True)
+        inferred(
+            num_layers=layers,
+            hidden_size=hidden,
+            ffn_hidden_size=4 * hidden,
+            disable_bias_linear=True,
+        )
+        | assumed(
+            num_attention_heads=heads,
+            normalization="LayerNorm",
+            position_embedding_type="rope",
+            untie_embeddings_and_output_weights=True,
+        )
         | paper(seq_length=2048, max_position_embeddings=2048)
-    )  # fmt: skip
+    )
 
 
 # Megatron does not start, or not save, without. Of 238 checkpoints 23 and the latest are kept.
@@ -26,14 +34,24 @@ _UPKEEP = assumed(
 def _training(peak_lr: float) -> dict[str, Setting]:
     """Table 4: 1.000e12 tokens."""
     return (
-        paper(lr=peak_lr, min_lr=round(peak_lr / 10, 8), lr_decay_style="cosine",
-              lr_warmup_fraction=0.01, lr_decay_iters=238_418, train_iters=238_418,
-              global_batch_size=2048,
-              optimizer="adam", adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.1,
-              attention_dropout=0.1, hidden_dropout=0.1)
+        paper(
+            lr=peak_lr,
+            min_lr=round(peak_lr / 10, 8),
+            lr_decay_style="cosine",
+            lr_warmup_fraction=0.01,
+            lr_decay_iters=238_418,
+            train_iters=238_418,
+            global_batch_size=2048,
+            optimizer="adam",
+            adam_beta1=0.9,
+            adam_beta2=0.95,
+            weight_decay=0.1,
+            attention_dropout=0.1,
+            hidden_dropout=0.1,
+        )
         | assumed(adam_eps=1e-8, clip_grad=1.0, bf16=True)
         | _UPKEEP
-    )  # fmt: skip
+    )
 
 
 TRANSFORMER_151M, TRAINING_151M = _transformer(12, 1024, 16), _training(6e-4)
@@ -53,13 +71,26 @@ def _experts(number: int, inner: int) -> dict[str, Setting]:
 
 # Table 5 and section 3, for every UltraMem model.
 _COMMON = (
-    paper(heads=2, topk=42, share_query=True, retrieval="tdqkr", tucker_rank=2,
-          rank_layout="split", cores=2, value_expansion=4, value_projection=True, softmax=False,
-          qk_norm="layernorm", init="paper", aux_loss_weight=0.001, aux_loss_margin=0.15,
-          value_lr_mult=10.0)
+    paper(
+        heads=2,
+        topk=42,
+        share_query=True,
+        retrieval="tdqkr",
+        tucker_rank=2,
+        rank_layout="split",
+        cores=2,
+        value_expansion=4,
+        value_projection=True,
+        softmax=False,
+        qk_norm="layernorm",
+        init="paper",
+        aux_loss_weight=0.001,
+        aux_loss_margin=0.15,
+        value_lr_mult=10.0,
+    )
     | assumed(value_lr_decay=1.0)
     | inferred(query_conv_kernel=5)
-)  # fmt: skip
+)
 
 
 MODELS: dict[str, Preset] = {
@@ -67,50 +98,84 @@ MODELS: dict[str, Preset] = {
     "dense-680m": Preset(_INFERRED_SIZES, _680M, _TRAINING_680M),
     "dense-1.6b": Preset(_INFERRED_SIZES, _1600M, _TRAINING_1600M),
     "dense-6.5b": Preset(_INFERRED_SIZES, _6500M, _TRAINING_6500M),
-    "moe-151m-2in32": Preset(
-        _INFERRED_SIZES, TRANSFORMER_151M | _experts(32, 2528), TRAINING_151M
-    ),
+    "moe-151m-2in32": Preset(_INFERRED_SIZES, TRANSFORMER_151M | _experts(32, 2528), TRAINING_151M),
     "moe-680m-2in33": Preset(_INFERRED_SIZES, _680M | _experts(33, 3584), _TRAINING_680M),
     "moe-1.6b-2in34": Preset(_INFERRED_SIZES, _1600M | _experts(34, 4672), _TRAINING_1600M),
     "ultramem-151m-x12": Preset(
         _INFERRED_SIZES,
         TRANSFORMER_151M,
         TRAINING_151M,
-        inferred(spans="3:5/6:8/9:11", num_keys=1100, key_dim=500)
-        | paper(value_dim=512) | _COMMON,
+        inferred(spans="3:5/6:8/9:11", num_keys=1100, key_dim=500) | paper(value_dim=512) | _COMMON,
     ),
     "ultramem-680m-x12": Preset(
         "table 1; sizes inferred, one of several that fit",
         _680M,
         _TRAINING_680M,
         inferred(spans="3:7/8:12/13:17/18:22", num_keys=1632, key_dim=720)
-        | paper(value_dim=768) | _COMMON,
+        | paper(value_dim=768)
+        | _COMMON,
     ),
     "ultramem-1.6b-x12": Preset(
         "table 1; spans from the paper, sizes inferred",
         _1600M,
         _TRAINING_1600M,
         paper(spans="3:7/8:12/13:17/18:22/23:27/28:32", value_dim=1024)
-        | inferred(num_keys=1789, key_dim=800) | _COMMON,
+        | inferred(num_keys=1789, key_dim=800)
+        | _COMMON,
     ),
     "ultramem-227m-1.2b": Preset(
         "the authors' published code (their spans, counted from 1)",
-        code(num_layers=20, hidden_size=768, num_attention_heads=12, ffn_hidden_size=2752,
-             swiglu=True, normalization="RMSNorm", disable_bias_linear=True,
-             position_embedding_type="rope")
-        | assumed(untie_embeddings_and_output_weights=True, seq_length=4096,
-                  max_position_embeddings=4096),
+        code(
+            num_layers=20,
+            hidden_size=768,
+            num_attention_heads=12,
+            ffn_hidden_size=2752,
+            swiglu=True,
+            normalization="RMSNorm",
+            disable_bias_linear=True,
+            position_embedding_type="rope",
+        )
+        | assumed(
+            untie_embeddings_and_output_weights=True, seq_length=4096, max_position_embeddings=4096
+        ),
         # 5e11 tokens (arXiv 2508.18756, table 3); the rest is the schedule of OLMoE.
         paper(train_iters=119_209, lr_decay_iters=119_209)
-        | assumed(lr=4e-4, min_lr=4e-5, lr_decay_style="cosine", lr_warmup_iters=2500,
-                  global_batch_size=1024, optimizer="adam", adam_beta1=0.9, adam_beta2=0.95,
-                  weight_decay=0.1, clip_grad=1.0, bf16=True)
+        | assumed(
+            lr=4e-4,
+            min_lr=4e-5,
+            lr_decay_style="cosine",
+            lr_warmup_iters=2500,
+            global_batch_size=1024,
+            optimizer="adam",
+            adam_beta1=0.9,
+            adam_beta2=0.95,
+            weight_decay=0.1,
+            clip_grad=1.0,
+            bf16=True,
+        )
         | _UPKEEP
         | code(attention_dropout=0.0, hidden_dropout=0.0),
-        code(spans="3:6/7:10/11:14/15:18", num_keys=808, key_dim=192, value_dim=384, topk=80,
-             heads=2, share_query=True, retrieval="tdqkr", tucker_rank=2, rank_layout="full",
-             cores=2, value_expansion=4, value_projection=True, softmax=False, qk_norm="rmsnorm",
-             init="official", aux_loss_weight=0.0, value_lr_mult=4.0, value_lr_decay=1.0,
-             query_conv_kernel=0),
+        code(
+            spans="3:6/7:10/11:14/15:18",
+            num_keys=808,
+            key_dim=192,
+            value_dim=384,
+            topk=80,
+            heads=2,
+            share_query=True,
+            retrieval="tdqkr",
+            tucker_rank=2,
+            rank_layout="full",
+            cores=2,
+            value_expansion=4,
+            value_projection=True,
+            softmax=False,
+            qk_norm="rmsnorm",
+            init="official",
+            aux_loss_weight=0.0,
+            value_lr_mult=4.0,
+            value_lr_decay=1.0,
+            query_conv_kernel=0,
+        ),
     ),
-}  # fmt: skip
+}

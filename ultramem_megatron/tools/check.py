@@ -84,10 +84,7 @@ def _groups(run: Any) -> str:
 
 
 def _training(run: Any) -> str:
-    from ultramem_megatron.megatron.flags.refusals import (
-        refuse_other_tasks,
-        require_eval_interval,
-    )
+    from ultramem_megatron.megatron.flags.refusals import refuse_other_tasks, require_eval_interval
 
     refuse_other_tasks(run.args)
     require_eval_interval(run.args)
@@ -128,10 +125,12 @@ def _memory(run: Any) -> str:
     parts = ", ".join(
         f"{fullest[key] / 1e9:.2f} {label}"
         for key, label in (
-            ("parameters", "parameters"), ("gradients", "gradients"), ("optimizer", "optimizer"),
+            ("parameters", "parameters"),
+            ("gradients", "gradients"),
+            ("optimizer", "optimizer"),
             ("activations", "activations"),
         )
-    )  # fmt: skip
+    )
     return f"{fullest['memory'] / 1e9:.2f} GB on each rank of the fullest stage ({parts})"
 
 

@@ -69,10 +69,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if min(options.sizes) < 1:
         raise UltraMemError(f"--sizes has {min(options.sizes)}; sizes must be at least 1.")
     exchange = Exchange(
-        size=1, picks=options.topk, value_dim=options.value_dim, cores=options.cores,
-        expansion=options.value_expansion, number_bytes=options.number_bytes,
+        size=1,
+        picks=options.topk,
+        value_dim=options.value_dim,
+        cores=options.cores,
+        expansion=options.value_expansion,
+        number_bytes=options.number_bytes,
         ranks_per_node=options.ranks_per_node,
-    )  # fmt: skip
+    )
     print(table(exchange, options.sizes))
 
 

@@ -35,9 +35,10 @@ def candidates(shape: Shape, device: torch.device) -> list[Candidate]:
             assert x.grad is not None
             small = {n: p.grad for n, p in layer.named_parameters() if p is not table}
             return {
-                "x": x.grad, "table": gradient[touched].sum(0),
+                "x": x.grad,
+                "table": gradient[touched].sum(0),
                 **{n: grad for n, grad in small.items() if grad is not None},
-            }  # fmt: skip
+            }
 
         return Candidate(
             name=name, forward=forward, leaves=leaves, gradients=gradients, kernels=kernels
@@ -120,12 +121,19 @@ def _moe(shape: Shape) -> nn.Module:
 
     on_gpu = torch.cuda.is_available()
     config = TransformerConfig(
-        num_layers=1, hidden_size=shape.hidden, num_attention_heads=1,
-        num_moe_experts=MOE_EXPERTS, moe_router_topk=2, moe_router_load_balancing_type="none",
-        moe_ffn_hidden_size=shape.layer_macs() // (4 * shape.hidden), add_bias_linear=False,
-        moe_token_dispatcher_type="alltoall", use_cpu_initialization=not on_gpu,
-        params_dtype=shape.dtype, bf16=shape.dtype == torch.bfloat16,
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=shape.hidden,
+        num_attention_heads=1,
+        num_moe_experts=MOE_EXPERTS,
+        moe_router_topk=2,
+        moe_router_load_balancing_type="none",
+        moe_ffn_hidden_size=shape.layer_macs() // (4 * shape.hidden),
+        add_bias_linear=False,
+        moe_token_dispatcher_type="alltoall",
+        use_cpu_initialization=not on_gpu,
+        params_dtype=shape.dtype,
+        bf16=shape.dtype == torch.bfloat16,
+    )
     build: Any = get_moe_module_spec(use_te=False, num_experts=MOE_EXPERTS)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     layer: nn.Module = build(config=config, pg_collection=groups)
@@ -150,10 +158,14 @@ def _ultra_mem(shape: Shape) -> nn.Module:
     """Its two heads are two cores, each with all picks; one table of value_dim per core."""
     package: Any = importlib.import_module("ultra_mem.ultra_mem")
     layer: nn.Module = package.UltraMem(
-        shape.hidden, dim_values=shape.value_dim, num_memories=shape.values, topk=shape.topk,
-        dim_queries_keys=shape.hidden // 4, value_expansion=shape.expansion,
+        shape.hidden,
+        dim_values=shape.value_dim,
+        num_memories=shape.values,
+        topk=shape.topk,
+        dim_queries_keys=shape.hidden // 4,
+        value_expansion=shape.expansion,
         pre_query_causal_conv=False,
-    )  # fmt: skip
+    )
     return layer
 
 
@@ -161,9 +173,12 @@ def _product_key_memory(shape: Shape) -> nn.Module:
     """Values are as wide as the hidden size."""
     package: Any = importlib.import_module("product_key_memory")
     layer: nn.Module = package.PKM(
-        shape.hidden, heads=shape.heads, num_keys=shape.num_keys, topk=shape.topk,
+        shape.hidden,
+        heads=shape.heads,
+        num_keys=shape.num_keys,
+        topk=shape.topk,
         dim_head=shape.hidden // 4,
-    )  # fmt: skip
+    )
     return layer
 
 

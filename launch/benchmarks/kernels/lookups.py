@@ -92,9 +92,13 @@ class _Bags:
         def forward() -> Tensor:
             slices, starts, weights = self._prepared()
             sums = F.embedding_bag(
-                slices, self.sliced, starts[:-1], mode="sum", sparse=sparse,
+                slices,
+                self.sliced,
+                starts[:-1],
+                mode="sum",
+                sparse=sparse,
                 per_sample_weights=weights.to(self.sliced.dtype),
-            )  # fmt: skip
+            )
             return sums.view(len(self.rows), self.num_groups, -1)
 
         return forward
@@ -108,9 +112,11 @@ class _Bags:
 
         precision = SparseType.from_dtype(self.sliced.dtype)
         module = DenseTableBatchedEmbeddingBagsCodegen(
-            [tuple(self.sliced.shape)], weights_precision=precision, output_dtype=precision,
+            [tuple(self.sliced.shape)],
+            weights_precision=precision,
+            output_dtype=precision,
             use_cpu=self.sliced.device.type == "cpu",
-        )  # fmt: skip
+        )
         module.weights = torch.nn.Parameter(self.sliced.detach().flatten())
 
         def forward() -> Tensor:

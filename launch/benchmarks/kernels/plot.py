@@ -74,7 +74,9 @@ def _ratio_bars(axis: Any, rows: Sequence[Row], ours: str) -> None:
         shown = [name for name in names if name in times]
         axis.barh(
             [names.index(name) + offset for name in shown],
-            [times[name] / times[ours] for name in shown], height=0.38, label=f"{size:,} values",
-        )  # fmt: skip
+            [times[name] / times[ours] for name in shown],
+            height=0.38,
+            label=f"{size:,} values",
+        )
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.legend(fontsize=7)

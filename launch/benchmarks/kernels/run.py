@@ -46,9 +46,11 @@ def run(file: Path, device: torch.device, quick: bool) -> None:
 
 def _rows(device: torch.device, quick: bool, bandwidth: float) -> Iterator[Row]:
     environment = {
-        **environment_columns(), "triton": _installed("triton"), "device": device.type,
+        **environment_columns(),
+        "triton": _installed("triton"),
+        "device": device.type,
         "copy_bandwidth": round(bandwidth),
-    }  # fmt: skip
+    }
     seen: dict[tuple[str, Shape], list[Row]] = {}
     for sweep, shape in sweeps(quick, device):
         for op in _OPS:
@@ -98,10 +100,13 @@ def _timings(candidate: Candidate, device: torch.device) -> Iterator[Row]:
         timing = measure.timed(step, device)
         peak = _peak_of_backward(candidate, device) if passes == _BOTH else ""
         yield {
-            "candidate": candidate.name, "passes": passes, "ms_min": round(timing.minimum, 4),
-            "ms_median": round(timing.median, 4), "repeats": timing.repeats,
+            "candidate": candidate.name,
+            "passes": passes,
+            "ms_min": round(timing.minimum, 4),
+            "ms_median": round(timing.median, 4),
+            "repeats": timing.repeats,
             "backward_extra_bytes": peak,
-        }  # fmt: skip
+        }
 
 
 def _peak_of_backward(candidate: Candidate, device: torch.device) -> int | str:

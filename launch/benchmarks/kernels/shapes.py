@@ -42,10 +42,15 @@ class Shape:
     def config(self) -> UltraMemConfig:
         """The layer; key width is half the hidden size, all else the defaults."""
         return UltraMemConfig(
-            spans=(Span(1, 2),), num_keys=self.num_keys, key_dim=self.hidden // 2,
-            value_dim=self.value_dim, topk=self.topk, heads=self.heads, cores=self.cores,
+            spans=(Span(1, 2),),
+            num_keys=self.num_keys,
+            key_dim=self.hidden // 2,
+            value_dim=self.value_dim,
+            topk=self.topk,
+            heads=self.heads,
+            cores=self.cores,
             value_expansion=self.expansion,
-        )  # fmt: skip
+        )
 
     def columns(self) -> dict[str, str | int]:
         """For a row of the CSV."""

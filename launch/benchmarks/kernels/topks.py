@@ -70,9 +70,13 @@ def _candidates(
 
     def candidate(name: str, forward: Forward, kernels: str = "") -> Candidate:
         return Candidate(
-            name=name, forward=forward, leaves=tuple(leaves.values()), gradients=gradients,
-            kernels=kernels, canonical=lambda scores: scores.sort(-1).values.sort(-2).values,
-        )  # fmt: skip
+            name=name,
+            forward=forward,
+            leaves=tuple(leaves.values()),
+            gradients=gradients,
+            kernels=kernels,
+            canonical=lambda scores: scores.sort(-1).values.sort(-2).values,
+        )
 
     names = ["reference", "torch", *(["triton"] if device.type == "cuda" else [])]
     return [*(candidate(name, ours, name) for name in names), candidate("plain", plain)]

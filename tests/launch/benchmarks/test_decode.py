@@ -13,8 +13,17 @@ from ultramem_megatron.errors import UltraMemError
 def _benchmark(folder):
     from launch.benchmarks.decode import main
 
-    main(["--out", str(folder), "--scale", "small", "--group-query-attention",
-          "--num-query-groups", "2"])  # fmt: skip
+    main(
+        [
+            "--out",
+            str(folder),
+            "--scale",
+            "small",
+            "--group-query-attention",
+            "--num-query-groups",
+            "2",
+        ]
+    )
 
 
 def _shuffled_addresses(model):
@@ -56,12 +65,16 @@ def _counts():
         parameters = dict(built.named_parameters())
         mlp = sum(
             parameters[f"decoder.layers.{layer}.{name}.weight"].nbytes
-            for layer in layers for name in zero
-        )  # fmt: skip
+            for layer in layers
+            for name in zero
+        )
         found[model.kind] = (
-            counted, mlp, len(rows), experts,
+            counted,
+            mlp,
+            len(rows),
+            experts,
             [weight_bytes_read(read_sizes(built, 2, 16), batch, 4) for batch in (1, 10**6)],
-        )  # fmt: skip
+        )
     return found
 
 
@@ -122,8 +135,9 @@ def test_the_command_writes_rows_and_figures(tmp_path):
     with (tmp_path / "decode.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["kind"] for row in rows] == ["dense"] * 2 + ["moe"] * 2 + ["ultramem"] * 2 + [
-        "moe", "ultramem",
-    ]  # fmt: skip
+        "moe",
+        "ultramem",
+    ]
     for row in rows:
         assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
         assert all(row[name] for name in ("date", "commit", "hardware", "torch", "megatron_core"))
@@ -141,8 +155,11 @@ def test_the_command_writes_rows_and_figures(tmp_path):
     parameters = {row["model"]: int(row["parameters"]) for row in rows}
     assert parameters["small moe-2in4"] < parameters["small moe-2in12"]
     assert {path.name for path in tmp_path.glob("*.png")} == {
-        "decode_figure1b.png", "decode_figure1c.png", "decode_figure6c.png", "decode_figure7.png",
-    }  # fmt: skip
+        "decode_figure1b.png",
+        "decode_figure1c.png",
+        "decode_figure6c.png",
+        "decode_figure7.png",
+    }
 
 
 def test_figures_need_the_benchmarks_csv(tmp_path):

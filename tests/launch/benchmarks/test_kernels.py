@@ -88,15 +88,25 @@ def test_a_run_writes_tidy_rows_and_plots(tmp_path):
 def test_ratios():
     def row(op, candidate, values, ms, extra=0):
         return {
-            "sweep": "values", "op": op, "candidate": candidate, "passes": "forward+backward",
-            "values": values, "ms_min": ms, "backward_extra_bytes": extra,
-        }  # fmt: skip
+            "sweep": "values",
+            "op": op,
+            "candidate": candidate,
+            "passes": "forward+backward",
+            "values": values,
+            "ms_min": ms,
+            "backward_extra_bytes": extra,
+        }
 
-    found = ratios([
-        row("layer", "plain", 128**2, 30), row("layer", "torch", 128**2, 10),
-        row("layer", "plain", 1024**2, 80), row("layer", "torch", 1024**2, 20),
-        row("lookup", "torch", 128**2, 2, 10**6), row("lookup", "torch", 1024**2, 5, 3 * 10**6),
-    ])  # fmt: skip
+    found = ratios(
+        [
+            row("layer", "plain", 128**2, 30),
+            row("layer", "torch", 128**2, 10),
+            row("layer", "plain", 1024**2, 80),
+            row("layer", "torch", 1024**2, 20),
+            row("lookup", "torch", 128**2, 2, 10**6),
+            row("lookup", "torch", 1024**2, 5, 3 * 10**6),
+        ]
+    )
     assert [value for _, value, _ in found] == [3.0, 4.0, 2.5, 2.0]
 
 

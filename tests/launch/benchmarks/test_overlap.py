@@ -177,10 +177,26 @@ def test_overlap_hides_what_layers_take():
 def _run_command(folder):
     from launch.benchmarks import overlap
 
-    overlap.main([
-        "--out", str(folder), "--plot", "--delay-ms", "0", "1", "--steps", "1", "--tokens", "8",
-        "--hidden-size", "32", "--num-keys", "9", "--partition", "number",
-    ])  # fmt: skip
+    overlap.main(
+        [
+            "--out",
+            str(folder),
+            "--plot",
+            "--delay-ms",
+            "0",
+            "1",
+            "--steps",
+            "1",
+            "--tokens",
+            "8",
+            "--hidden-size",
+            "32",
+            "--num-keys",
+            "9",
+            "--partition",
+            "number",
+        ]
+    )
 
 
 def test_command_leaves_table_picture_and_traces(tmp_path):
@@ -188,8 +204,11 @@ def test_command_leaves_table_picture_and_traces(tmp_path):
     with open(tmp_path / "overlap.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["delay_ms"], row["overlap"]) for row in rows] == [
-        ("0.00", "off"), ("0.00", "on"), ("1.00", "off"), ("1.00", "on"),
-    ]  # fmt: skip
+        ("0.00", "off"),
+        ("0.00", "on"),
+        ("1.00", "off"),
+        ("1.00", "on"),
+    ]
     assert all(float(row["step_ms"]) > 0 and row["torch"] and row["commit"] for row in rows)
     assert float(rows[2]["exposed_ms"]) >= 5  # five groups of exchanges, one millisecond each
     assert (tmp_path / "overlap.png").stat().st_size > 10_000

@@ -10,11 +10,19 @@ from ultramem_megatron.megatron.checkpoint.source import source_of_weights
 
 
 def _args(**changes):
-    return Namespace(**{
-        "load": None, "save": None, "ckpt_step": None, "load_or_start": False,
-        "verify_integrity": False, "ckpt_format": "torch_dist", "non_persistent_ckpt_type": None,
-        "pretrained_checkpoint": None, **changes,
-    })  # fmt: skip
+    return Namespace(
+        **{
+            "load": None,
+            "save": None,
+            "ckpt_step": None,
+            "load_or_start": False,
+            "verify_integrity": False,
+            "ckpt_format": "torch_dist",
+            "non_persistent_ckpt_type": None,
+            "pretrained_checkpoint": None,
+            **changes,
+        }
+    )
 
 
 @pytest.fixture

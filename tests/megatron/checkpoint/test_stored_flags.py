@@ -8,8 +8,15 @@ import torch
 from tests.ranks import RanksFailed, run_on_ranks
 from ultramem_megatron.faults.trust import TRUST
 
-_MODEL = {"num_layers": 2, "hidden_size": 32, "swiglu": True, "params_dtype": torch.bfloat16,
-          "ultramem_spans": "1:2", "tokenizer_model": "words", "moe_layer_freq": [1]}  # fmt: skip
+_MODEL = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "swiglu": True,
+    "params_dtype": torch.bfloat16,
+    "ultramem_spans": "1:2",
+    "tokenizer_model": "words",
+    "moe_layer_freq": [1],
+}
 
 
 def _believed(stored):
@@ -20,10 +27,14 @@ def _believed(stored):
 
 def test_what_describes_the_model_is_taken_and_nothing_else():
     others = {
-        "trust_remote_code": True, "save": "/elsewhere", "config_logger_dir": "/elsewhere",
-        "metadata_path": "m.json", "tensor_model_parallel_size": 4, "unheard_of": object,
+        "trust_remote_code": True,
+        "save": "/elsewhere",
+        "config_logger_dir": "/elsewhere",
+        "metadata_path": "m.json",
+        "tensor_model_parallel_size": 4,
+        "unheard_of": object,
         "spec": None,
-    }  # fmt: skip
+    }
     stored = Namespace(**_MODEL, **others)
     assert run_on_ranks(1, _believed, stored) == [_MODEL]
     assert run_on_ranks(1, _believed, stored, env={TRUST: "1"}) == [{**_MODEL, **others}]

@@ -124,8 +124,10 @@ _BASE = "--ultramem-spans 3:5 --ultramem-num-keys 10 "
         (_BASE + "--ultramem-topk 4 --ultramem-tucker-rank 3", r"32, not divisible by .*rank 3"),
         (_BASE + "--ultramem-topk 4 --ultramem-retrieval pkm --ultramem-cores 2", r"Tucker cores"),
         (_BASE + "--ultramem-topk 4 --no-ultramem-value-projection", r"expansion is 4; without"),
-        (_BASE + "--ultramem-topk 4 --no-ultramem-value-projection --ultramem-value-expansion 1",
-         r"-value-dim is 32; without the value projection it must be the hidden size \(64\)"),
+        (
+            _BASE + "--ultramem-topk 4 --no-ultramem-value-projection --ultramem-value-expansion 1",
+            r"-value-dim is 32; without the value projection it must be the hidden size \(64\)",
+        ),
         (_BASE + "--ultramem-topk 4 --ultramem-aux-loss-weight -1", r"-aux-loss-weight is -1.0"),
         (_BASE + "--ultramem-topk 4 --ultramem-aux-loss-margin nan", r"-aux-loss-margin is nan"),
         (_BASE + "--ultramem-topk 4 --ultramem-value-lr-mult 0", r"-value-lr-mult is 0.0"),
@@ -134,7 +136,7 @@ _BASE = "--ultramem-spans 3:5 --ultramem-num-keys 10 "
         (_BASE + "--ultramem-topk 4 --ultramem-query-conv-kernel -1", r"-query-conv-kernel is -1"),
         ("--ultramem-spans 3:5 --ultramem-num-keys 30000", r"addresses are 32-bit"),
     ],
-)  # fmt: skip
+)
 def test_wrong_flags_are_refused_with_what_to_do(flags, message):
     with pytest.raises(UltraMemError, match=message):
         _config(flags)
@@ -143,10 +145,14 @@ def test_wrong_flags_are_refused_with_what_to_do(flags, message):
 @pytest.mark.parametrize(
     "flag",
     [
-        "--ultramem-init zeros", "--ultramem-topk many", "--ultramem-topk 1_0",
-        "--ultramem-topk +4", "--ultramem-topk \u0664", f"--ultramem-num-keys {'9' * 5000}",
+        "--ultramem-init zeros",
+        "--ultramem-topk many",
+        "--ultramem-topk 1_0",
+        "--ultramem-topk +4",
+        "--ultramem-topk \u0664",
+        f"--ultramem-num-keys {'9' * 5000}",
     ],
-)  # fmt: skip
+)
 def test_what_argparse_refuses_names_the_flag(flag, capsys):
     with pytest.raises(SystemExit):
         _args(flag)

@@ -4,17 +4,29 @@ from tests.ranks import run_on_ranks
 from tests.training_runs import tiny_gpt
 
 _LAYOUT = {
-    "tensor_model_parallel_size": 4, "sequence_parallel": True, "context_parallel_size": 4,
-    "cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": (2, 2),
-    "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2,
-    "pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tL",
-    "num_layers_per_virtual_pipeline_stage": 1, "num_virtual_stages_per_pipeline_rank": 2,
-    "decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 1,
-    "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True,
-    "use_tp_pp_dp_mapping": True, "num_distributed_optimizer_instances": 2,
-    "tensor_parallel_num_weight_shards": 4, "expert_tensor_parallel_num_weight_shards": 2,
-    "ultramem_parallel_size": 8, "ultramem_partition": "number", "ultramem_overlap": True,
-}  # fmt: skip
+    "tensor_model_parallel_size": 4,
+    "sequence_parallel": True,
+    "context_parallel_size": 4,
+    "cp_comm_type": "a2a+p2p",
+    "hierarchical_context_parallel_sizes": (2, 2),
+    "expert_model_parallel_size": 2,
+    "expert_tensor_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "pipeline_model_parallel_layout": "Et|tL",
+    "num_layers_per_virtual_pipeline_stage": 1,
+    "num_virtual_stages_per_pipeline_rank": 2,
+    "decoder_first_pipeline_num_layers": 1,
+    "decoder_last_pipeline_num_layers": 1,
+    "account_for_embedding_in_pipeline_split": True,
+    "account_for_loss_in_pipeline_split": True,
+    "use_tp_pp_dp_mapping": True,
+    "num_distributed_optimizer_instances": 2,
+    "tensor_parallel_num_weight_shards": 4,
+    "expert_tensor_parallel_num_weight_shards": 2,
+    "ultramem_parallel_size": 8,
+    "ultramem_partition": "number",
+    "ultramem_overlap": True,
+}
 
 
 def _checked(layout):

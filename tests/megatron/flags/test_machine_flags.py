@@ -41,10 +41,7 @@ def test_a_bare_machine_gets_everything_it_lacks(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.usefixtures("bare_machine")
-@pytest.mark.parametrize(
-    "given",
-    [["--distributed-backend", "mpi"], ["--distributed-backend=mpi"]],
-)
+@pytest.mark.parametrize("given", [["--distributed-backend", "mpi"], ["--distributed-backend=mpi"]])
 def test_what_the_user_gave_stays(given: list[str]) -> None:
     argv = machine_flags.complete(given)
     assert "gloo" not in argv

@@ -17,8 +17,7 @@ from ultramem_megatron.megatron.flags.refusals import (
 )
 from ultramem_megatron.memory.config import UltraMemConfig
 
-_MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
-           "ultramem_topk": 4}  # fmt: skip
+_MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9, "ultramem_topk": 4}
 
 
 @pytest.mark.parametrize(
@@ -54,8 +53,12 @@ def test_refused_before_training(world_size, changes, message):
 
 
 def test_the_command_prints_one_message_and_no_traceback():
-    command = [sys.executable, "-m", "ultramem_megatron.training.pretrain",
-               *tiny_gpt(**_MEMORY, ultramem_heads=3)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "ultramem_megatron.training.pretrain",
+        *tiny_gpt(**_MEMORY, ultramem_heads=3),
+    ]
     root = ROOT
     environment = {name: value for name, value in os.environ.items() if name != "RANK"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
@@ -92,8 +95,10 @@ def test_a_flag_and_the_field_of_that_name_are_refused_for_one_reason(name, valu
 
 
 _OTHERS = {
-    "use_distributed_optimizer": False, "ckpt_format": "torch_dist", "ckpt_convert_format": None,
-}  # fmt: skip
+    "use_distributed_optimizer": False,
+    "ckpt_format": "torch_dist",
+    "ckpt_convert_format": None,
+}
 
 
 @pytest.mark.parametrize("name", ["ckpt_format", "ckpt_convert_format"])

@@ -20,15 +20,20 @@ def _refused(argv):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["--ultramem-sapns", "1:2"], "unrecognized arguments: --ultramem-sapns 1:2. Did you mean "
-         "--ultramem-spans? "),
+        (
+            ["--ultramem-sapns", "1:2"],
+            "unrecognized arguments: --ultramem-sapns 1:2. Did you mean --ultramem-spans? ",
+        ),
         (["--num-layers", "two"], "argument --num-layers: invalid int value: 'two'."),
-        (["--num-attention-heads", "5"], "Megatron refuses these flags: assert "
-         "args.hidden_size % args.num_attention_heads == 0 (arguments.py, line "),
+        (
+            ["--num-attention-heads", "5"],
+            "Megatron refuses these flags: assert "
+            "args.hidden_size % args.num_attention_heads == 0 (arguments.py, line ",
+        ),
         (["--save", "x"], "Megatron refuses these flags: assert args.save_interval is not None ("),
         (["--min-lr", "9"], "Megatron refuses these flags: assert args.min_lr <= args.lr ("),
     ],
-)  # fmt: skip
+)
 def test_it_is_one_line_that_names_the_flag(wrong, said):
     (message,) = run_on_ranks(1, _refused, [*tiny_gpt(), *wrong])
     assert said in message

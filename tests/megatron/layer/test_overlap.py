@@ -6,10 +6,18 @@ import torch
 from tests.training_runs import run_pretrain, tiny_gpt
 
 _MEMORY = {
-    "num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 11, "ultramem_topk": 6,
-    "ultramem_value_dim": 16, "seq_length": 16, "max_position_embeddings": 16,
-    "global_batch_size": 8, "micro_batch_size": 1, "train_iters": 2, "clip_grad": 0.5,
-}  # fmt: skip
+    "num_layers": 6,
+    "ultramem_spans": "2:3/4:6",
+    "ultramem_num_keys": 11,
+    "ultramem_topk": 6,
+    "ultramem_value_dim": 16,
+    "seq_length": 16,
+    "max_position_embeddings": 16,
+    "global_batch_size": 8,
+    "micro_batch_size": 1,
+    "train_iters": 2,
+    "clip_grad": 0.5,
+}
 
 _NUMBER = {"ultramem_partition": "number"}
 _DIMENSION = {"ultramem_partition": "dimension"}
@@ -19,17 +27,31 @@ _PP = {"pipeline_model_parallel_size": 2}
 # Span 4:6 runs beside layer 5, where the stage ends, and crosses.
 _CROSSING = {**_PP, "pipeline_model_parallel_layout": "Ettttt|tL"}
 # Chunks of two layers: span 2:3 crosses at once, the others run beside layers 6 and 8.
-_VPP = {**_PP, "num_virtual_stages_per_pipeline_rank": 2, "num_layers": 8,
-        "ultramem_spans": "2:3/5:6/7:8"}  # fmt: skip
-_OVERLAPS = {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
-             "overlap_param_gather": True}  # fmt: skip
+_VPP = {
+    **_PP,
+    "num_virtual_stages_per_pipeline_rank": 2,
+    "num_layers": 8,
+    "ultramem_spans": "2:3/5:6/7:8",
+}
+_OVERLAPS = {
+    "use_distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+}
 _UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform"}
 _BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
 # Without biases: Megatron 0.19.2 recomputes an MLP with a bias for ever, memories or not.
-_SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"],
-              "disable_bias_linear": True}  # fmt: skip
-_EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "disable_bias_linear": True,
-            "expert_model_parallel_size": 2}  # fmt: skip
+_SELECTIVE = {
+    "recompute_granularity": "selective",
+    "recompute_modules": ["core_attn", "mlp"],
+    "disable_bias_linear": True,
+}
+_EXPERTS = {
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "disable_bias_linear": True,
+    "expert_model_parallel_size": 2,
+}
 
 
 def _train(world_size, overlap, layout):
@@ -47,14 +69,26 @@ def _train(world_size, overlap, layout):
             ("P1 of DP2, distributed optimizer", 2, {"ultramem_parallel_size": 1, **_OVERLAPS}),
             ("TP2 DP2 number", 4, {**_TP, **_NUMBER, "bf16": True}),
             ("TP2 SP dimension", 2, {**_SP, **_DIMENSION}),
-            ("PP2 crossing, TP2, recompute", 4, {**_CROSSING, **_TP, **_DIMENSION, **_UNIFORM,
-             "recompute_num_layers": 3}),
+            (
+                "PP2 crossing, TP2, recompute",
+                4,
+                {**_CROSSING, **_TP, **_DIMENSION, **_UNIFORM, "recompute_num_layers": 3},
+            ),
             ("PP2 interleaved, DP2", 4, {**_VPP, **_NUMBER, **_OVERLAPS}),
-            ("recompute of some layers, evaluation", 2, {**_BLOCK, "recompute_num_layers": 2,
-             **_DIMENSION, "eval_iters": 1, "eval_interval": 1}),
+            (
+                "recompute of some layers, evaluation",
+                2,
+                {
+                    **_BLOCK,
+                    "recompute_num_layers": 2,
+                    **_DIMENSION,
+                    "eval_iters": 1,
+                    "eval_interval": 1,
+                },
+            ),
         ]
     ],
-)  # fmt: skip
+)
 def test_overlap_changes_no_bit(world_size, layout):
     expected, found = (_train(world_size, overlap, layout) for overlap in (False, True))
     assert found.losses == expected.losses

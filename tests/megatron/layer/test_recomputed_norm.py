@@ -6,9 +6,14 @@ from typing import Any
 from tests.training_runs import run_pretrain, tiny_gpt
 
 _FLAGS = {
-    "num_layers": 4, "ultramem_spans": "2:3", "ultramem_num_keys": 11, "ultramem_topk": 6,
-    "recompute_granularity": "selective", "recompute_modules": "layernorm", "micro_batch_size": 1,
-}  # fmt: skip
+    "num_layers": 4,
+    "ultramem_spans": "2:3",
+    "ultramem_num_keys": 11,
+    "ultramem_topk": 6,
+    "recompute_granularity": "selective",
+    "recompute_modules": "layernorm",
+    "micro_batch_size": 1,
+}
 
 _outputs: dict[Any, Any] = {}
 _bytes_left: dict[int, int] = {}

@@ -74,10 +74,14 @@ def test_another_optimizer_is_refused():
 
 def _flags(**changes):
     return tiny_gpt(
-        ultramem_spans="1:2", ultramem_num_keys=23, ultramem_topk=2, ultramem_value_dim=16,
-        ultramem_parallel_size=2, disable_bias_linear=True, **{"weight_decay": 0.0, **changes},
-
-    )  # fmt: skip
+        ultramem_spans="1:2",
+        ultramem_num_keys=23,
+        ultramem_topk=2,
+        ultramem_value_dim=16,
+        ultramem_parallel_size=2,
+        disable_bias_linear=True,
+        **{"weight_decay": 0.0, **changes},
+    )
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -19,10 +19,17 @@ class _Optimizer:
 
 
 _SETTINGS = {
-    "init_lr": 0.0, "max_lr": 1e-3, "min_lr": 1e-4, "lr_warmup_steps": 10, "lr_decay_steps": 100,
-    "lr_decay_style": "cosine", "start_wd": 0.1, "end_wd": 0.1, "wd_incr_steps": 200,
+    "init_lr": 0.0,
+    "max_lr": 1e-3,
+    "min_lr": 1e-4,
+    "lr_warmup_steps": 10,
+    "lr_decay_steps": 100,
+    "lr_decay_style": "cosine",
+    "start_wd": 0.1,
+    "end_wd": 0.1,
+    "wd_incr_steps": 200,
     "wd_incr_style": "constant",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

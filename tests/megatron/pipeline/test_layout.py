@@ -22,12 +22,16 @@ _SPANS = parse_spans("3:5/6:8/9:11", 12)
 def _config(stages, virtual=None, layout=None, num_layers=12, **changes):
     layout = layout and PipelineParallelLayerLayout(layout, stages)
     settings = {
-        "num_layers": num_layers, "pipeline_model_parallel_size": stages,
-        "virtual_pipeline_model_parallel_size": virtual, "pipeline_model_parallel_layout": layout,
-        "num_layers_in_first_pipeline_stage": None, "num_layers_in_last_pipeline_stage": None,
+        "num_layers": num_layers,
+        "pipeline_model_parallel_size": stages,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "pipeline_model_parallel_layout": layout,
+        "num_layers_in_first_pipeline_stage": None,
+        "num_layers_in_last_pipeline_stage": None,
         "account_for_embedding_in_pipeline_split": False,
-        "account_for_loss_in_pipeline_split": False, "fp32_residual_connection": False,
-    }  # fmt: skip
+        "account_for_loss_in_pipeline_split": False,
+        "fp32_residual_connection": False,
+    }
     return SimpleNamespace(**{**settings, **changes})
 
 
@@ -43,8 +47,11 @@ def test_chunks_of_every_kind_of_split():
     assert _layers(uneven) == [(1, 5), (6, 12)]
     assert _layers(_config(2, layout="Et*5|t*7L")) == [(1, 5), (6, 12)]
     assert _layers(_config(2, virtual=2, layout="Et*2|t*6|t*3|tL")) == [
-        (1, 2), (3, 8), (9, 11), (12, 12),
-    ]  # fmt: skip
+        (1, 2),
+        (3, 8),
+        (9, 11),
+        (12, 12),
+    ]
     embedding_alone = _config(2, layout="E|t*12L")
     assert _layers(embedding_alone) == [(1, 0), (1, 12)]
 

@@ -18,9 +18,7 @@ def test_rows_are_a_fair_cut(values, size):
 
 def test_columns_are_equal_slices():
     parts = [_DIMENSION.layout(9, 12, 2, 3, rank) for rank in range(3)]
-    assert [list(part.columns()) for part in parts] == [
-        [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11],
-    ]  # fmt: skip
+    assert [list(part.columns()) for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert parts[1].shape == (9, 4)
     assert parts[2].describe() == "rows 0-8 of 9, columns 8-11 of 12"
 

@@ -173,9 +173,15 @@ def _cases(draw, size):
     if partition == "dimension":
         tokens = [tokens[0]] * size
     return Case(
-        partition, tuple(tokens), draw(st.integers(size, 40)), value_dim, draw(st.integers(1, 9)),
-        cores, draw(st.sampled_from([1, 4, 9])), draw(st.sampled_from(["any", "one owner"])),
-    )  # fmt: skip
+        partition,
+        tuple(tokens),
+        draw(st.integers(size, 40)),
+        value_dim,
+        draw(st.integers(1, 9)),
+        cores,
+        draw(st.sampled_from([1, 4, 9])),
+        draw(st.sampled_from(["any", "one owner"])),
+    )
 
 
 @pytest.mark.parametrize("size", [2, 4])

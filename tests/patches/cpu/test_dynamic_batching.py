@@ -25,9 +25,19 @@ def _attend(sink=None, window=None):
     attention = SimpleNamespace(config=SimpleNamespace(window_size=window))
     starts = torch.tensor([0, *torch.tensor(_QUERIES).cumsum(0)])
     out = _paged_attention(
-        attention, q, k, v, max(_QUERIES), max(_KEYS), starts, None, torch.tensor(_KEYS), table,
-        False, sink,
-    )  # fmt: skip
+        attention,
+        q,
+        k,
+        v,
+        max(_QUERIES),
+        max(_KEYS),
+        starts,
+        None,
+        torch.tensor(_KEYS),
+        table,
+        False,
+        sink,
+    )
     return q, k, v, table, starts, out
 
 

@@ -39,9 +39,13 @@ def test_a_real_checkpoint_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("function", "name"),
-    [(exec, "builtins.exec"), (eval, "builtins.eval"), (torch.hub.load, "torch.hub.load"),
-     (torch.load, "torch.serialization.load")],
-)  # fmt: skip
+    [
+        (exec, "builtins.exec"),
+        (eval, "builtins.eval"),
+        (torch.hub.load, "torch.hub.load"),
+        (torch.load, "torch.serialization.load"),
+    ],
+)
 def test_a_call_is_refused_and_not_made(tmp_path, function, name):
     mark = tmp_path / "called"
     (tmp_path / ".metadata").write_bytes(
@@ -55,9 +59,14 @@ def test_a_call_is_refused_and_not_made(tmp_path, function, name):
 def test_a_dotted_name_is_refused(tmp_path):
     name, module = b"os.getcwd", b"torch.distributed.checkpoint.filesystem"
     pickled = (
-        b"\x80\x04\x8c" + bytes([len(module)]) + module + b"\x8c" + bytes([len(name)]) + name
+        b"\x80\x04\x8c"
+        + bytes([len(module)])
+        + module
+        + b"\x8c"
+        + bytes([len(name)])
+        + name
         + b"\x93)R."
-    )  # fmt: skip
+    )
     (tmp_path / ".metadata").write_bytes(pickled)
     with pytest.raises(UltraMemError, match=r"os\.getcwd"):
         FileSystemReader(tmp_path).read_metadata()

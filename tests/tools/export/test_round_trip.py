@@ -20,29 +20,51 @@ _MEMORY = {"ultramem_num_keys": 12, "ultramem_topk": 6}
 _MODELS = {
     "convolution": {**_MEMORY, "ultramem_spans": "1:2/3:4", "ultramem_query_conv_kernel": 4},
     "swiglu": {
-        **_MEMORY, "ultramem_spans": "2:3", "swiglu": True, "normalization": "RMSNorm",
-        "disable_bias_linear": True, "add_qkv_bias": True, "group_query_attention": True,
-        "num_query_groups": 2, "kv_channels": 12, "rotary_percent": 0.5, "rotary_base": 5000,
-        "qk_layernorm": True, "norm_epsilon": 1e-3,
+        **_MEMORY,
+        "ultramem_spans": "2:3",
+        "swiglu": True,
+        "normalization": "RMSNorm",
+        "disable_bias_linear": True,
+        "add_qkv_bias": True,
+        "group_query_attention": True,
+        "num_query_groups": 2,
+        "kv_channels": 12,
+        "rotary_percent": 0.5,
+        "rotary_base": 5000,
+        "qk_layernorm": True,
+        "norm_epsilon": 1e-3,
     },
     "learned": {
-        **_MEMORY, "ultramem_spans": "full", "position_embedding_type": "learned_absolute",
-        "untie_embeddings_and_output_weights": False, "ultramem_retrieval": "pkm",
-        "ultramem_softmax": True, "ultramem_init": "official", "ultramem_qk_norm": "rmsnorm",
+        **_MEMORY,
+        "ultramem_spans": "full",
+        "position_embedding_type": "learned_absolute",
+        "untie_embeddings_and_output_weights": False,
+        "ultramem_retrieval": "pkm",
+        "ultramem_softmax": True,
+        "ultramem_init": "official",
+        "ultramem_qk_norm": "rmsnorm",
         "seed": 7,
     },
     "experts": {
-        "num_experts": 6, "moe_ffn_hidden_size": 40, "disable_bias_linear": True,
-        "moe_router_pre_softmax": True, "moe_router_topk": 3, "moe_router_dtype": "fp32",
+        "num_experts": 6,
+        "moe_ffn_hidden_size": 40,
+        "disable_bias_linear": True,
+        "moe_router_pre_softmax": True,
+        "moe_router_topk": 3,
+        "moe_router_dtype": "fp32",
     },
     "experts and memory": {
-        **_MEMORY, "ultramem_spans": "2:3", "num_experts": 4, "disable_bias_linear": True,
-        "swiglu": True, "moe_router_load_balancing_type": "none",
+        **_MEMORY,
+        "ultramem_spans": "2:3",
+        "num_experts": 4,
+        "disable_bias_linear": True,
+        "swiglu": True,
+        "moe_router_load_balancing_type": "none",
     },
     "dense bf16": {"bf16": True},
     # Rounding changes which of two nearly equal values is picked, in either model.
     "bf16": {**_MEMORY, "ultramem_spans": "2:3", "bf16": True, "disable_bias_linear": True},
-}  # fmt: skip
+}
 _TOLERANCES = {"dense bf16": 0.02, "bf16": 0.12}
 _REFUSED = {
     "moe": (
@@ -181,15 +203,17 @@ def _damaged(exported, tmp_path, file, change):
         ("config.json", lambda b: b"{}", r"config\.json is not of the format"),
         ("config.json", lambda b: b.replace(b'"bias"', b'"bia"'), r"does not describe a model"),
         (
-            "config.json", lambda b: b.replace(b'"num_layers": 4', b'"num_layers": 3'),
+            "config.json",
+            lambda b: b.replace(b'"num_layers": 4', b'"num_layers": 3'),
             r"does not fit config\.json: layers\.3\..* is not expected",
         ),
         (
-            "config.json", lambda b: b.replace(b'"value_dim": 16', b'"value_dim": 18'),
+            "config.json",
+            lambda b: b.replace(b'"value_dim": 16', b'"value_dim": 18'),
             r"memory\.value_proj\.weight has shape \(32, 64\), not \(32, 72\)",
         ),
     ],
-)  # fmt: skip
+)
 def test_damaged_files_are_named(exported, tmp_path, file, change, message):
     with pytest.raises(UltraMemError, match=message):
         load_plain(_damaged(exported, tmp_path, file, change))

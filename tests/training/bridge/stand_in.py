@@ -78,11 +78,17 @@ def _provider() -> type:
         def provide(self, pre_process=None, post_process=None, vp_stage=None) -> Any:
             spec = self.transformer_layer_spec(self, vp_stage=vp_stage)
             return GPTModel(
-                self, spec, self.vocab_size, self.seq_length, pre_process, post_process,
-                position_embedding_type=self.position_embedding_type, vp_stage=vp_stage,
+                self,
+                spec,
+                self.vocab_size,
+                self.seq_length,
+                pre_process,
+                post_process,
+                position_embedding_type=self.position_embedding_type,
+                vp_stage=vp_stage,
                 share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
                 pg_collection=self._pg_collection,
-            )  # fmt: skip
+            )
 
         def provide_distributed_model(self, **settings: Any) -> list[Any]:
             from megatron.core.distributed import DistributedDataParallel

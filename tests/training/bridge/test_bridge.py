@@ -8,11 +8,19 @@ import pytest
 from tests.ranks import run_on_ranks
 
 _SIZES = {
-    "num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 128,
-    "attention_dropout": 0.0, "hidden_dropout": 0.0, "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False, "bias_dropout_fusion": False, "apply_rope_fusion": False,
-    "use_cpu_initialization": True, "cross_entropy_loss_fusion": False,
-}  # fmt: skip
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 128,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "use_cpu_initialization": True,
+    "cross_entropy_loss_fusion": False,
+}
 
 
 def _groups():
@@ -42,10 +50,14 @@ def _provider(groups, **changes):
     from ultramem_megatron.training.bridge.provider import UltraMemGPTModelProvider
 
     settings = {
-        **_SIZES, "seq_length": 16, "vocab_size": 64, "position_embedding_type": "rope",
-        "share_embeddings_and_output_weights": False, "ultramem": ULTRAMEM,
+        **_SIZES,
+        "seq_length": 16,
+        "vocab_size": 64,
+        "position_embedding_type": "rope",
+        "share_embeddings_and_output_weights": False,
+        "ultramem": ULTRAMEM,
         "transformer_layer_spec": _local_spec,
-    }  # fmt: skip
+    }
     provider = UltraMemGPTModelProvider(**{**settings, **changes})
     provider._pg_collection = groups
     provider.finalize()
@@ -111,8 +123,9 @@ def _auxiliary_gradients():
     provider = _provider(groups, ultramem=strong(aux_loss_margin=0.0))
     models = provider.provide_distributed_model(
         ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
-        use_cpu_initialization=True, pg_collection=groups,
-    )  # fmt: skip
+        use_cpu_initialization=True,
+        pg_collection=groups,
+    )
     # What megatron.bridge.training.setup does once the optimizer is made.
     provider.finalize_model_grads_func = functools.partial(
         finalize_model_grads, pg_collection=groups
@@ -162,12 +175,25 @@ def _recipe():
     )
     model = cfg.model
     return (
-        [model.num_layers, model.hidden_size, model.add_bias_linear, model.ultramem.num_keys,
-         model.share_embeddings_and_output_weights, str(model.ultramem.spans[0])],
-        [cfg.train.train_iters, cfg.train.global_batch_size, cfg.optimizer.lr,
-         cfg.optimizer.adam_beta2, cfg.scheduler.lr_warmup_fraction, cfg.dataset.seq_length],
-        [str(key) for key in overrides], list(overrides.values())[-1],
-    )  # fmt: skip
+        [
+            model.num_layers,
+            model.hidden_size,
+            model.add_bias_linear,
+            model.ultramem.num_keys,
+            model.share_embeddings_and_output_weights,
+            str(model.ultramem.spans[0]),
+        ],
+        [
+            cfg.train.train_iters,
+            cfg.train.global_batch_size,
+            cfg.optimizer.lr,
+            cfg.optimizer.adam_beta2,
+            cfg.scheduler.lr_warmup_fraction,
+            cfg.dataset.seq_length,
+        ],
+        [str(key) for key in overrides],
+        list(overrides.values())[-1],
+    )
 
 
 def test_the_recipe_is_the_preset():
@@ -179,10 +205,17 @@ def test_the_recipe_is_the_preset():
 
 
 _SCHEDULE = {
-    "init_lr": 0.0, "max_lr": 1e-3, "min_lr": 1e-4, "lr_warmup_steps": 8, "lr_decay_steps": 60,
-    "lr_decay_style": "cosine", "start_wd": 0.1, "end_wd": 0.1, "wd_incr_steps": 80,
+    "init_lr": 0.0,
+    "max_lr": 1e-3,
+    "min_lr": 1e-4,
+    "lr_warmup_steps": 8,
+    "lr_decay_steps": 60,
+    "lr_decay_style": "cosine",
+    "start_wd": 0.1,
+    "end_wd": 0.1,
+    "wd_incr_steps": 80,
     "wd_incr_style": "constant",
-}  # fmt: skip
+}
 
 
 def _rates():

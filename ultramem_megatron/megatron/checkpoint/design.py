@@ -15,13 +15,32 @@ _RESUMABLE = {"value_lr_decay", "lazy_adam", "aux_loss_weight", "aux_loss_margin
 
 
 SAME_FLAGS = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention",
-    "kv_channels", "vocab_size", "normalization", "layernorm_epsilon", "swiglu",
-    "squared_relu", "quick_geglu", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
-    "untie_embeddings_and_output_weights", "position_embedding_type", "rotary_percent",
-    "rotary_interleaved", "multi_latent_attention", "num_experts", "moe_router_topk",
-    "mtp_num_layers", "softmax_type", "window_size",
-)  # fmt: skip
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "group_query_attention",
+    "kv_channels",
+    "vocab_size",
+    "normalization",
+    "layernorm_epsilon",
+    "swiglu",
+    "squared_relu",
+    "quick_geglu",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "untie_embeddings_and_output_weights",
+    "position_embedding_type",
+    "rotary_percent",
+    "rotary_interleaved",
+    "multi_latent_attention",
+    "num_experts",
+    "moe_router_topk",
+    "mtp_num_layers",
+    "softmax_type",
+    "window_size",
+)
 """Flags of Megatron's that decide what the weights mean."""
 _POSITIONS = ("rotary_base", "rotary_seq_len_interpolation_factor", "use_rope_scaling")
 """Likewise, but changed on purpose where --finetune makes windows longer."""

@@ -19,39 +19,92 @@ from ultramem_megatron.megatron.flags.layout_flags import ONE_RANK
 from ultramem_megatron.memory.config import UltraMemConfig
 
 CODE_FLAGS = (
-    "spec", "fp8_quantizer_factory", "fp4_quantizer_factory", "trust_remote_code", "metadata_path",
-    "yaml_cfg", "heterogeneous_layers_config_path", "te_precision_config_file",
-    "kitchen_config_file", "config_logger_dir",
-)  # fmt: skip
+    "spec",
+    "fp8_quantizer_factory",
+    "fp4_quantizer_factory",
+    "trust_remote_code",
+    "metadata_path",
+    "yaml_cfg",
+    "heterogeneous_layers_config_path",
+    "te_precision_config_file",
+    "kitchen_config_file",
+    "config_logger_dir",
+)
 """Name modules to import, files that do, or what Megatron writes while it builds."""
 
-_NEEDED_BY_MODEL = ("spec", "fp8_quantizer_factory", "fp4_quantizer_factory",
-                    "heterogeneous_layers_config_path", "yaml_cfg")  # fmt: skip
+_NEEDED_BY_MODEL = (
+    "spec",
+    "fp8_quantizer_factory",
+    "fp4_quantizer_factory",
+    "heterogeneous_layers_config_path",
+    "yaml_cfg",
+)
 """Without these the model would be another one: refused, not left out."""
 
 _MODEL_FLAGS = (
-    "num_experts", "group_query_attention", "swiglu", "squared_relu", "quick_geglu", "openai_gelu",
-    "add_position_embedding", "position_embedding_type", "max_position_embeddings",
-    "use_rotary_position_embeddings", "rotary_base", "rotary_percent", "rotary_interleaved",
-    "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor",
-    "rotary_scaling_factor", "mscale", "mscale_all_dim", "yarn_original_max_position_embeddings",
-    "yarn_beta_fast", "yarn_beta_slow", "yarn_correction_range_round_to_int",
-    "relative_attention_num_buckets", "relative_attention_max_distance", "hybrid_layer_pattern",
-    "heterogeneous_layers_config_encoded_json", "untie_embeddings_and_output_weights",
-    "make_vocab_size_divisible_by", "vocab_size", "padded_vocab_size", "pad_vocab_size",
-    "init_method_xavier_uniform", "no_persist_layer_norm", "fp16_lm_cross_entropy",
-    "fp8_param_gather", "fp4_param_gather", "bias_gelu_fusion", "bias_swiglu_fusion",
-    "seq_length", "encoder_seq_length", "seed",
-)  # fmt: skip
+    "num_experts",
+    "group_query_attention",
+    "swiglu",
+    "squared_relu",
+    "quick_geglu",
+    "openai_gelu",
+    "add_position_embedding",
+    "position_embedding_type",
+    "max_position_embeddings",
+    "use_rotary_position_embeddings",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "rotary_scaling_factor",
+    "mscale",
+    "mscale_all_dim",
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "hybrid_layer_pattern",
+    "heterogeneous_layers_config_encoded_json",
+    "untie_embeddings_and_output_weights",
+    "make_vocab_size_divisible_by",
+    "vocab_size",
+    "padded_vocab_size",
+    "pad_vocab_size",
+    "init_method_xavier_uniform",
+    "no_persist_layer_norm",
+    "fp16_lm_cross_entropy",
+    "fp8_param_gather",
+    "fp4_param_gather",
+    "bias_gelu_fusion",
+    "bias_swiglu_fusion",
+    "seq_length",
+    "encoder_seq_length",
+    "seed",
+)
 """Megatron's flags of a GPT that its TransformerConfig does not have under the same name."""
 
 _TOKENIZER_FLAGS = (
-    "tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_extra_ids",
-    "special_tokens", "tiktoken_pattern", "tiktoken_num_special_tokens", "chat_template",
-    "tokenizer_sentencepiece_legacy", "tokenizer_sentencepiece_ignore_extra_whitespaces",
-    "tokenizer_hf_no_use_fast", "tokenizer_hf_no_include_special_tokens", "null_tokenizer_eod_id",
-    "null_tokenizer_pad_id", "tensorboard_dir",
-)  # fmt: skip
+    "tokenizer_type",
+    "tokenizer_model",
+    "vocab_file",
+    "merge_file",
+    "vocab_extra_ids",
+    "special_tokens",
+    "tiktoken_pattern",
+    "tiktoken_num_special_tokens",
+    "chat_template",
+    "tokenizer_sentencepiece_legacy",
+    "tokenizer_sentencepiece_ignore_extra_whitespaces",
+    "tokenizer_hf_no_use_fast",
+    "tokenizer_hf_no_include_special_tokens",
+    "null_tokenizer_eod_id",
+    "null_tokenizer_pad_id",
+    "tensorboard_dir",
+)
 """Folders and files here are read as data, where the tokenizer and the log of the run are."""
 
 _MEMORY_FLAGS = ("preset", "parallel_size", "partition", "overlap", "train_only", "in_force")

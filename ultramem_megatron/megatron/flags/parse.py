@@ -11,8 +11,17 @@ from ultramem_megatron.megatron.flags.process import open_process
 from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
 
 # Megatron's parser asks for what only a training run has.
-_UNUSED = ("--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4",
-           "--tokenizer-type", "NullTokenizer", "--mock-data")  # fmt: skip
+_UNUSED = (
+    "--micro-batch-size",
+    "1",
+    "--train-iters",
+    "1",
+    "--lr",
+    "1e-4",
+    "--tokenizer-type",
+    "NullTokenizer",
+    "--mock-data",
+)
 
 
 def parse_words(words: Sequence[str]) -> Namespace:

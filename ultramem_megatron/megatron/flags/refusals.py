@@ -17,8 +17,12 @@ _MEMORIES_REFUSE = {
 }
 """By the name that it has in Megatron's parsed flags and in its configs."""
 _TRAIN_REFUSES = (
-    "sft", "fim_data", "hybrid_layer_pattern", "hybrid_context_parallel", "logits_load_dir",
-)  # fmt: skip
+    "sft",
+    "fim_data",
+    "hybrid_layer_pattern",
+    "hybrid_context_parallel",
+    "logits_load_dir",
+)
 _OFF = (None, False, "none")
 _FLAGS = {"fp8": "--fp8-format"}  # the others are named as what they set
 

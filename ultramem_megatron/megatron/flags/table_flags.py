@@ -41,9 +41,11 @@ def _check_size(size: int, stage: int, args: Namespace) -> None:
             f"{given}: with experts, value tables share Megatron's expert-parallel groups, so it "
             f"must equal --expert-model-parallel-size {args.expert_model_parallel_size}."
         )
-    if args.num_experts and args.tensor_model_parallel_size > 1 and (
-        args.expert_tensor_parallel_size != 1
-    ):  # fmt: skip
+    if (
+        args.num_experts
+        and args.tensor_model_parallel_size > 1
+        and (args.expert_tensor_parallel_size != 1)
+    ):
         raise UltraMemError(
             f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size}: with memory layers "
             f"it must be 1, because tables are read with each tensor-parallel rank's own tokens."

@@ -35,7 +35,11 @@ class TableSettings:
 def exchange_of(config: UltraMemConfig, size: int, number_bytes: int) -> Exchange:
     """The cost model's view of a memory layer whose table is shared by `size` ranks."""
     return Exchange(
-        size=size, picks=config.picks, value_dim=config.value_dim,
-        expansion=config.value_expansion, cores=config.cores, number_bytes=number_bytes,
+        size=size,
+        picks=config.picks,
+        value_dim=config.value_dim,
+        expansion=config.value_expansion,
+        cores=config.cores,
+        number_bytes=number_bytes,
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "8")),
-    )  # fmt: skip
+    )

@@ -44,8 +44,5 @@ def _reference(
 
 
 KIND = ValuesKind(
-    name="pooled",
-    about="scores times values, summed",
-    build=PooledValues,
-    reference=_reference,
+    name="pooled", about="scores times values, summed", build=PooledValues, reference=_reference
 )

@@ -72,9 +72,12 @@ def _perplexities(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for prefix, stream in streams.items():
         found = perplexity(model, stream, window, options.batch_size)
         yield {
-            "data": prefix, "window": window, "tokens": found.tokens,
-            "loss": round(found.loss, 6), "perplexity": round(found.perplexity, 4),
-        }  # fmt: skip
+            "data": prefix,
+            "window": window,
+            "tokens": found.tokens,
+            "loss": round(found.loss, 6),
+            "perplexity": round(found.perplexity, 4),
+        }
 
 
 def _tasks(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -94,9 +97,11 @@ def _tasks(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             f"{ranks} ranks: the harness asks one model."
         )
     loaded = load_for_inference(
-        options.load, ckpt_step=options.ckpt_step, tokenizer_model=options.tokenizer_model,
+        options.load,
+        ckpt_step=options.ckpt_step,
+        tokenizer_model=options.tokenizer_model,
         layout=layout,
-    )  # fmt: skip
+    )
     results = run_tasks(
         loaded, options.tasks, options.task_folder, options.batch_size, options.limit
     )

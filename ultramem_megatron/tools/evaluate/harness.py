@@ -74,10 +74,13 @@ class HarnessModel(TemplateLM):
         kept = self.tok_encode(context)[-(self.max_length - tokens) :]
         sampled = options.get("do_sample", False)
         settings = argparse.Namespace(
-            tokens=tokens, temperature=options.get("temperature", 1.0) if sampled else 0.0,
-            top_k=options.get("top_k", 0), top_p=options.get("top_p", 1.0), seed=1234,
+            tokens=tokens,
+            temperature=options.get("temperature", 1.0) if sampled else 0.0,
+            top_k=options.get("top_k", 0),
+            top_p=options.get("top_p", 1.0),
+            seed=1234,
             batching="static",
-        )  # fmt: skip
+        )
         prompt = self.loaded.tokenizer.detokenize(kept or [self.eot_token_id])
         text = generate(self.loaded, [prompt], settings)[0]
         until = options.get("until", [])

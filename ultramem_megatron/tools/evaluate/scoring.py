@@ -22,10 +22,7 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def continuation_scores(
-    model: Any,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    max_length: int,
-    batch: int,
+    model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int, batch: int
 ) -> list[Score]:
     """Scores of (context, continuation) pairs of token ids, in their order.
 

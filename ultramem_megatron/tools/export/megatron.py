@@ -34,8 +34,10 @@ _LAYER_NAMES = (
 )
 _EXPERT_NAME = r"mlp\.experts\.local_experts\.(\d+)\.linear_fc([12])\.(.*)"
 _DTYPES: dict[torch.dtype, Dtype] = {
-    torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
-}  # fmt: skip
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Largest difference of logits, relative in norm, that rounding in other orders explains."""
 _PROBE = (2, 16)  # sequences, tokens
@@ -45,29 +47,40 @@ def plain_config(args: Namespace, config: Any, ultramem: UltraMemConfig | None) 
     """What the model of Megatron's flags and TransformerConfig is. Raises UltraMemError."""
     _refuse(args, config)
     return PlainConfig(
-        vocab_size=args.padded_vocab_size, num_layers=config.num_layers,
-        hidden_size=config.hidden_size, ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads, num_query_groups=config.num_query_groups,
-        kv_channels=config.kv_channels, max_positions=args.max_position_embeddings,
+        vocab_size=args.padded_vocab_size,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        max_positions=args.max_position_embeddings,
         activation="swiglu" if config.gated_linear_unit else "gelu",
-        normalization=config.normalization, norm_epsilon=config.layernorm_epsilon,
-        bias=config.add_bias_linear, qkv_bias=config.add_qkv_bias, qk_norm=config.qk_layernorm,
-        positions=args.position_embedding_type, rotary_base=float(args.rotary_base),
+        normalization=config.normalization,
+        norm_epsilon=config.layernorm_epsilon,
+        bias=config.add_bias_linear,
+        qkv_bias=config.add_qkv_bias,
+        qk_norm=config.qk_layernorm,
+        positions=args.position_embedding_type,
+        rotary_base=float(args.rotary_base),
         rotary_percent=args.rotary_percent,
         tied_embeddings=not args.untie_embeddings_and_output_weights,
-        **_experts(config), dtype=_DTYPES[config.params_dtype], ultramem=ultramem,
-    )  # fmt: skip
+        **_experts(config),
+        dtype=_DTYPES[config.params_dtype],
+        ultramem=ultramem,
+    )
 
 
 def _experts(config: Any) -> dict[str, Any]:
     if config.num_moe_experts is None:
         return {}
     return {
-        "num_experts": config.num_moe_experts, "expert_topk": config.moe_router_topk,
+        "num_experts": config.num_moe_experts,
+        "expert_topk": config.moe_router_topk,
         "expert_ffn_hidden_size": config.moe_ffn_hidden_size,
         "router_pre_softmax": config.moe_router_pre_softmax,
         "router_float32": config.moe_router_dtype == "fp32",
-    }  # fmt: skip
+    }
 
 
 def _refuse(args: Namespace, config: Any) -> None:
@@ -77,23 +90,24 @@ def _refuse(args: Namespace, config: Any) -> None:
         "--multi-latent-attention": config.multi_latent_attention,
         "--mtp-num-layers": bool(config.mtp_num_layers),
         "--experimental-attention-variant": config.experimental_attention_variant is not None,
-        "--position-embedding-type " + args.position_embedding_type:
-            args.position_embedding_type not in ("rope", "learned_absolute", "none"),
+        "--position-embedding-type " + args.position_embedding_type: args.position_embedding_type
+        not in ("rope", "learned_absolute", "none"),
         "--use-rope-scaling": args.use_rope_scaling,
         "--rotary-interleaved": config.rotary_interleaved,
-        "--rotary-seq-len-interpolation-factor":
-            args.rotary_seq_len_interpolation_factor not in (None, 1),
+        "--rotary-seq-len-interpolation-factor": args.rotary_seq_len_interpolation_factor
+        not in (None, 1),
         "--no-rope-freq": config.no_rope_freq is not None,
         "--window-size": config.window_size is not None,
         "--softmax-type": config.softmax_type != "vanilla",
         "--attention-output-gate": config.attention_output_gate,
-        "--apply-residual-connection-post-layernorm":
-            config.apply_residual_connection_post_layernorm,
+        "--apply-residual-connection-post-layernorm": (
+            config.apply_residual_connection_post_layernorm
+        ),
         "--apply-layernorm-1p": config.layernorm_zero_centered_gamma,
         "--fp32-residual-connection": config.fp32_residual_connection,
-        "an activation other than GELU and SwiGLU":
-            activation not in ((False, F.gelu), (True, F.silu)),
-    }  # fmt: skip
+        "an activation other than GELU and SwiGLU": activation
+        not in ((False, F.gelu), (True, F.silu)),
+    }
     if config.num_moe_experts is not None:
         refused |= _refused_experts(config)
     present = [name for name, found in refused.items() if found]
@@ -111,15 +125,15 @@ def _refused_experts(config: Any) -> dict[str, bool]:
     frequency = config.moe_layer_freq
     return {
         "biases in experts": config.add_bias_linear,
-        "--moe-layer-freq": any(f != 1 for f in (
-            frequency if isinstance(frequency, list) else [frequency]
-        )),
-        "--moe-shared-expert-intermediate-size":
-            config.moe_shared_expert_intermediate_size is not None,
-        "--moe-router-load-balancing-type " + " ".join(kinds):
-            not set(kinds) <= {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"},
-        "--moe-router-score-function " + config.moe_router_score_function:
-            config.moe_router_score_function != "softmax",
+        "--moe-layer-freq": any(
+            f != 1 for f in (frequency if isinstance(frequency, list) else [frequency])
+        ),
+        "--moe-shared-expert-intermediate-size": config.moe_shared_expert_intermediate_size
+        is not None,
+        "--moe-router-load-balancing-type " + " ".join(kinds): not set(kinds)
+        <= {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"},
+        "--moe-router-score-function "
+        + config.moe_router_score_function: config.moe_router_score_function != "softmax",
         "--moe-router-num-groups": bool(config.moe_router_num_groups),
         "--moe-router-topk-scaling-factor": bool(config.moe_router_topk_scaling_factor),
         "--moe-router-enable-expert-bias": config.moe_router_enable_expert_bias,
@@ -128,7 +142,7 @@ def _refused_experts(config: Any) -> dict[str, bool]:
         "--moe-apply-probs-on-input": config.moe_apply_probs_on_input,
         "--moe-latent-size": config.moe_latent_size is not None,
         "--moe-mlp-glu-interleave-size": config.moe_mlp_glu_interleave_size is not None,
-    }  # fmt: skip
+    }
 
 
 def plain_name(name: str) -> str:
@@ -198,27 +212,37 @@ def check_same_logits(model: Any, plain: PlainGPT) -> None:
 def flags_of(config: PlainConfig) -> list[str]:
     """Megatron's and our flags for a model of that design."""
     flags: dict[str, Any] = {
-        "vocab-size": config.vocab_size, "num-layers": config.num_layers,
-        "hidden-size": config.hidden_size, "ffn-hidden-size": config.ffn_hidden_size,
-        "num-attention-heads": config.num_attention_heads, "kv-channels": config.kv_channels,
-        "seq-length": config.max_positions, "max-position-embeddings": config.max_positions,
-        "swiglu": config.activation == "swiglu", "normalization": config.normalization,
-        "norm-epsilon": config.norm_epsilon, "disable-bias-linear": not config.bias,
-        "add-qkv-bias": config.qkv_bias, "qk-layernorm": config.qk_norm,
-        "position-embedding-type": config.positions, "rotary-base": int(config.rotary_base),
+        "vocab-size": config.vocab_size,
+        "num-layers": config.num_layers,
+        "hidden-size": config.hidden_size,
+        "ffn-hidden-size": config.ffn_hidden_size,
+        "num-attention-heads": config.num_attention_heads,
+        "kv-channels": config.kv_channels,
+        "seq-length": config.max_positions,
+        "max-position-embeddings": config.max_positions,
+        "swiglu": config.activation == "swiglu",
+        "normalization": config.normalization,
+        "norm-epsilon": config.norm_epsilon,
+        "disable-bias-linear": not config.bias,
+        "add-qkv-bias": config.qkv_bias,
+        "qk-layernorm": config.qk_norm,
+        "position-embedding-type": config.positions,
+        "rotary-base": int(config.rotary_base),
         "rotary-percent": config.rotary_percent,
         "untie-embeddings-and-output-weights": not config.tied_embeddings,
-        "bf16": config.dtype == "bfloat16", "fp16": config.dtype == "float16",
-    }  # fmt: skip
+        "bf16": config.dtype == "bfloat16",
+        "fp16": config.dtype == "float16",
+    }
     if config.num_query_groups != config.num_attention_heads:
         flags |= {"group-query-attention": True, "num-query-groups": config.num_query_groups}
     if config.num_experts:
         flags |= {
-            "num-experts": config.num_experts, "moe-router-topk": config.expert_topk,
+            "num-experts": config.num_experts,
+            "moe-router-topk": config.expert_topk,
             "moe-ffn-hidden-size": config.expert_ffn_hidden_size,
             "moe-router-pre-softmax": config.router_pre_softmax,
             "moe-router-load-balancing-type": "none",
-        }  # fmt: skip
+        }
         if config.router_float32:
             flags["moe-router-dtype"] = "fp32"
     words = []

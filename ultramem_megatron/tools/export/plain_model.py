@@ -103,9 +103,12 @@ class PlainLayer(nn.Module):
         self.memory: UltraMemLayer | None = None
         if config.ultramem is not None and number in {span.start for span in spans}:
             self.memory = UltraMemLayer(
-                config.ultramem, hidden_size=config.hidden_size, num_layers=config.num_layers,
-                layer_number=number, eps=config.norm_epsilon,
-            )  # fmt: skip
+                config.ultramem,
+                hidden_size=config.hidden_size,
+                num_layers=config.num_layers,
+                layer_number=number,
+                eps=config.norm_epsilon,
+            )
 
     def forward(
         self, hidden: Tensor, pending: Tensor | None, rotation: Tensor | None

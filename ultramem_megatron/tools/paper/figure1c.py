@@ -19,12 +19,14 @@ def points() -> list[Row]:
 
     return [
         {
-            "model": name, "preset": preset, "batch": batch,
+            "model": name,
+            "preset": preset,
+            "batch": batch,
             "weight_bytes_read": weight_bytes_read(preset_sizes(preset).reads, batch),
         }
         for name, preset in _MODELS.items()
         for batch in BATCHES
-    ]  # fmt: skip
+    ]
 
 
 def draw(file: Path, rows: Sequence[Row]) -> None:
@@ -42,6 +44,10 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
             at = place, found["MoE", batch] / 1e9
             axes.annotate(f"{ratio:.1f}x", at, ha="center", va="bottom")
         axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
-        axes.set(xlabel="batch size", ylabel="weights read per decode step, GB", ylim=(0, 47),
-                 title="1.6B models, bf16: MLP, expert and value weights (computed)")  # fmt: skip
+        axes.set(
+            xlabel="batch size",
+            ylabel="weights read per decode step, GB",
+            ylim=(0, 47),
+            title="1.6B models, bf16: MLP, expert and value weights (computed)",
+        )
         axes.legend(loc="upper left")

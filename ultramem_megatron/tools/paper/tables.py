@@ -68,9 +68,10 @@ def table_2() -> dict[str, tuple[Cell, ...]]:
         sizes = preset_sizes(name)
         counted = 2 * (sizes.dense + _pooled(name, sizes))
         rows[name] = (
-            Cell(dense, sizes.dense / 1e6), Cell(sparse, sizes.sparse / 1e9),
+            Cell(dense, sizes.dense / 1e6),
+            Cell(sparse, sizes.sparse / 1e9),
             Cell(flops, counted / 1e6),
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -120,9 +121,13 @@ def _all() -> tuple[Table, ...]:
         ("Table 1", "model", ("parameters, 1e9", "FLOPs, 1e9"), table_1()),
         ("Table 2", "row", ("dense, 1e6", "sparse, 1e9", "FLOPs, 1e6"), table_2()),
         ("Table 3", "change", ("FLOPs, + %",), table_3()),
-        ("Figure 1c", "batch", ("bytes, MoE / UltraMem",),
-         {str(batch): (cell,) for batch, cell in figure_1c().items()}),
-    )  # fmt: skip
+        (
+            "Figure 1c",
+            "batch",
+            ("bytes, MoE / UltraMem",),
+            {str(batch): (cell,) for batch, cell in figure_1c().items()},
+        ),
+    )
 
 
 def markdown() -> str:
@@ -136,9 +141,13 @@ def lines() -> Iterator[Row]:
         for name, cells in table.items():
             for quantity, cell in zip(quantities, cells, strict=True):
                 yield {
-                    "table": title, "row": name, "quantity": quantity, "paper": cell.paper,
-                    "ours": f"{cell.ours:.6g}", "agrees": int(cell.agrees),
-                }  # fmt: skip
+                    "table": title,
+                    "row": name,
+                    "quantity": quantity,
+                    "paper": cell.paper,
+                    "ours": f"{cell.ours:.6g}",
+                    "agrees": int(cell.agrees),
+                }
 
 
 def _markdown(
@@ -146,8 +155,10 @@ def _markdown(
 ) -> str:
     headings = " | ".join(f"{column}: paper | ours" for column in columns)
     lines = [
-        f"**{title}**", "", f"| {first} | {headings} |",
+        f"**{title}**",
+        "",
+        f"| {first} | {headings} |",
         "|---" * (1 + 2 * len(columns)) + "|",
         *(f"| {name} | " + " | ".join(map(str, cells)) + " |" for name, cells in rows.items()),
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)

@@ -28,8 +28,10 @@ from ultramem_megatron.presets.flags import flags as preset_flags
 
 # Used where the flags do not say otherwise. 50277 is the GPT-NeoX tokenizer, which the paper uses.
 _DEFAULTS = {
-    "--micro-batch-size": "1", "--tokenizer-type": "NullTokenizer", "--vocab-size": "50277",
-}  # fmt: skip
+    "--micro-batch-size": "1",
+    "--tokenizer-type": "NullTokenizer",
+    "--vocab-size": "50277",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,12 +60,11 @@ def stage_cost(run: Run, stage: int) -> StageCost:
             layers=_layers(run, stage),
             parameters=sum(p.numel() * p.element_size() for p in parameters),
             gradients=sum(p.numel() for p in parameters) * _gradient_bytes(run),
-            optimizer=sum(
-                math.ceil(p.numel() / _shards(run, p)) for p in parameters
-            ) * _optimizer_bytes(run),
+            optimizer=sum(math.ceil(p.numel() / _shards(run, p)) for p in parameters)
+            * _optimizer_bytes(run),
             activations=round(kept / len(chunks) * _chunks_in_flight(run, stage, len(chunks))),
             received={cause: count for cause, count in step.items() if count},
-        )  # fmt: skip
+        )
 
 
 def _layers(run: Run, stage: int) -> str:

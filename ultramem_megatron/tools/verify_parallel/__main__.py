@@ -23,9 +23,15 @@ _SHOWN_LINES = 30
 _LAUNCHER_REPORTS = "torch/distributed/elastic/multiprocessing/api.py"
 """Where torchrun begins to say that a rank failed, in the log line of that file."""
 _OVERRIDES = (
-    "--attention-dropout", "0", "--hidden-dropout", "0",
-    "--eval-iters", "0", "--eval-interval", "1",
-)  # fmt: skip
+    "--attention-dropout",
+    "0",
+    "--hidden-dropout",
+    "0",
+    "--eval-iters",
+    "0",
+    "--eval-interval",
+    "1",
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[list[str]]]:
@@ -35,11 +41,21 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[list
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--ranks", type=int, nargs=2, required=True, metavar=("FIRST", "SECOND"),
-                        help="processes of the two layouts, on this machine")  # fmt: skip
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs=2,
+        required=True,
+        metavar=("FIRST", "SECOND"),
+        help="processes of the two layouts, on this machine",
+    )
     parser.add_argument("--steps", type=int, default=3, help="steps to compare (default 3)")
-    parser.add_argument("--tolerance", type=float, default=1e-5,
-                        help="largest relative difference accepted (default 1e-5)")  # fmt: skip
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        help="largest relative difference accepted (default 1e-5)",
+    )
     sets = _split(list(argv))
     if {"-h", "--help"} & set(sets[0]):
         parser.print_help()
@@ -80,9 +96,17 @@ def launch(ranks: int, flags: Sequence[str], record_to: Path) -> None:
     from ultramem_megatron.tools.verify_parallel.record import FOLDER
 
     record_to.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node", str(ranks),
-               "-m", "ultramem_megatron.tools.verify_parallel.record", *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "ultramem_megatron.tools.verify_parallel.record",
+        *flags,
+    ]
     environment = {**os.environ, FOLDER: str(record_to)}
     if not torch.cuda.is_available():
         environment.setdefault("OMP_NUM_THREADS", "1")

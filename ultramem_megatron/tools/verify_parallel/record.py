@@ -39,11 +39,15 @@ class Recorder:
         ) -> Any:
             scale, _, skipped, grad_norm = rest[:4]
             loss = losses.get("lm loss")
-            self.steps.append({
-                "iteration": iteration, "skipped": float(skipped), "loss scale": float(scale),
-                "loss": float("nan") if loss is None else float(loss),
-                "grad norm": float("nan") if grad_norm is None else float(grad_norm),
-            })  # fmt: skip
+            self.steps.append(
+                {
+                    "iteration": iteration,
+                    "skipped": float(skipped),
+                    "loss scale": float(scale),
+                    "loss": float("nan") if loss is None else float(loss),
+                    "grad norm": float("nan") if grad_norm is None else float(grad_norm),
+                }
+            )
             return log(losses, totals, rate, iteration, *rest, **named)
 
         def listened(step: Any, model: Any, optimizer: Any, *rest: Any, **named: Any) -> Any:

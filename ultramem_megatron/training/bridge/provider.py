@@ -99,9 +99,14 @@ def _spec_with_memory(
         takes_stage = "vp_stage" in inspect.signature(given).parameters
         spec = given(config, vp_stage=vp_stage) if takes_stage else given(config)
     return with_memory(
-        spec, config.ultramem, config, vp_stage, config._pg_collection.pp.rank(),
-        partition=config.table_partition, overlap=config.memory_overlap,
-    )  # fmt: skip
+        spec,
+        config.ultramem,
+        config,
+        vp_stage,
+        config._pg_collection.pp.rank(),
+        partition=config.table_partition,
+        overlap=config.memory_overlap,
+    )
 
 
 def _get_finalize(self: UltraMemGPTModelProvider) -> Callable[..., None] | None:

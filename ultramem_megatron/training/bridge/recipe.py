@@ -27,9 +27,14 @@ from ultramem_megatron.presets import find_preset
 from ultramem_megatron.presets.preset import Settings, Value
 
 _MODEL = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "normalization",
-    "position_embedding_type", "seq_length",
-)  # fmt: skip
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "normalization",
+    "position_embedding_type",
+    "seq_length",
+)
 _NEGATED = {
     "disable_bias_linear": "add_bias_linear",
     "untie_embeddings_and_output_weights": "share_embeddings_and_output_weights",
