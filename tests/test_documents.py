@@ -107,7 +107,7 @@ def after_the_quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("document", _SLOW)
 def test_long_commands_run_one_after_the_other(document: str, after_the_quickstart: Path) -> None:
     slow = [block for block in blocks(document) if block.info == "bash slow"]

@@ -98,7 +98,7 @@ _FAST = ("nothing", "flags", "extra state", "flag that names a module")
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=() if k in _FAST else pytest.mark.slow) for k in KINDS]
+    "kind", [pytest.param(k, marks=() if k in _FAST else pytest.mark.long) for k in KINDS]
 )
 def test_no_training_runs_what_is_planted(kind, whole, dense, tmp_path):
     upcycled = tmp_path / "upcycled"

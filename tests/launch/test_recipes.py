@@ -62,10 +62,6 @@ def _parsed(flags: list[str], gpus: int) -> dict[str, object]:
     return {**vars(args), "num_keys": ultramem and ultramem.num_keys}
 
 
-def _in_ci_or_by_hand(name: str, ranks: int) -> pytest.MarkDecorator:
-    return pytest.mark.slow if (name, ranks) == ("ultramem-680m-x12", 2) else pytest.mark.long
-
-
 def test_there_is_a_recipe_for_each_model_and_its_twins():
     assert len(RECIPES) == 9
     assert {p.stem for p in RECIPES} >= set(_QUICK)
@@ -99,14 +95,9 @@ def test_a_recipe_prints_its_plan_and_a_command_that_parses(name, tmp_path):
     assert len(run_pretrain(2, [*flags, *shrunk(name, 2), *folders]).losses) == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "ranks"),
-    [
-        pytest.param(p.stem, ranks, marks=_in_ci_or_by_hand(p.stem, ranks))
-        for p in RECIPES
-        for ranks in (1, 2)
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", [p.stem for p in RECIPES])
 def test_a_recipe_started_as_it_is_trains_and_saves(name, ranks, tmp_path):
     done = _run(
         name, *shrunk(name, ranks), NPROC=str(ranks), RUN=str(tmp_path), LOG_DIR=str(tmp_path / "l")
@@ -119,7 +110,7 @@ def test_a_recipe_started_as_it_is_trains_and_saves(name, ranks, tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_recipe_trains_on_data_of_its_own(tmp_path):
     data = tmp_path / "data"
     prepare(None, data, 512)
