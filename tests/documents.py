@@ -3,7 +3,7 @@
 The info string of a fence says what becomes of its text:
 
     bash            run as it stands, from the top folder
-    bash slow       run too, by `bash tests/run.sh --slow`
+    bash slow       run too, by `bash tests/run.sh --long`
     python          code of the reader's own: it compiles, and what it imports of ours is there
     text            shown only
     text output     shown, and exactly what the block before it prints

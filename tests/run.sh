@@ -2,8 +2,8 @@
 # Makes the environment, if need be, and runs the tests.
 #   bash tests/run.sh                        everything
 #   bash tests/run.sh tests/data -k utf      pytest's arguments
-#   bash tests/run.sh --slow                 what is left out otherwise: launched runs that are hurt, tutorials
-#   bash tests/run.sh --long                 what CI leaves out too: every recipe, started as it is
+#   bash tests/run.sh --slow                 what is left out otherwise: launched runs that are hurt
+#   bash tests/run.sh --long                 what CI leaves out too: every recipe and the tutorials, as they stand
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
