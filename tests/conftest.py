@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,15 @@ def nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in _EMPTY_FUNCTIONS:
         monkeypatch.setattr(torch, name, _filled_with_nan(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", _filled_with_nan(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def environment_is_put_back() -> Iterator[None]:
+    """Megatron and launched commands write into the environment; the next test is to see none."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ _PRELOADED = (
     "ultramem_megatron.inference.loading",
     "ultramem_megatron.training.pretrain",
 )
+_ENVIRONMENT = {
+    "PYTHONWARNINGS": "ignore",  # Megatron's on what this machine lacks
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+"""Of the trainings, where the caller's environment says nothing."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +140,13 @@ def _server() -> Any:
     """The fork server's context; the first process started from it pays for the imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # Megatron's on what this machine lacks
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    ours = dict(os.environ)
+    os.environ.update(_ENVIRONMENT | ours)
+    try:
+        forkserver.ensure_running()  # it and its children keep what stands in the environment now
+    finally:
+        os.environ.clear()
+        os.environ.update(ours)
     return context
 
 
