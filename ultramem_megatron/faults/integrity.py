@@ -12,6 +12,7 @@ import argparse
 import functools
 import hashlib
 import os
+import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -163,7 +164,7 @@ def _repair(tracker: Path) -> None:
 
 def write_tracker(tracker: Path, iteration: int) -> None:
     """Name an iteration as the latest, at once or not at all."""
-    unfinished = tracker.with_suffix(".tmp")
+    unfinished = tracker.with_suffix(f".{socket.gethostname()}-{os.getpid()}.tmp")
     unfinished.write_text(str(iteration))
     unfinished.replace(tracker)
 
