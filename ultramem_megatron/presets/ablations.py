@@ -23,6 +23,7 @@ _PKM = (
         value_projection=False,
         softmax=True,
         qk_norm="none",
+        query_centering=False,
         value_lr_mult=1.0,
         query_conv_kernel=0,
         aux_loss_weight=0.0,

@@ -51,6 +51,8 @@ _CHOICE_HELP = {
 _SWITCH_HELP = {
     "share_query": "Two heads use one query.",
     "value_projection": "Project pooled values to the hidden size; needed for value expansion.",
+    "query_centering": "Take a running mean over tokens off what queries are projected from, which "
+    "keeps the queries of different tokens apart.",
     "softmax": "Softmax over each head's scores, as product-key memories have it.",
     "lazy_adam": "Adam updates only the rows of value tables that have a gradient: for small "
     "batches and fine-tuning.",
@@ -160,6 +162,8 @@ def _add_table_arguments(group: Any) -> None:
 
 
 def _shown_default(default: Any) -> str:
+    if default is None:
+        return " Default: with --ultramem-init matched."
     return "" if default is MISSING else f" Default: {default}."
 
 
