@@ -35,6 +35,7 @@ COMMANDS = {
     "paper": Command("tools.paper.__main__", "the paper's tables, figures 1c and 9, beside ours"),
     "traffic": Command("tools.traffic", "bytes that each partition of a table moves"),
     "verify": Command("tools.verify_parallel.__main__", "do two layouts train the same model?"),
+    "bench": Command("tools.bench", "the benchmarks of a checkout: kernels, training, decoding"),
     "integrity": Command("faults.integrity", "which checkpoints of a folder are whole"),
     "data prepare": Command("data.prepare", "text to tokenizer and Megatron's datasets"),
     "data corpora": Command("data.corpora", "public texts to try things on"),
