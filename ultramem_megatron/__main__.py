@@ -6,8 +6,11 @@ torchrun ... -m ultramem_megatron train     the same on every rank
 """
 
 import importlib
+import os
+import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
@@ -21,6 +24,7 @@ class Command(NamedTuple):
 
 
 _PACKAGE = "ultramem_megatron"
+_NOBODY_READS = 141  # as a shell shows a process that SIGPIPE ended
 COMMANDS = {
     "train": Command("training.pretrain", "train a GPT with memory layers, by Megatron's flags"),
     "run": Command("training.run_script", "run Megatron-LM's own pretrain_gpt.py with memories"),
@@ -59,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     A wrong command, flag or size ends the process with status 2 and one message.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    with exit_on_user_error():
+    with exit_on_user_error(), _reader_may_leave():
         if not words or words[0] in ("-h", "--help"):
             print(listing())
             return 0
@@ -69,6 +73,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = importlib.import_module(f"{_PACKAGE}.{COMMANDS[name].module}")
         return command.main() or 0
     return 0
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """End quietly when nobody reads on: `ultramem flags | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+        if not poll.poll(0):  # it is another pipe that broke, a training's for example
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        sys.exit(_NOBODY_READS)
 
 
 def _split(words: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -1,7 +1,7 @@
 """Run a benchmark of launch/benchmarks: they stand in a checkout, not in the wheel.
 
-    ultramem bench                                  lists them
-    ultramem bench decode --out runs/decode         runs one; its --help says more
+ultramem bench                                  lists them
+ultramem bench decode --out runs/decode         runs one; its --help says more
 """
 
 import argparse
@@ -49,8 +49,8 @@ def _listing() -> str:
 def _become(benchmark: str, flags: Sequence[str]) -> None:
     if not (_CHECKOUT / "launch" / "benchmarks").is_dir():
         raise UltraMemError(
-            f"bench {benchmark}: benchmarks are not in the wheel that is installed here. In a clone "
-            f"of the repository, run bash launch/setup.sh and .venv/bin/ultramem bench {benchmark}."
+            f"bench {benchmark}: benchmarks are not in the wheel that is installed here. Run bash "
+            f"launch/setup.sh in a clone of the repository, then .venv/bin/ultramem bench there."
         )
     # Benchmarks start ranks, which must find the checkout too.
     paths = [str(_CHECKOUT), os.environ.get("PYTHONPATH")]

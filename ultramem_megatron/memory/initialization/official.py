@@ -17,4 +17,4 @@ def _scales(config: UltraMemConfig, _hidden_size: int, _num_layers: int) -> Scal
     )
 
 
-INITIALISATION = Initialisation(name="official", about="the authors' code", scales=_scales)
+INITIALISATION = Initialisation(name="official", scales=_scales)

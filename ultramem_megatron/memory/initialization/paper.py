@@ -24,6 +24,4 @@ def _scales(config: UltraMemConfig, hidden_size: int, num_layers: int) -> Scales
     )
 
 
-INITIALISATION = Initialisation(
-    name="paper", about="appendix A, calibrated to mean score 1", scales=_scales
-)
+INITIALISATION = Initialisation(name="paper", scales=_scales)

@@ -25,11 +25,10 @@ class Scales:
 
 @dataclass(frozen=True)
 class Initialisation:
-    """One initialisation: its name as a flag's value, a line of help, and its scales.
+    """One initialisation: its name as a flag's value, and its scales.
 
     scales: of a config, in a model of `hidden_size` and `num_layers`.
     """
 
     name: str
-    about: str
     scales: Callable[[UltraMemConfig, int, int], Scales]
