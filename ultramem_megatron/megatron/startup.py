@@ -10,7 +10,7 @@ from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.size import memory_size
 from ultramem_megatron.memory.tables.layout import TableLayout
-from ultramem_megatron.memory.tables.partitions import choose, shared_partitions
+from ultramem_megatron.memory.tables.partitions import PARTITIONS, choose, shared_partitions
 from ultramem_megatron.memory.tables.settings import TableSettings, exchange_of
 
 _GIGABYTE = 1e9
@@ -91,7 +91,7 @@ def _parts(config: UltraMemConfig, settings: TableSettings) -> list[str]:
 
 def _traffic(config: UltraMemConfig, settings: TableSettings, number_bytes: int) -> list[str]:
     exchange = exchange_of(config, settings.size, number_bytes)
-    volumes = {name: kind.volume(exchange) for name, kind in shared_partitions().items()}
+    volumes = {name: PARTITIONS[name].volume(exchange) for name in shared_partitions()}
     cheaper = choose(exchange, config.num_values)
     own = volumes[settings.partition]
     verdict = (

@@ -2,7 +2,6 @@
 
 import re
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
-from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -11,16 +10,10 @@ from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.initialization import INITIALISATIONS
 from ultramem_megatron.memory.retrieval import RETRIEVALS
 from ultramem_megatron.memory.spans import parse_spans
-from ultramem_megatron.memory.tables.partitions import shared_partitions
+from ultramem_megatron.memory.tables.partitions import PARTITIONS, shared_partitions
 from ultramem_megatron.memory.validation import CHOICES, validate
 from ultramem_megatron.memory.values import VALUES
 from ultramem_megatron.presets import MEMORY_PRESETS, preset_fields
-
-
-def _named(entries: Mapping[str, Any]) -> str:
-    """ "name: about" of every entry of a list."""
-    return "; ".join(f"{name}: {entry.about}" for name, entry in entries.items())
-
 
 _INTEGER_HELP = {
     "num_keys": "Physical keys per side, n; a memory layer holds n*n values.",
@@ -41,12 +34,12 @@ _NUMBER_HELP = {
     "value_lr_decay": "...and falls linearly to 1x over this fraction of training.",
 }
 _CHOICE_HELP = {
-    "retrieval": f"How queries find values: {_named(RETRIEVALS)}.",
+    "retrieval": f"How queries find values: {RETRIEVALS.described()}.",
     "rank_layout": "split: each rank has a slice of the key (paper); full: each has all of it "
     "(authors' code).",
     "qk_norm": "Norm of queries and keys.",
-    "values": f"What is read: {_named(VALUES)}.",
-    "init": f"Initial values: {_named(INITIALISATIONS)}.",
+    "values": f"What is read: {VALUES.described()}.",
+    "init": f"Initial values: {INITIALISATIONS.described()}.",
 }
 _SWITCH_HELP = {
     "share_query": "Two heads use one query.",
@@ -150,8 +143,8 @@ def _add_table_arguments(group: Any) -> None:
     group.add_argument(
         "--ultramem-partition",
         choices=("auto", *shared_partitions()),
-        help=f"How they share it: {_named(shared_partitions())}; auto (default): the cheaper by "
-        "bytes moved.",
+        help=f"How they share it: {PARTITIONS.described(shared_partitions())}; auto (default): the "
+        "cheaper by bytes moved.",
     )
     group.add_argument(
         "--ultramem-overlap",

@@ -28,6 +28,4 @@ def _scales(config: UltraMemConfig, host: Host) -> Scales:
     )
 
 
-INITIALISATION = Initialisation(
-    name="matched", about="the output's variance is that of the layer's own MLP", scales=_scales
-)
+INITIALISATION = Initialisation(name="matched", scales=_scales)

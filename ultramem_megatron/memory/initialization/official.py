@@ -22,4 +22,4 @@ def _scales(config: UltraMemConfig, _host: Host) -> Scales:
     )
 
 
-INITIALISATION = Initialisation(name="official", about="the authors' code", scales=_scales)
+INITIALISATION = Initialisation(name="official", scales=_scales)

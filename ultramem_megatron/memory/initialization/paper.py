@@ -29,6 +29,4 @@ def _scales(config: UltraMemConfig, host: Host) -> Scales:
     )
 
 
-INITIALISATION = Initialisation(
-    name="paper", about="appendix A, the output's variance is 1/(2 layers)", scales=_scales
-)
+INITIALISATION = Initialisation(name="paper", scales=_scales)

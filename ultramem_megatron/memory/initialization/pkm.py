@@ -23,4 +23,4 @@ def _scales(config: UltraMemConfig, host: Host) -> Scales:
     )
 
 
-INITIALISATION = Initialisation(name="pkm", about="product-key memories' own", scales=_scales)
+INITIALISATION = Initialisation(name="pkm", scales=_scales)

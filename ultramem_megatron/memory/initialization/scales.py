@@ -38,8 +38,7 @@ class Scales:
 
 @dataclass(frozen=True)
 class Initialisation:
-    """One initialisation: its name as a flag's value, a line of help, and its scales."""
+    """One initialisation: its name as a flag's value, and its scales."""
 
     name: str
-    about: str
     scales: Callable[[UltraMemConfig, Host], Scales]
