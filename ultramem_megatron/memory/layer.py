@@ -104,7 +104,8 @@ class UltraMemLayer(nn.Module):
 
     def steps(self, x: Tensor, history: Tensor | None = None) -> Pausing:
         """As forward, pausing whenever other ranks have to answer."""
-        retrieved = self.retrieve(self.query(x, history))
+        query = self.query(x, history)
+        retrieved = self.retrieve(query)
         addresses = self.shuffle(retrieved.addresses)
         if self.premultiplied is not None:
             return self.premultiplied(addresses, retrieved.scores).view(x.shape)
@@ -112,7 +113,7 @@ class UltraMemLayer(nn.Module):
         out = self.value_proj(pooled.flatten(1)).view(x.shape)
         if self.training and torch.is_grad_enabled():
             rows, _ = split_address(addresses, self.config.num_values)
-            self.statistics.record(rows, retrieved.scores, out, self.config.topk)
+            self.statistics.record(query, rows, retrieved.scores, out, self.config.topk)
         return out
 
     @property

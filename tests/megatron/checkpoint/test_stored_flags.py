@@ -14,6 +14,7 @@ _MODEL = {
     "swiglu": True,
     "params_dtype": torch.bfloat16,
     "ultramem_spans": "1:2",
+    "ultramem_query_centering": None,
     "tokenizer_model": "words",
     "moe_layer_freq": [1],
 }
@@ -38,6 +39,12 @@ def test_what_describes_the_model_is_taken_and_nothing_else():
     stored = Namespace(**_MODEL, **others)
     assert run_on_ranks(1, _believed, stored) == [_MODEL]
     assert run_on_ranks(1, _believed, stored, env={TRUST: "1"}) == [{**_MODEL, **others}]
+
+
+def test_flags_from_before_queries_were_centred_say_that_they_are_not():
+    older = Namespace(ultramem_spans="1:2")
+    assert run_on_ranks(1, _believed, older)[0]["ultramem_query_centering"] is False
+    assert "ultramem_query_centering" not in run_on_ranks(1, _believed, Namespace(num_layers=2))[0]
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,7 @@ def believed(stored: Any, folder: str) -> Namespace:
         raise UltraMemError(
             f"{folder}: its flags are a {type(stored).__name__}, not what Megatron stores. {ADVICE}"
         )
+    _complete_older(stored)
     if is_trusted():
         return stored
     for name in _NEEDED_BY_MODEL:
@@ -148,6 +149,13 @@ def believed(stored: Any, folder: str) -> Namespace:
             f"{ADVICE}"
         )
     return Namespace(**taken)
+
+
+def _complete_older(stored: Namespace) -> None:
+    """Give flags that are older than a default what was true of them then."""
+    has_memories = any(getattr(stored, f"ultramem_{name}", None) for name in ("spans", "preset"))
+    if has_memories and not hasattr(stored, "ultramem_query_centering"):
+        stored.ultramem_query_centering = False
 
 
 def _is_data(value: Any) -> bool:
