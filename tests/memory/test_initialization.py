@@ -116,6 +116,25 @@ def test_pkm_initialisation_is_that_of_product_key_memories():
     assert query.abs().max().item() == pytest.approx((6 / (64 + 64)) ** 0.5, rel=1e-2)
     assert layer.values.weight.std().item() == pytest.approx(32**-0.5, rel=0.02)
     assert layer.query.norm.weight.unique().tolist() == [1]
+    assert layer.retrieval.keys.norm.weight.unique().item() == pytest.approx(96**-0.5)
+
+
+def test_scores_keep_their_size_from_row_to_row_of_the_papers_table():
+    """Product keys, with norms, with Tucker cores, with two of them: none gains by its scale."""
+    additive = {"retrieval": "pkm", "tucker_rank": 1, "cores": 1}
+    rows = (
+        {**additive, "qk_norm": "none"},
+        {**additive, "qk_norm": "layernorm"},
+        {"tucker_rank": 2, "cores": 1},
+        {"tucker_rank": 3, "cores": 1, "key_dim": 36},
+        {"tucker_rank": 2, "cores": 2},
+    )
+    x = torch.randn(500, 64)
+    squares = []
+    for changes in rows:
+        layer = _layer(init="pkm", num_keys=60, **changes)
+        squares.append(layer.retrieve(layer.query(x)).scores.detach().square().mean().item())
+    assert squares == pytest.approx([squares[1]] * len(rows), rel=0.2)
 
 
 def test_at_the_papers_largest_size_matched_is_the_papers_rule():

@@ -198,17 +198,18 @@ class UltraMemLayer(nn.Module):
         if isinstance(self.shuffle, GridShuffle):
             self.shuffle.reset(draw.generator("shuffle", torch.device("cpu")))
         self.after_step()
-        if scales.calibrated:
-            square = self.calibrate(draw.generator("calibration", self.values.weight.device))
+        if scales.mean_square is not None:
+            generator = draw.generator("calibration", self.values.weight.device)
+            ratio = scales.mean_square / self.calibrate(generator, scales.mean_square)
             if config.softmax:  # the weights add up to 1 whatever the queries: the values give way
-                scales = replace(scales, values=scales.values / math.sqrt(square))
+                scales = replace(scales, values=scales.values * math.sqrt(ratio))
         self.values.reset(Draw(config.seed, self.table_number), scales)
 
     @torch.no_grad()
-    def calibrate(self, generator: torch.Generator) -> float:
-        """Scale the queries so that the weights of values have mean square 1; what it was before.
+    def calibrate(self, generator: torch.Generator, mean_square: float = 1.0) -> float:
+        """Scale the queries so that weights of values have this mean square; what it was before.
 
-        With it the variance of what is read is that of the values times their number (appendix A).
+        With 1 the variance of what is read is that of the values times their number (appendix A).
         Inputs are drawn as a norm leaves them, with unit variance; the squared scores of the real
         keys are averaged over tokens, picks and cores. Under a softmax queries stay as they are.
         """
@@ -226,7 +227,7 @@ class UltraMemLayer(nn.Module):
         if not self.config.softmax:
             gain = getattr(self.query.norm, "weight", None)
             power = -1 / (2 * self.retrieval.score_power)
-            (weight if gain is None else gain).mul_(square**power)
+            (weight if gain is None else gain).mul_((square / mean_square) ** power)
         return square
 
 

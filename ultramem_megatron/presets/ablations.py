@@ -28,7 +28,7 @@ _PKM = (
         query_conv_kernel=0,
         aux_loss_weight=0.0,
     )
-    | assumed(init="official")
+    | assumed(init="pkm")  # of product-key memories; the code of 2025 came later
 )
 
 # Table 2 is cumulative: each row changes the row before it.

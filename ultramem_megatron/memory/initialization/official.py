@@ -18,7 +18,7 @@ def _scales(config: UltraMemConfig, _host: Host) -> Scales:
         values=0.02,
         value_projection=(config.value_expansion * config.value_dim) ** -0.5,
         cores=None,
-        calibrated=False,
+        mean_square=None,
     )
 
 

@@ -25,7 +25,7 @@ def _scales(config: UltraMemConfig, host: Host) -> Scales:
         values=value_std(config.picks, config.value_expansion, host.num_layers),
         value_projection=(config.value_expansion * config.value_dim) ** -0.5,
         cores=config.cores**-0.5,  # the sum of h independent cores has entries of variance 1
-        calibrated=True,
+        mean_square=1.0,
     )
 
 

@@ -26,14 +26,14 @@ class Scales:
     """Of the query projection."""
     keys: float
     values: float
-    """Of the values, if the mean square of their weights is 1."""
+    """Of the values; under a softmax, if its weights had the mean square that is asked for."""
     value_projection: float
     cores: float | None
     """Of each entry of a Tucker core; None: uniform between 0 and 1."""
     uniform: bool = False
     """Keys and the query projection are uniform around 0, of these standard deviations."""
-    calibrated: bool
-    """Bring the mean square of scores to 1 (see UltraMemLayer.calibrate)."""
+    mean_square: float | None
+    """To which that of scores is brought (see UltraMemLayer.calibrate); None: it is as it comes."""
 
 
 @dataclass(frozen=True)
