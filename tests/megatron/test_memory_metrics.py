@@ -20,6 +20,7 @@ _FLAGS = {
     "ultramem_num_keys": 12,
     "ultramem_topk": 6,
     "ultramem_aux_loss_margin": 0.05,
+    "ultramem_value_lr_mult": 10.0,
     "train_iters": 4,
     "log_interval": 2,
     "tensorboard_log_interval": 1,

@@ -61,7 +61,7 @@ class UltraMemConfig:
     """alpha of the auxiliary loss on the cores' small singular values (eq. 11-12); 0 is none."""
     aux_loss_margin: float = 0.15
     """tau: singular values below it are left alone."""
-    value_lr_mult: float = 10.0
+    value_lr_mult: float = 4.0
     """k: the table's learning rate starts at k times the base rate..."""
     value_lr_decay: float = 1.0
     """...and falls linearly to 1x over this fraction of training."""

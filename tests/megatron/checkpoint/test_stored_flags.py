@@ -41,9 +41,11 @@ def test_what_describes_the_model_is_taken_and_nothing_else():
     assert run_on_ranks(1, _believed, stored, env={TRUST: "1"}) == [{**_MODEL, **others}]
 
 
-def test_flags_from_before_queries_were_centred_say_that_they_are_not():
+def test_flags_from_before_a_default_say_what_it_was_then():
     older = Namespace(ultramem_spans="1:2")
-    assert run_on_ranks(1, _believed, older)[0]["ultramem_query_centering"] is False
+    believed = run_on_ranks(1, _believed, older)[0]
+    assert believed["ultramem_query_centering"] is False
+    assert believed["ultramem_value_lr_mult"] == 10.0  # the default then
     assert "ultramem_query_centering" not in run_on_ranks(1, _believed, Namespace(num_layers=2))[0]
 
 

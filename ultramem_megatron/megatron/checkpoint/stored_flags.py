@@ -152,10 +152,13 @@ def believed(stored: Any, folder: str) -> Namespace:
 
 
 def _complete_older(stored: Namespace) -> None:
-    """Give flags that are older than a default what was true of them then."""
-    has_memories = any(getattr(stored, f"ultramem_{name}", None) for name in ("spans", "preset"))
-    if has_memories and not hasattr(stored, "ultramem_query_centering"):
-        stored.ultramem_query_centering = False
+    """Give flags that are older than their default what was true of them then."""
+    spans, preset = (getattr(stored, f"ultramem_{name}", None) for name in ("spans", "preset"))
+    if not (spans or preset) or hasattr(stored, "ultramem_query_centering"):
+        return
+    stored.ultramem_query_centering = False
+    if not preset and getattr(stored, "ultramem_value_lr_mult", None) is None:
+        stored.ultramem_value_lr_mult = 10.0
 
 
 def _is_data(value: Any) -> bool:
