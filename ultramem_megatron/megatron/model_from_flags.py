@@ -8,7 +8,7 @@ from typing import Any
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 
 from ultramem_megatron.megatron.checkpoint.design import check_design
-from ultramem_megatron.megatron.checkpoint.source import check_sums, source_of_weights
+from ultramem_megatron.megatron.checkpoint.source import check_sums, settle_sums, source_of_weights
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.megatron.flags.refusals import (
     refuse_unsupported_flags,
@@ -34,6 +34,7 @@ def model_config_from_args(
     ultramem = config_from_args(args)
     refuse_unsupported_flags(args, ultramem)
     require_eval_interval(args)
+    settle_sums(args, ultramem is not None)
     transformer: Any = core_transformer_config_from_args(args)
     if ultramem is not None:
         check_pipeline(ultramem.spans, transformer)
