@@ -46,6 +46,7 @@ PATCH_MODULES = (
     "defects.safe_objects",
     "defects.stored_code",
     "defects.results_queue",
+    "defects.whole_iterations",
 )
 """Order of application; every name is a file in this folder."""
 
