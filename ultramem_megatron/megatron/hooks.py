@@ -21,6 +21,7 @@ from ultramem_megatron.megatron.optimizer.value_learning_rate import (
     throw_warning,
     value_overrides,
 )
+from ultramem_megatron.megatron.table_log import TableLog
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.size import memory_size, training_flops
 from ultramem_megatron.memory.tables.value_table import is_value_table
@@ -46,6 +47,7 @@ class MemoryHooks:
     table_ranks: int
     fullest_stage: int
     monitor: MemoryMonitor
+    table_log: TableLog | None = None
     scheduler: ValueLearningRateScheduler | None = None
     warned: set[int] = field(default_factory=set)
     """Layers whose memory was said to have collapsed."""
@@ -61,6 +63,8 @@ class MemoryHooks:
             (flops.more, self.flops),
             (footprint.more, self.footprint),
         )
+        if self.table_log is not None:  # before gradients are taken away
+            doors = ((optimizer_built.after, self.table_log.watch), *doors)
         for door, function in doors:
             door.append(function)
             _hung.append((door, function))
@@ -76,7 +80,13 @@ class MemoryHooks:
 
         if iteration % get_args().log_interval:
             return
-        by_layer = self.monitor.collect()
+        tables = self.table_log
+        if tables is not None and not tables.is_due(iteration):
+            tables = None
+        by_layer = self.monitor.collect(None if tables is None else tables.pictures.keep)
+        if tables is not None:
+            for layer, metrics in tables.steps.collect().items():
+                by_layer[layer] |= metrics
         scalars = {
             tensorboard_tag(layer, name): value
             for layer, metrics in by_layer.items()
@@ -96,6 +106,8 @@ class MemoryHooks:
                 writer.add_scalar(tag, value, iteration)
         if wandb_writer:
             wandb_writer.log(scalars, iteration)
+        if tables is not None:
+            tables.write_pictures(iteration, writer, wandb_writer)
 
     def warn(self, iteration: int, by_layer: Mapping[int, Mapping[str, float]]) -> None:
         """Say once of each memory that it has collapsed; not of the first steps, which may pass."""

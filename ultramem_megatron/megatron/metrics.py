@@ -5,7 +5,7 @@ values since the last report.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.retrieval import RETRIEVALS
+from ultramem_megatron.memory.retrieval.addresses import grid_bins
 
 METRICS = (
     "top-1 score",  # mean score of each head's best value
@@ -25,6 +26,8 @@ METRICS = (
 )
 """Of every memory; its retrieval adds its own."""
 _ALIKE, _HARDLY_USED = 0.9, 0.01
+KeepReads = Callable[[int, Tensor, Tensor], None]
+"""Takes a layer's number, reads per value (N,) and of the key grid, over all ranks of its stage."""
 
 
 class MemoryMonitor:
@@ -48,7 +51,7 @@ class MemoryMonitor:
         self.pipeline_group = pipeline_group
 
     @torch.no_grad()
-    def collect(self) -> dict[int, dict[str, float]]:
+    def collect(self, keep_reads: KeepReads | None = None) -> dict[int, dict[str, float]]:
         """Metrics by layer number since the last call, the same on every rank; a collective.
 
         What does not apply is NaN.
@@ -58,15 +61,16 @@ class MemoryMonitor:
         table = torch.zeros(len(self.spans), len(self.names), dtype=torch.float64, device=device)
         for row, span in enumerate(self.spans):
             if span.start in self.layers:
-                table[row] = self._of_layer(self.layers[span.start])
+                table[row] = self._of_layer(self.layers[span.start], keep_reads)
         dist.all_reduce(table, group=self.pipeline_group)
         return {
             span.start: dict(zip(self.names, table[row].tolist(), strict=True))
             for row, span in enumerate(self.spans)
         }
 
-    def _of_layer(self, layer: UltraMemLayer) -> Tensor:
+    def _of_layer(self, layer: UltraMemLayer, keep_reads: KeepReads | None) -> Tensor:
         forwards, sums, hits = layer.statistics.take()
+        grid = layer.statistics.take_grid()
         device = layer.values.weight.device
         totals = torch.zeros(5, dtype=torch.float64, device=device)
         counts = torch.zeros(layer.config.num_values, dtype=torch.int64, device=device)
@@ -75,6 +79,12 @@ class MemoryMonitor:
             counts += hits
         dist.all_reduce(totals, group=self.data_group)
         dist.all_reduce(counts, group=self.data_group)
+        if keep_reads is not None:
+            bins = grid_bins(layer.config.keys_per_side)
+            grids = torch.zeros(bins, bins, dtype=torch.int64, device=device)
+            grids += 0 if grid is None else grid
+            dist.all_reduce(grids, group=self.data_group)
+            keep_reads(layer.layer_number, counts, grids)
         means = totals[:-1] / totals[-1]
         used, divergence = usage(counts)
         tail = [used, divergence, *layer.retrieval.report().values()]

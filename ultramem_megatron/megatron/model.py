@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from ultramem_megatron.megatron.startup import (
     describe_tables,
 )
 from ultramem_megatron.megatron.table_groups import table_groups
+from ultramem_megatron.megatron.table_log import TableLog
 from ultramem_megatron.megatron.train_only import train_only_memory
 from ultramem_megatron.megatron.upcycle import start_from_dense
 from ultramem_megatron.memory.config import UltraMemConfig
@@ -44,7 +46,8 @@ class UltraMemGPTModelConfig(GPTModelConfig):
     table_partition: how value tables are cut over Megatron's expert-parallel group, "number" or
     "dimension"; of no account where that has one rank. memory_overlap: memories compute beside the
     layers of their spans (see branch.py); results are the same. upcycle_from: iteration folder of a
-    dense checkpoint to start from. train_only_memory: freeze everything else.
+    dense checkpoint to start from. train_only_memory: freeze everything else. log_tables_interval:
+    steps from one picture of the tables in TensorBoard and W&B to the next, None for none.
     """
 
     builder = "ultramem_megatron.megatron.model.UltraMemGPTModelBuilder"
@@ -53,6 +56,7 @@ class UltraMemGPTModelConfig(GPTModelConfig):
     memory_overlap: bool = False
     upcycle_from: str | None = None
     train_only_memory: bool = False
+    log_tables_interval: int | None = None
 
 
 class UltraMemGPTModelBuilder(GPTModelBuilder):
@@ -118,7 +122,18 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
             table_ranks=_table_ranks(groups),
             fullest_stage=most_on_one_stage(ultramem.spans, transformer),
             monitor=monitor,
+            table_log=self._table_log(monitor.layers, ultramem, groups),
         ).hang()
+
+    def _table_log(
+        self, layers: Mapping[int, Any], ultramem: UltraMemConfig, groups: ProcessGroupCollection
+    ) -> TableLog | None:
+        interval = self._model_config.log_tables_interval
+        if interval is None:
+            return None
+        return TableLog(
+            interval, layers, ultramem, stage_group=groups.tp_dp_cp, pipeline_group=groups.pp
+        )
 
     def _print_plan(
         self, ultramem: UltraMemConfig, groups: ProcessGroupCollection, ddp_config: Any

@@ -113,7 +113,7 @@ class UltraMemLayer(nn.Module):
         out = self.value_proj(pooled.flatten(1)).view(x.shape)
         if self.training and torch.is_grad_enabled():
             rows, _ = split_address(addresses, self.config.num_values)
-            self.statistics.record(query, rows, retrieved.scores, out, self.config.topk)
+            self.statistics.record(query, retrieved, rows, out, self.config.topk)
         return out
 
     @property

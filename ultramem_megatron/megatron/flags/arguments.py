@@ -90,6 +90,7 @@ def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser.add_argument_group(f"{GROUPS}their training"),
     )
     _add_table_arguments(parser.add_argument_group(f"{GROUPS}their tables on many ranks"))
+    _add_log_arguments(parser.add_argument_group(f"{GROUPS}in TensorBoard and W&B"))
     _add_start_arguments(parser.add_argument_group(f"{GROUPS}from a dense model"))
     _add_checkpoint_arguments(parser.add_argument_group(f"{GROUPS}their checkpoints"))
     return parser
@@ -111,6 +112,18 @@ def _add_config_arguments(design: Any, training: Any) -> None:
         add(name, text, choices=CHOICES[name])
     for name, text in _SWITCH_HELP.items():
         add(name, text, action=BooleanOptionalAction)
+
+
+def _add_log_arguments(group: Any) -> None:
+    group.add_argument(
+        "--ultramem-log-tables-interval",
+        type=whole_number,
+        metavar="STEPS",
+        help="Every so many steps, a multiple of --log-interval, log of each value table: reads "
+        "per value as a histogram, reads of the key grid as a picture, the norm of its gradient "
+        "and |update| / |weights| of the step. At such a step host memory holds a copy of a rank's "
+        "tables. Default: never.",
+    )
 
 
 def _add_start_arguments(group: Any) -> None:
