@@ -8,7 +8,7 @@ for equal FLOPs and (but for dense) equal parameters, which `sizes()` counts for
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from launch.small_models import Flags, text_gpt
 from ultramem_megatron.presets import preset_fields
@@ -88,6 +88,12 @@ def resized(name: str, preset: str, full: Mapping[str, int], small: Mapping[str,
     """The whole UltraMem layer with other sizes of its table and of what is read of it."""
     complete = ablation(name, ULTRAMEM_ROW).small
     return Model(name, preset, {**complete, **_as_flags(small)}, _as_flags(full))
+
+
+def with_initial_std(model: Model, std: float) -> Model:
+    """The same model, with all weights of its transformer started at one standard deviation."""
+    flags = {"init-method-std": std, "embedding-init-method-std": std}
+    return replace(model, small={**model.small, **flags}, full={**model.full, **flags})
 
 
 ULTRAMEM_ROW = "ablation-151m-x10-query-conv"
