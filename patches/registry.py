@@ -48,6 +48,7 @@ PATCH_MODULES = (
     "defects.stored_code",
     "defects.results_queue",
     "defects.whole_iterations",
+    "defects.events_folder",
 )
 """Order of application; every name is a file in this folder."""
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
     [
         (["--ultramem-spans", "1:9"], "error: --ultramem-spans 1:9: span 1:9 leaves the model"),
         (["--ultramem-sapns", "1:2"], "error: Wrong flags: unrecognized arguments: --ultramem-sap"),
-        (["--num-attention-heads", "5"], "error: Megatron refuses these flags: assert args.hidden"),
+        (["--min-lr", "9"], "error: Megatron refuses these flags: assert args.min_lr <= args.lr"),
     ],
 )
 def test_what_is_refused_is_not_tried_again(tmp_path, wrong, said):
