@@ -111,6 +111,16 @@ def _pixels(events, layer):
     return np.asarray(Image.open(io.BytesIO(image.encoded_image_string)), dtype=np.int64)
 
 
+@pytest.mark.long
+def test_weights_and_biases_has_the_pictures_too(tmp_path):
+    flags = {"wandb_project": "tables", "wandb_exp_name": "run", "wandb_save_dir": tmp_path}
+    run_pretrain(1, tiny_gpt(**_FLAGS, **flags), env={"WANDB_MODE": "offline"})
+    pictures = [
+        path.name for path in tmp_path.glob("wandb/offline-run-*/files/media/images/**/*.png")
+    ]
+    assert sorted(name[:9] for name in pictures) == ["layer-001", "layer-003"]
+
+
 def test_a_picture_shows_rows_down_and_reads_as_brightness():
     shown = picture(torch.tensor([[0, 9], [99, 0]]))
     assert shown.shape == (256, 256)
