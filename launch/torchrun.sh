@@ -9,7 +9,7 @@
 #   MAX_RESTARTS=3      restarts after a fault, each from the newest complete checkpoint
 #   STALL_SECONDS=600   a collective that takes longer ends the attempt
 #   JOIN_SECONDS=600    how long a node waits for the others, at the start and after a fault
-#   CHECK_SUMS=1        0: do not check the checkpoint, for one saved without --verify-integrity
+#   CHECK_SUMS=1        0: checkpoints without sums (--no-verify-integrity), for one saved so, too
 #   LOG_DIR=logs        LOG_DIR/<run>/attempt_<n>/<rank>/{stdout,stderr}.log
 #   PYTHON=<checkout>/.venv/bin/python
 #
@@ -64,7 +64,7 @@ else
 fi
 sums=(--verify-integrity)
 if [[ $CHECK_SUMS == 0 ]]; then
-    sums=()
+    sums=(--no-verify-integrity)
 fi
 command=(
     "$python" -m torch.distributed.run

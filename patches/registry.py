@@ -29,6 +29,7 @@ PATCH_MODULES = (
     "defects.dataset_helpers",
     "defects.dataset_cache",
     "defects.help_text",
+    "defects.first_log_line",
     # What memory layers need.
     "doors.optimizer_config",
     "doors.optimizer_built",

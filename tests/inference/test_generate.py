@@ -1,10 +1,12 @@
 """Decoding with a KV cache gives what a forward pass over the whole text gives."""
 
+import argparse
+
 import pytest
 import torch
 
 from tests.closeness import assert_close
-from tests.decoding import LOGITS
+from tests.decoding import LOGITS, NumberTokenizer
 from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
 
@@ -110,3 +112,21 @@ def test_wrong_requests_are_refused(changes, message, checkpoint):
     argv = ["--load", str(checkpoint), "--prompt", "1 2 3", "--tokens", "5", *changes]
     with pytest.raises(RanksFailed, match=message):
         run_on_ranks(1, _generate, *argv)
+
+
+def _sampled(folder, batching, seeds):
+    from ultramem_megatron.inference.loading import load_for_inference
+    from ultramem_megatron.inference.sampling import generate
+
+    loaded = load_for_inference(str(folder))._replace(tokenizer=NumberTokenizer())
+    settings = {"tokens": 8, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "batching": batching}
+    return [
+        generate(loaded, ["1 2 3"], argparse.Namespace(**settings, seed=seed)) for seed in seeds
+    ]
+
+
+@pytest.mark.parametrize("batching", ["static", "dynamic"])
+def test_the_seed_decides_what_is_sampled(batching, checkpoint):
+    ((first, again, other),) = run_on_ranks(1, _sampled, checkpoint, batching, [1, 1, 2])
+    assert first == again
+    assert first != other

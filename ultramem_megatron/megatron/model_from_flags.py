@@ -8,7 +8,7 @@ from typing import Any
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 
 from ultramem_megatron.megatron.checkpoint.design import check_design
-from ultramem_megatron.megatron.checkpoint.source import check_sums, source_of_weights
+from ultramem_megatron.megatron.checkpoint.source import check_sums, settle_sums, source_of_weights
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.megatron.flags.missing_packages import refuse_missing_packages
 from ultramem_megatron.megatron.flags.refusals import (
@@ -37,6 +37,7 @@ def model_config_from_args(
     ultramem = config_from_args(args)
     refuse_unsupported_flags(args, ultramem)
     require_eval_interval(args)
+    settle_sums(args, ultramem is not None)
     refuse_slips_of_training(args)
     refuse_missing_packages(args)
     with megatron_refuses():
@@ -72,4 +73,5 @@ def fill(
     config.memory_overlap = args.ultramem_overlap
     # Absent from the flags stored in a checkpoint of Megatron's own.
     config.train_only_memory = getattr(args, "ultramem_train_only", None) == "memory"
+    config.log_tables_interval = getattr(args, "ultramem_log_tables_interval", None)
     return config
