@@ -65,7 +65,7 @@ def _messages(flag_sets):
     from ultramem_megatron.megatron.flags.slips import refuse_slips_of_training
 
     # For find_spec a module that is None is not installed.
-    sys.modules["emerging_optimizers"] = None  # type: ignore[assignment]  # on purpose
+    sys.modules["emerging_optimizers"] = None
     messages = {}
     for name, flags in flag_sets.items():
         try:
