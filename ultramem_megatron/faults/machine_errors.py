@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ultramem_megatron.errors import UltraMemError
+
 _PLAN_SECONDS = 120
 _SHARED = "/dev/shm"
 _NO_MEMORY = ("can't allocate memory", "out of memory", os.strerror(errno.ENOMEM))
@@ -22,6 +24,8 @@ _NO_MEMORY = ("can't allocate memory", "out of memory", os.strerror(errno.ENOMEM
 def explained(args: Namespace, flags: Sequence[str]) -> Iterator[None]:
     """Add a note to an error about memory or a file to be written that leaves the block.
 
+    An optimizer's state that was saved for another layout becomes an UltraMemError.
+
     Args:
         args: Megatron's arguments.
         flags: the command line they come from, for the plan of its memory.
@@ -29,6 +33,8 @@ def explained(args: Namespace, flags: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # CheckpointException is no Exception
+        if args.load and args.use_distributed_optimizer and any(map(_is_layout, _chain(error))):
+            raise UltraMemError(_about_layout(args)) from error
         if any(map(_is_out_of_memory, _chain(error))):
             error.add_note(_about_memory(args, flags))
         elif any(map(_is_shared_memory, _chain(error))):
@@ -43,6 +49,23 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _is_layout(error: BaseException) -> bool:
+    """What Megatron says of a distributed optimizer's state that was cut for other ranks."""
+    words = str(error)
+    state = "optimizer.distributed." in words
+    return "(TP, PP) mismatch after resume" in words or (
+        state and ("Global shape mismatch" in words or "not in state dict" in words)
+    )
+
+
+def _about_layout(args: Namespace) -> str:
+    return (
+        f"--load {args.load}: the state of the distributed optimizer was saved for ranks laid out "
+        f"otherwise. Go on with the same layout, or once with --no-load-optim (weights alone); "
+        f"saved with --dist-ckpt-optim-fully-reshardable it loads into any."
+    )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

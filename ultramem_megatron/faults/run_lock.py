@@ -73,11 +73,12 @@ class RunLock:
         """Raises UltraMemError: another run holds the folder, or it cannot be written to."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._mine.write_text(as_text(self.me))
             try:
+                self._mine.write_text(as_text(self.me))
                 self._take()
             finally:
-                self._mine.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # the first error says more
+                    self._mine.unlink(missing_ok=True)
         except OSError as error:
             raise UltraMemError(
                 f"--save {self.folder} cannot be written to: {error.strerror or error}. Make room, "

@@ -52,9 +52,7 @@ def settings_in_force(
     else:
         for field in dataclasses.fields(ultramem):
             found[field.name] = _shown(getattr(ultramem, field.name))
-        found["tables"] = (
-            f"over {tables.size} ranks, {tables.partition}-wise" if tables.size > 1 else "whole"
-        )
+        found["tables"] = cut_of(tables)
         for name in ("overlap", "upcycle", "train_only", "log_tables_interval"):
             found[name] = _shown(getattr(args, f"ultramem_{name}"))
     names = ("ultramem-megatron", "megatron-core", "numpy")
@@ -64,6 +62,11 @@ def settings_in_force(
     found["commit"] = commit()
     found["patches"] = ", ".join(registry.applied()) or "none"
     return found
+
+
+def cut_of(tables: TableSettings) -> str:
+    """How tables lie on ranks, in words; checkpoints keep them."""
+    return f"over {tables.size} ranks, {tables.partition}-wise" if tables.size > 1 else "whole"
 
 
 def block(found: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 
 from ultramem_megatron.megatron.checkpoint.design import check_design
 from ultramem_megatron.megatron.checkpoint.source import check_sums, settle_sums, source_of_weights
+from ultramem_megatron.megatron.checkpoint.table_cut import check_table_cut
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.megatron.flags.missing_packages import refuse_missing_packages
 from ultramem_megatron.megatron.flags.refusals import (
@@ -44,6 +45,7 @@ def model_config_from_args(
         transformer: Any = core_transformer_config_from_args(args)
     if ultramem is not None:
         check_pipeline(ultramem.spans, transformer)
+    source = None
     if os.environ["RANK"] == "0":  # one reader; its failure ends the others
         source = source_of_weights(args)
         if source is not None:
@@ -53,6 +55,8 @@ def model_config_from_args(
         return fill(args, transformer, None, TableSettings())
     upcycle_from = dense_checkpoint(args)
     tables = settings_from_args(args, ultramem)
+    if source is not None:
+        check_table_cut(source, args, tables)
     initialize_model_parallel(args, tables.size, get_embedding_ranks)
     config = fill(args, transformer, ultramem, tables)
     config.upcycle_from = upcycle_from

@@ -170,6 +170,7 @@ def _checkpoint(run: Any) -> str:
         settle_sums,
         source_of_weights,
     )
+    from ultramem_megatron.megatron.checkpoint.table_cut import check_table_cut
     from ultramem_megatron.megatron.upcycle import dense_checkpoint
 
     args = run.args
@@ -178,6 +179,8 @@ def _checkpoint(run: Any) -> str:
     if source is not None:
         check_sums(source, args)
         check_design(source, args, run.ultramem)
+        if run.ultramem is not None:
+            check_table_cut(source, args, run.tables)
     dense = dense_checkpoint(args) if run.ultramem else None
     if dense:
         return f"starts from the dense model in {dense}"

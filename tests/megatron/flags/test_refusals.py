@@ -95,6 +95,7 @@ def test_a_flag_and_the_field_of_that_name_are_refused_for_one_reason(name, valu
 
 
 _OTHERS = {
+    "optimizer": "adam",
     "use_distributed_optimizer": False,
     "ckpt_format": "torch_dist",
     "ckpt_convert_format": None,

@@ -46,6 +46,11 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
             f"other layouts go unnoticed. Use --ckpt-format torch_dist, without conversion."
         )
     _check_log_tables_interval(args)
+    if args.optimizer == "sgd" and args.save and not args.no_save_optim:
+        raise UltraMemError(
+            "--optimizer sgd: Megatron cannot load its state from a checkpoint again. Use adam, or "
+            "add --no-save-optim, and --no-load-optim to go on."
+        )
     if ultramem.lazy_adam and args.use_distributed_optimizer:
         raise UltraMemError(
             f"--use-distributed-optimizer cannot be combined with {flag('lazy_adam')}: it cuts "

@@ -1,0 +1,61 @@
+"""A distributed optimizer's state, kept as it lay on ranks that are laid out otherwise now."""
+
+import pytest
+
+from tests.ranks import RanksFailed
+from tests.training_runs import run_pretrain, tiny_gpt
+
+
+def _flags(**changes):
+    return tiny_gpt(
+        **{
+            "ultramem_spans": "1:2",
+            "ultramem_num_keys": 12,
+            "ultramem_topk": 6,
+            "ultramem_partition": "dimension",
+            "ckpt_format": "torch_dist",
+            "use_distributed_optimizer": True,
+            "train_iters": 4,
+            "save_interval": 2,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, run_pretrain(2, _flags(save=folder)).losses
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes", "message"),
+    [
+        (
+            2,
+            {"ultramem_partition": "number"},
+            "its tables were over 2 ranks, dimension-wise, here they are over 2 ranks, number-wise",
+        ),
+        (1, {}, "its tables were over 2 ranks, dimension-wise, here they are whole"),
+        (
+            2,
+            {"tensor_model_parallel_size": 2},
+            "the state of the distributed optimizer was saved for ranks laid out otherwise",
+        ),
+    ],
+    ids=["rows for columns", "fewer ranks", "tensor parallel"],
+)
+def test_it_is_refused_by_name(ranks, changes, message, saved):
+    """Rows for columns once loaded in silence, and trained to other losses."""
+    with pytest.raises(RanksFailed, match=message):
+        run_pretrain(ranks, _flags(load=saved[0], ckpt_step=2, **changes))
+
+
+def test_the_same_layout_goes_on(saved):
+    folder, losses = saved
+    assert run_pretrain(2, _flags(load=folder, ckpt_step=2)).losses == losses[2:]
+
+
+def test_sgd_is_refused_where_it_would_be_saved(tmp_path):
+    with pytest.raises(RanksFailed, match="--optimizer sgd: Megatron cannot load its state from a"):
+        run_pretrain(1, _flags(optimizer="sgd", use_distributed_optimizer=None, save=tmp_path))
