@@ -72,6 +72,49 @@ def test_a_checkpoint_that_does_not_fit(small_disk, asynchronous):
     assert run_pretrain(2, flags).losses == undisturbed[2:]
 
 
+def _remount(folder, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+
+
+def _lock_when_created(folder: str, what: str) -> None:
+    """In every rank: once a path that ends in `what` is about to be made, nothing can be."""
+
+    def hook(event, arguments):
+        if event == "os.mkdir" and str(arguments[0]).endswith(what):
+            subprocess.run(["mount", "-o", "remount,ro", folder])
+
+    sys.addaudithook(hook)
+
+
+def test_a_folder_that_cannot_be_written_to_from_the_start(small_disk):
+    flags = tiny_gpt(**_FLAGS, save=small_disk / "checkpoints")
+    _fill(str(small_disk))
+    with pytest.raises(RanksFailed, match=r"checkpoints cannot be written to: No space left"):
+        run_pretrain(1, flags)
+    (small_disk / "filler").unlink()
+    _remount(small_disk, "ro")
+    with pytest.raises(RanksFailed, match=r"checkpoints cannot be written to: Read-only file sys"):
+        run_pretrain(1, flags)
+    _remount(small_disk, "rw")
+    assert len(run_pretrain(1, flags).losses) == 6
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("asynchronous", [None, True], ids=["synchronous", "asynchronous"])
+def test_a_folder_that_becomes_read_only(small_disk, asynchronous):
+    undisturbed = run_pretrain(2, tiny_gpt(**{**_FLAGS, "save_interval": None})).losses
+    checkpoints = small_disk / "checkpoints"
+    flags = tiny_gpt(
+        **_FLAGS, save=checkpoints, load=checkpoints, load_or_start=True, async_save=asynchronous
+    )
+    before = functools.partial(_lock_when_created, str(small_disk), "iter_0000004")
+    with pytest.raises(RanksFailed, match="Read-only file system"):
+        run_pretrain(2, flags, before=before)
+    _remount(small_disk, "rw")
+    assert integrity.newest_whole(checkpoints) == 2
+    assert run_pretrain(2, flags).losses == undisturbed[2:]
+
+
 def _fill_after_scalars(folder: str, count: int) -> None:
     """In every rank: the disk is full before the `count`-th scalar is written."""
     from torch.utils.tensorboard import SummaryWriter
