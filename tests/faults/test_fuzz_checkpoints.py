@@ -85,16 +85,15 @@ def test_manifests(times):
     whole = []
 
     @drawn(_MANIFESTS * times)
-    @given(st.lists(_hurt(), min_size=1, max_size=1))
-    def fuzz(hurts: list[tuple[str, Any]]) -> None:
+    @given(_hurt())
+    def fuzz(hurt: tuple[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made) / "iter_0000001"
             folder.mkdir()
             for name in _NAMES:
                 (folder / name).write_bytes(name.encode() * 9)
             right = _sums(folder)
-            for kind, what in hurts:
-                _hurt_manifest(folder, kind, what)
+            _hurt_manifest(folder, *hurt)
             integrity.verify.cache_clear()
             try:
                 integrity.verify(folder)
@@ -103,10 +102,10 @@ def test_manifests(times):
                 return
             assert _sums(folder) == right
             assert sorted(path.name for path in folder.iterdir()) == sorted([*_NAMES, MANIFEST])
-            whole.append(hurts)
+            whole.append(hurt)
 
     fuzz()
-    assert len(whole) >= times
+    assert ("nothing", None) in whole
 
 
 _MARK = "MARK"
