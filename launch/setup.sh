@@ -8,6 +8,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 stamp=$venv/.made-from         # says what a complete .venv was made from
 unfinished=$venv/.unfinished   # there while packages are being installed
+being_made=$root/.venv.making  # there while .venv is being made, which empties it
 # shellcheck source=launch/find_python.sh
 source "$root/launch/find_python.sh"
 
@@ -49,6 +50,7 @@ The first time this downloads some 3 GB, PyTorch with its CUDA libraries most of
 3 to 10 minutes; .venv then has 6 GB.
 MESSAGE
     : >"$unfinished"
+    rm -f "$being_made"
     # PIP_USER and PYTHONHOME would send packages, or Python itself, elsewhere.
     if ! (cd "$root" && env -u PYTHONHOME -u PYTHONPATH PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 \
         "$venv/bin/python" -m pip install --requirement requirements.txt \
@@ -70,6 +72,12 @@ is_link_to_anothers() {
     [[ -L $venv && -f $stamp && $(head -n 1 "$stamp") != "$root" ]]
 }
 
+# What somebody else put there is not ours to empty.
+is_ours_to_empty() {
+    [[ -f $stamp || -e $unfinished || -e $being_made || (! -e $venv && ! -L $venv) ]] && return
+    [[ -d $venv ]] && [[ -z $(find "$venv/" -mindepth 1 -print -quit) ]]
+}
+
 main() {
     is_current && return
     if is_link_to_anothers; then
@@ -87,6 +95,12 @@ main() {
     SECONDS=0
     warn_when_disk_is_short
     if ! is_usable; then
+        if ! is_ours_to_empty; then
+            echo "error: $venv is in the way: no working environment, and not made by this script, which" \
+                "would have to empty it. Move it away and call this again." >&2
+            return 1
+        fi
+        : >"$being_made"
         rm -f "$stamp" # first: nothing of a half deleted .venv may look complete
         make_venv "$venv"
     fi

@@ -29,6 +29,7 @@ PATCH_MODULES = (
     "defects.dataset_helpers",
     "defects.dataset_cache",
     "defects.help_text",
+    "defects.first_log_line",
     # What memory layers need.
     "doors.optimizer_config",
     "doors.optimizer_built",
@@ -46,6 +47,8 @@ PATCH_MODULES = (
     "defects.safe_objects",
     "defects.stored_code",
     "defects.results_queue",
+    "defects.whole_iterations",
+    "defects.events_folder",
 )
 """Order of application; every name is a file in this folder."""
 

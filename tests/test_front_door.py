@@ -1,5 +1,6 @@
 """`ultramem COMMAND`, and the names that commands and modules had before."""
 
+import os
 import subprocess
 import sys
 
@@ -51,6 +52,21 @@ def test_a_wrong_command_is_refused_with_those_there_are(
         main(words)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["presets", "ultramem-1.6b-x12"]])
+def test_a_reader_that_leaves_is_no_error(words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "ultramem_megatron", *words],
+        cwd=ROOT,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_listing_of_one_word() -> None:

@@ -22,10 +22,14 @@ print("torch" in sys.modules or "megatron.core" in sys.modules, file=sys.stderr)
 """
 
 
-def _help(*words):
+def _ask(*words):
     return subprocess.run(
-        [sys.executable, "-c", _ASK, *words, "--help"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _ASK, *words], capture_output=True, text=True, check=False
     )
+
+
+def _help(*words):
+    return _ask(*words, "--help")
 
 
 @pytest.mark.parametrize("name", sorted(set(COMMANDS) - _MEGATRONS))
@@ -37,6 +41,13 @@ def test_help_needs_no_torch_and_keeps_examples_as_typed(name):
     about = importlib.import_module(f"ultramem_megatron.{COMMANDS[name].module}").__doc__ or ""
     if about.splitlines()[0] in done.stdout:  # else the command has a description of its own
         assert about.strip() in done.stdout
+
+
+def test_the_listing_of_flags_needs_no_torch():
+    done = _ask("flags", "--ultramem-preset", "ultramem-1.6b-x12")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "False", "torch or Megatron was imported"
+    assert "pkm: product keys, the baseline. One of: tdqkr, pkm." in " ".join(done.stdout.split())
 
 
 def test_help_of_train_lists_megatrons_flags_and_ours_in_groups():

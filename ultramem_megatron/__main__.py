@@ -6,8 +6,11 @@ torchrun ... -m ultramem_megatron train     the same on every rank
 """
 
 import importlib
+import os
+import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
@@ -21,6 +24,7 @@ class Command(NamedTuple):
 
 
 _PACKAGE = "ultramem_megatron"
+_NOBODY_READS = 141  # as a shell shows a process that SIGPIPE ended
 COMMANDS = {
     "train": Command("training.pretrain", "train a GPT with memory layers, by Megatron's flags"),
     "run": Command("training.run_script", "run Megatron-LM's own pretrain_gpt.py with memories"),
@@ -35,6 +39,7 @@ COMMANDS = {
     "paper": Command("tools.paper.__main__", "the paper's tables, figures 1c and 9, beside ours"),
     "traffic": Command("tools.traffic", "bytes that each partition of a table moves"),
     "verify": Command("tools.verify_parallel.__main__", "do two layouts train the same model?"),
+    "bench": Command("tools.bench", "the benchmarks of a checkout: kernels, training, decoding"),
     "integrity": Command("faults.integrity", "which checkpoints of a folder are whole"),
     "data prepare": Command("data.prepare", "text to tokenizer and Megatron's datasets"),
     "data corpora": Command("data.corpora", "public texts to try things on"),
@@ -58,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     A wrong command, flag or size ends the process with status 2 and one message.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    with exit_on_user_error():
+    with exit_on_user_error(), _reader_may_leave():
         if not words or words[0] in ("-h", "--help"):
             print(listing())
             return 0
@@ -68,6 +73,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = importlib.import_module(f"{_PACKAGE}.{COMMANDS[name].module}")
         return command.main() or 0
     return 0
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """End quietly when nobody reads on: `ultramem flags | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+        if not poll.poll(0):  # it is another pipe that broke, a training's for example
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        sys.exit(_NOBODY_READS)
 
 
 def _split(words: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -1,8 +1,8 @@
 """Latency of a decode step, dense against MoE against UltraMem (the paper's figures 1b, 1c, 6c, 7).
 
-    python -m launch.benchmarks.decode --out DIR [--scale 151m|1.6b|small] [--quick] \\
+    ultramem bench decode --out DIR [--scale 151m|1.6b|small] [--quick] \\
         [--cuda-graphs] [Megatron's flags, for all models: --group-query-attention ...]
-    python -m launch.benchmarks.decode plot DIR/decode.csv
+    ultramem bench decode plot DIR/decode.csv
 
 Models have random weights and are measured one after another: batches of 1 to 1024 sequences, each
 with one token to decode after a filled KV cache; then with fewer sparse parameters at one batch.
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from launch.benchmarks.decode_figures import draw
 
     if words[:1] == ["plot"]:
-        parser = argparse.ArgumentParser(prog="launch.benchmarks.decode plot")
+        parser = argparse.ArgumentParser(prog="ultramem bench decode plot")
         parser.add_argument("csv", type=Path, help="What the benchmark wrote.")
         return draw(parser.parse_args(words[1:]).csv)
     options = _parse(words)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     default = "1.6b" if torch.cuda.is_available() else "151m"
     parser = argparse.ArgumentParser(
-        prog="launch.benchmarks.decode",
+        prog="ultramem bench decode",
         epilog="Megatron's flags may follow; they hold for all models.",
         allow_abbrev=False,
     )

@@ -12,7 +12,7 @@ Row = dict[str, str]
 _NAMES = {"dense": "dense", "moe": "MoE", "ultramem": "UltraMem"}
 _COLOURS = colours(_NAMES)
 _BAR_BATCHES = (16, 64, 256, 1024)
-_MADE_BY = "python -m launch.benchmarks.decode --out DIR"
+_MADE_BY = "ultramem bench decode --out DIR"
 
 
 def draw(file: Path) -> None:

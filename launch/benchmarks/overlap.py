@@ -1,6 +1,6 @@
 """How much of a memory's communication is exposed, with and without --ultramem-overlap.
 
-    python -m launch.benchmarks.overlap --ranks 2 --delay-ms 0 10 20 --out DIR --plot
+    ultramem bench overlap --ranks 2 --delay-ms 0 10 20 --out DIR --plot
 
 Steps (forward and backward) of a transformer block with one memory on several ranks of this
 machine, over links that take so many milliseconds longer. Writes DIR/overlap.csv, a Chrome trace of
@@ -183,7 +183,7 @@ def _shown(row: Result) -> dict[str, Any]:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="launch.benchmarks.overlap", description=__doc__.split("\n")[0]
+        prog="ultramem bench overlap", description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
     add("--ranks", type=int, default=2, help="processes, and parts of the table (default 2)")

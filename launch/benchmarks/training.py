@@ -1,7 +1,7 @@
 """Tokens per second of whole models in training: dense, mixture of experts, product keys, UltraMem.
 
-    python -m launch.benchmarks.training --out DIR [--scale small|151m] [--rounds 2]
-    python -m launch.benchmarks.training --plot DIR/training.csv
+    ultramem bench training --out DIR [--scale small|151m] [--rounds 2]
+    ultramem bench training --plot DIR/training.csv
 
 All do the same FLOPs per token (checked before anything is timed) and train through Megatron's own
 pretrain() on one device, in turns: each model runs once in every round. Experts are Megatron's
@@ -130,7 +130,7 @@ def _row(model: str, runs: list[dict[str, Any]], sizes: Any, tokens: int) -> dic
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default = "151m" if torch.cuda.is_available() else "small"
     parser = argparse.ArgumentParser(
-        prog="launch.benchmarks.training", description=__doc__.split("\n")[0]
+        prog="ultramem bench training", description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
     add("--out", type=Path, help="folder for CSV and plot")

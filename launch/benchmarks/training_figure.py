@@ -5,7 +5,7 @@ from pathlib import Path
 from ultramem_megatron.tools.pictures import colours, picture
 from ultramem_megatron.tools.rows import read
 
-_MADE_BY = "python -m launch.benchmarks.training --out DIR"
+_MADE_BY = "ultramem bench training --out DIR"
 
 
 def draw(file: Path) -> None:

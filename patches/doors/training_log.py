@@ -8,7 +8,7 @@ from ultramem_megatron.patches.patch import Editor, Patch
 after: list[Callable[[int], None]] = []
 """Called on every rank with the iteration, at every step at which `training_log` is called."""
 
-_PARAMETERS = (
+PARAMETERS = (
     "loss_dict",
     "total_loss_dict",
     "learning_rate",
@@ -45,7 +45,7 @@ def _then_the_others(original: Any) -> Any:
 
 
 def _install(editor: Editor) -> None:
-    editor.wrap("megatron.training.training.training_log", _then_the_others, _PARAMETERS)
+    editor.wrap("megatron.training.training.training_log", _then_the_others, PARAMETERS)
 
 
 PATCH = Patch(

@@ -100,6 +100,12 @@ def _generate(*argv):
         (["--top-p", "0"], r"--top-p is 0.0; it must be a number > 0 and <= 1"),
         (["--tokens", "30"], "exceeds the model's 32 positions"),
         (["--prompt", ""], "--prompt '' has no tokens"),
+        (["--prompt", "hello"], "--prompt 'hello' cannot be read with NullTokenizer"),
+        (["--prompt", "1 9999"], "'1 9999' has the id 9999; .* from 0 to 511"),
+        (["--top-k", "5000"], "--top-k is 5000; the model's vocabulary has 512 ids"),
+        (["--temperature", "inf"], r"--temperature is inf; it must be a number >= 0"),
+        (["--seed", "-1"], "--seed is -1; it must be a whole number from 0"),
+        ([], "trained with NullTokenizer, as mock data are"),
     ],
 )
 def test_wrong_requests_are_refused(changes, message, checkpoint):

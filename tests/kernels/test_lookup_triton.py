@@ -1,6 +1,7 @@
 """Lookup-reduce in Triton: in the interpreter, and as machine code for GPUs that are not here."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_backward_compiles_to_vector_loads_and_atomics_without_spills(capability
     assert built.registers <= 168
     assert "ld.global.v4.b32" in built.ptx
     if capability == 90:  # vector atomics came with sm_90
-        assert "red.global.gpu.relaxed.add.v4.f32" in built.ptx
+        assert re.search(r"(red|atom).global.gpu.relaxed.add.v4.f32", built.ptx)  # Triton 3.9|3.6
 
     types = _types(dtype, floats=("grad",), scores="*fp32", target="*fp32", **counts)
     types |= {"row_n": "*i64", "order_n": "*i64", "count": "i32"}

@@ -176,6 +176,40 @@ def test_a_link_to_the_environment_of_another_folder_is_left_alone(machine: Mach
     assert [call.split()[0] for call in machine.calls] == ["venv", "pip"]
 
 
+@pytest.mark.parametrize("kind", ["data", "an environment of another Python", "a file"])
+def test_what_it_did_not_make_is_left_alone_and_named(machine: Machine, kind: str) -> None:
+    machine.python("bin/python3.12")
+    venv = machine.checkout / ".venv"
+    if kind == "a file":
+        venv.write_text("mine")
+    else:
+        venv.mkdir()
+        (venv / "mine").write_text("mine")
+    if kind == "an environment of another Python":
+        (venv / "pyvenv.cfg").write_text("version = 3.11.9\n")
+        machine.python("checkout/.venv/bin/python", "3.11")
+    before = sorted(machine.checkout.rglob("*"))
+    refused = machine.setup()
+    assert refused.returncode == 1
+    assert f"error: {venv} is in the way" in refused.stderr
+    assert machine.calls == []
+    after = [path for path in machine.checkout.rglob("*") if path.name != ".venv.lock"]
+    assert sorted(after) == before
+
+
+def test_an_environment_that_was_cut_short_while_it_was_made_is_made_anew(machine: Machine) -> None:
+    machine.python("bin/python3.12")
+    machine.setup()
+    left_over = machine.checkout / ".venv" / "half"
+    for name in (".made-from", "bin/python"):
+        (machine.checkout / ".venv" / name).unlink()
+    (machine.checkout / ".venv.making").write_text("")
+    left_over.write_text("")
+    assert machine.setup().returncode == 0
+    assert not (machine.checkout / ".venv.making").exists()
+    assert [call.split()[0] for call in machine.calls] == ["venv", "pip"] * 2
+
+
 def test_interrupted_installation_does_not_look_current(machine: Machine) -> None:
     machine.python("bin/python3.12")
     process = subprocess.Popen(

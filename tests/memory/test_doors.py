@@ -1,6 +1,7 @@
 """A new variant is a file and a place in a list: each list takes one that nobody else knows."""
 
 import dataclasses
+from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tests.layers import HIDDEN, small_config
 from ultramem_megatron.communication.pausing import Pausing, run
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization import INITIALISATIONS
-from ultramem_megatron.memory.initialization.scales import Initialisation
+from ultramem_megatron.memory.initialization.scales import Host, Initialisation
 from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.reference import reference_layer
 from ultramem_megatron.memory.retrieval import RETRIEVALS
@@ -34,6 +35,11 @@ class _Doubled(ProductKeyRetrieval):
         return retrieved._replace(scores=2 * retrieved.scores)
 
 
+@pytest.mark.parametrize("door", [RETRIEVALS, VALUES, INITIALISATIONS, PARTITIONS])
+def test_a_list_says_what_each_of_its_kinds_says_of_itself(door: Any) -> None:
+    assert [kind.name for kind in door.values()] == list(door)
+
+
 def _doubled_reference(*args: Any) -> Any:
     rows, columns, grids = RETRIEVALS["pkm"].reference(*args)
     return rows, columns, [2 * grid for grid in grids]
@@ -50,7 +56,9 @@ def _gated_reference(*args: Any) -> Tensor:
     return pooled * args[3].mean(-1)[:, None, None]
 
 
-def _add(monkeypatch: pytest.MonkeyPatch, door: dict[str, Any], field: str, kind: Any) -> None:
+def _add(
+    monkeypatch: pytest.MonkeyPatch, door: MutableMapping[str, Any], field: str, kind: Any
+) -> None:
     monkeypatch.setitem(door, kind.name, kind)
     monkeypatch.setitem(CHOICES, field, (*CHOICES[field], kind.name))
 
@@ -84,11 +92,11 @@ def test_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
-    def scales(config: UltraMemConfig, hidden_size: int, num_layers: int) -> Any:
-        paper = INITIALISATIONS["paper"].scales(config, hidden_size, num_layers)
+    def scales(config: UltraMemConfig, host: Host) -> Any:
+        paper = INITIALISATIONS["paper"].scales(config, host)
         return dataclasses.replace(paper, values=0.0)
 
-    _add(monkeypatch, INITIALISATIONS, "init", Initialisation("silent", "no effect", scales))
+    _add(monkeypatch, INITIALISATIONS, "init", Initialisation("silent", scales))
     assert not _layer(init="silent")(torch.randn(3, HIDDEN, dtype=torch.float64)).any()
 
 

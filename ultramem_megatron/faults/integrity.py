@@ -11,6 +11,7 @@ checkpoint is refused with the newest older one that is whole.
 import argparse
 import functools
 import os
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -170,7 +171,7 @@ def _repair(tracker: Path) -> None:
 
 def write_tracker(tracker: Path, iteration: int) -> None:
     """Name an iteration as the latest, at once or not at all."""
-    unfinished = tracker.with_suffix(".tmp")
+    unfinished = tracker.with_suffix(f".{socket.gethostname()}-{os.getpid()}.tmp")
     unfinished.write_text(str(iteration))
     unfinished.replace(tracker)
 

@@ -1,6 +1,7 @@
 """Continuations of prompts, by Megatron's static or dynamic engine."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,15 +9,22 @@ from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.inference.dynamic_batching import dynamic_context
 from ultramem_megatron.inference.loading import LoadedModel
 from ultramem_megatron.inference.lockstep import serve_until_all_finish
+from ultramem_megatron.inference.prompts import require_text, token_ids
 
 
 def check(options: argparse.Namespace) -> None:
     """Raise UltraMemError for values that make no sense, before anything is loaded."""
     rules = (
         ("--tokens", options.tokens, options.tokens >= 1, "a whole number >= 1"),
-        ("--temperature", options.temperature, options.temperature >= 0, "a number >= 0"),
+        (
+            "--temperature",
+            options.temperature,
+            0 <= options.temperature < math.inf,
+            "a number >= 0",
+        ),
         ("--top-k", options.top_k, options.top_k >= 0, "a whole number >= 0"),
         ("--top-p", options.top_p, 0 < options.top_p <= 1, "a number > 0 and <= 1"),
+        ("--seed", options.seed, 0 <= options.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
     )
     for name, value, holds, allowed in rules:
         if not holds:
@@ -33,9 +41,12 @@ def check(options: argparse.Namespace) -> None:
 def generate(loaded: LoadedModel, prompts: Sequence[str], options: argparse.Namespace) -> list[str]:
     """Continuations of `prompts`, without the prompts; all ranks give the same prompts.
 
-    Raises UltraMemError if a prompt is empty or with its continuation exceeds the trained length.
+    Raises UltraMemError if a prompt is empty or with its continuation exceeds the trained length,
+    more picks are asked for than there are ids, or the ids stand for no text.
     """
+    _check_top_k(loaded, options.top_k)
     length = _check_lengths(loaded, prompts, options.tokens)
+    require_text(loaded)
     return _on_replicas(loaded, prompts, lambda own: _decode(loaded, own, length, options))
 
 
@@ -138,9 +149,15 @@ def _sampling(options: argparse.Namespace) -> Any:
     )
 
 
+def _check_top_k(loaded: LoadedModel, top_k: int) -> None:
+    ids = loaded.tokenizer.vocab_size
+    if top_k > ids:
+        raise UltraMemError(f"--top-k is {top_k}; the model's vocabulary has {ids} ids.")
+
+
 def _check_lengths(loaded: LoadedModel, prompts: Sequence[str], tokens: int) -> int:
     """Longest prompt plus continuation, in tokens."""
-    lengths = [len(loaded.tokenizer.tokenize(prompt)) if prompt else 0 for prompt in prompts]
+    lengths = [len(token_ids(loaded, prompt, "--prompt")) if prompt else 0 for prompt in prompts]
     limit = loaded.args.max_position_embeddings
     for prompt, length in zip(prompts, lengths, strict=True):
         if length == 0:

@@ -5,15 +5,23 @@ model builder hangs on them, for the model it has built, in the place of those o
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from ultramem_megatron.megatron.metrics import MemoryMonitor, console_line, tensorboard_tag
+from ultramem_megatron.megatron.metrics import (
+    MemoryMonitor,
+    collapse_warning,
+    console_line,
+    tensorboard_tag,
+)
 from ultramem_megatron.megatron.optimizer.lazy_adam import make_lazy
 from ultramem_megatron.megatron.optimizer.value_learning_rate import (
     ValueLearningRateScheduler,
+    throw_warning,
     value_overrides,
 )
+from ultramem_megatron.megatron.table_log import TableLog
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.size import memory_size, training_flops
 from ultramem_megatron.memory.tables.value_table import is_value_table
@@ -26,6 +34,7 @@ from ultramem_megatron.patches.doors import (
 )
 
 _BILLION = 10**9
+_FIRST_WARNING = 20  # optimizer steps
 _hung: list[tuple[list[Any], Any]] = []
 
 
@@ -38,7 +47,10 @@ class MemoryHooks:
     table_ranks: int
     fullest_stage: int
     monitor: MemoryMonitor
+    table_log: TableLog | None = None
     scheduler: ValueLearningRateScheduler | None = None
+    warned: set[int] = field(default_factory=set)
+    """Layers whose memory was said to have collapsed."""
 
     def hang(self) -> None:
         """Hang all of them; those of a model before are taken off."""
@@ -51,6 +63,8 @@ class MemoryHooks:
             (flops.more, self.flops),
             (footprint.more, self.footprint),
         )
+        if self.table_log is not None:  # before gradients are taken away
+            doors = ((optimizer_built.after, self.table_log.watch), *doors)
         for door, function in doors:
             door.append(function)
             _hung.append((door, function))
@@ -66,7 +80,13 @@ class MemoryHooks:
 
         if iteration % get_args().log_interval:
             return
-        by_layer = self.monitor.collect()
+        tables = self.table_log
+        if tables is not None and not tables.is_due(iteration):
+            tables = None
+        by_layer = self.monitor.collect(None if tables is None else tables.pictures.keep)
+        if tables is not None:
+            for layer, metrics in tables.steps.collect().items():
+                by_layer[layer] |= metrics
         scalars = {
             tensorboard_tag(layer, name): value
             for layer, metrics in by_layer.items()
@@ -79,12 +99,30 @@ class MemoryHooks:
             scalars["ultramem/value-learning-rate"] = rate
         for layer, metrics in by_layer.items():
             print_rank_last(console_line(layer, {**metrics, **shared}))
+        self.warn(iteration, by_layer)
         writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
         if writer:
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, iteration)
         if wandb_writer:
             wandb_writer.log(scalars, iteration)
+        if tables is not None:
+            tables.write_pictures(iteration, writer, wandb_writer)
+
+    def warn(self, iteration: int, by_layer: Mapping[int, Mapping[str, float]]) -> None:
+        """Say once of each memory that it has collapsed; not of the first steps, which may pass."""
+        from megatron.training import get_args, print_rank_last
+
+        args = get_args()
+        tokens = args.log_interval * args.global_batch_size * args.seq_length
+        reads_per_value = tokens * self.ultramem.picks / self.ultramem.num_values
+        if iteration < _FIRST_WARNING:
+            return
+        for layer in by_layer.keys() - self.warned:
+            warning = collapse_warning(layer, by_layer[layer], reads_per_value)
+            if warning:
+                self.warned.add(layer)
+                print_rank_last(warning)
 
     def overrides(self) -> dict[Any, dict[str, Any]]:
         """The value tables' parameter group."""
@@ -95,6 +133,14 @@ class MemoryHooks:
         self.scheduler = ValueLearningRateScheduler(
             *args, value_lr_decay=self.ultramem.value_lr_decay, **kwargs
         )
+        from megatron.training import get_args, print_rank_0
+
+        batch = get_args().global_batch_size  # Megatron counts steps of schedules in samples
+        warning = throw_warning(
+            self.ultramem, self.scheduler.max_lr, self.scheduler.lr_warmup_steps / batch
+        )
+        if warning:
+            print_rank_0(warning)
         return self.scheduler
 
     def make_lazy(self, optimizer: Any, model_chunks: list[Any]) -> None:

@@ -55,7 +55,7 @@ def settings_in_force(
         found["tables"] = (
             f"over {tables.size} ranks, {tables.partition}-wise" if tables.size > 1 else "whole"
         )
-        for name in ("overlap", "upcycle", "train_only"):
+        for name in ("overlap", "upcycle", "train_only", "log_tables_interval"):
             found[name] = _shown(getattr(args, f"ultramem_{name}"))
     names = ("ultramem-megatron", "megatron-core", "numpy")
     known = {name: version(name) for name in names}

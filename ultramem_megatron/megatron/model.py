@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.training import print_rank_0
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from ultramem_megatron.megatron import hooks
+from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std
 from ultramem_megatron.megatron.layer.overlap import describe_overlap
 from ultramem_megatron.megatron.layer.specs import with_memory
 from ultramem_megatron.megatron.metrics import MemoryMonitor
@@ -23,14 +25,17 @@ from ultramem_megatron.megatron.startup import (
     Storage,
     check_agreement,
     describe_memories,
+    describe_start,
     describe_tables,
 )
 from ultramem_megatron.megatron.table_groups import table_groups
+from ultramem_megatron.megatron.table_log import TableLog
 from ultramem_megatron.megatron.train_only import train_only_memory
 from ultramem_megatron.megatron.upcycle import start_from_dense
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.finite import refuse_non_finite
 from ultramem_megatron.memory.layer import memory_layers
+from ultramem_megatron.memory.placement import placements
 from ultramem_megatron.memory.tables.settings import TableSettings
 
 
@@ -41,7 +46,8 @@ class UltraMemGPTModelConfig(GPTModelConfig):
     table_partition: how value tables are cut over Megatron's expert-parallel group, "number" or
     "dimension"; of no account where that has one rank. memory_overlap: memories compute beside the
     layers of their spans (see branch.py); results are the same. upcycle_from: iteration folder of a
-    dense checkpoint to start from. train_only_memory: freeze everything else.
+    dense checkpoint to start from. train_only_memory: freeze everything else. log_tables_interval:
+    steps from one picture of the tables in TensorBoard and W&B to the next, None for none.
     """
 
     builder = "ultramem_megatron.megatron.model.UltraMemGPTModelBuilder"
@@ -50,6 +56,7 @@ class UltraMemGPTModelConfig(GPTModelConfig):
     memory_overlap: bool = False
     upcycle_from: str | None = None
     train_only_memory: bool = False
+    log_tables_interval: int | None = None
 
 
 class UltraMemGPTModelBuilder(GPTModelBuilder):
@@ -115,7 +122,18 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
             table_ranks=_table_ranks(groups),
             fullest_stage=most_on_one_stage(ultramem.spans, transformer),
             monitor=monitor,
+            table_log=self._table_log(monitor.layers, ultramem, groups),
         ).hang()
+
+    def _table_log(
+        self, layers: Mapping[int, Any], ultramem: UltraMemConfig, groups: ProcessGroupCollection
+    ) -> TableLog | None:
+        interval = self._model_config.log_tables_interval
+        if interval is None:
+            return None
+        return TableLog(
+            interval, layers, ultramem, stage_group=groups.tp_dp_cp, pipeline_group=groups.pp
+        )
 
     def _print_plan(
         self, ultramem: UltraMemConfig, groups: ProcessGroupCollection, ddp_config: Any
@@ -131,6 +149,8 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
         )
         tables = most_on_one_stage(ultramem.spans, transformer)
         print_rank_0(describe_memories(ultramem, transformer.hidden_size))
+        stds = [feed_forward_std(transformer, place.adds) for place in placements(ultramem)]
+        print_rank_0(describe_start(ultramem, transformer.num_layers, stds))
         print_rank_0(describe_tables(ultramem, settings, storage, tables))
         if self._model_config.memory_overlap:
             print_rank_0(describe_overlap(ultramem.spans, transformer))

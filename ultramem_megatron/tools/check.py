@@ -85,9 +85,11 @@ def _groups(run: Any) -> str:
 
 def _training(run: Any) -> str:
     from ultramem_megatron.megatron.flags.refusals import refuse_other_tasks, require_eval_interval
+    from ultramem_megatron.megatron.flags.slips import refuse_slips_of_training
 
     refuse_other_tasks(run.args)
     require_eval_interval(run.args)
+    refuse_slips_of_training(run.args)
     return f"validates every {run.args.eval_interval} steps on {run.args.eval_iters} global batches"
 
 
@@ -144,8 +146,6 @@ def _data(run: Any) -> str:
         return "random mock data"
     blend, per_split = get_blend_and_blend_per_split(run.args)
     prefixes = {prefix for found in (blend, *(per_split or ())) if found for prefix in found[0]}
-    if not prefixes:
-        raise UltraMemError("no data: give --data-path, --train-data-path or --mock-data.")
     return f"{len(prefixes)} data sets, whole: {', '.join(sorted(prefixes))}"
 
 

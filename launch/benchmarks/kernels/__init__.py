@@ -1,1 +1,1 @@
-"""Kernels and memory layers timed side by side: python -m launch.benchmarks.kernels."""
+"""Kernels and memory layers timed side by side: ultramem bench kernels."""

@@ -1,7 +1,7 @@
 """Command line: run everything and write a CSV and plots, or plot a CSV.
 
-python -m launch.benchmarks.kernels run --out DIR [--quick] [--device cpu|cuda]
-python -m launch.benchmarks.kernels plot DIR/kernels.csv
+ultramem bench kernels run --out DIR [--quick] [--device cpu|cuda]
+ultramem bench kernels plot DIR/kernels.csv
 """
 
 import argparse
@@ -17,7 +17,7 @@ from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, run, plot."""
-    parser = argparse.ArgumentParser(prog="launch.benchmarks.kernels")
+    parser = argparse.ArgumentParser(prog="ultramem bench kernels")
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="Check and time everything; write CSV and plots.")
     running.add_argument("--out", type=Path, required=True, help="Folder of kernels.csv and plots.")

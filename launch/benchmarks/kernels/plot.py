@@ -9,7 +9,7 @@ from ultramem_megatron.tools.rows import read
 
 Row = dict[str, str]
 _BOTH = "forward+backward"
-_MADE_BY = "python -m launch.benchmarks.kernels run --out DIR"
+_MADE_BY = "ultramem bench kernels run --out DIR"
 _NEEDED = ("sweep", "op", "candidate", "passes", "ms_min", "values", "hardware", "commit")
 
 

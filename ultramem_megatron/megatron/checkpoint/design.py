@@ -5,7 +5,7 @@ from argparse import Namespace
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.checkpoint.folder import is_torch_dist, stored_args
+from ultramem_megatron.megatron.checkpoint.folder import NoFlagsError, is_torch_dist, stored_args
 from ultramem_megatron.megatron.checkpoint.source import Source
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.memory.config import UltraMemConfig, flag
@@ -87,7 +87,7 @@ def check_design(source: Source, args: Namespace, ultramem: UltraMemConfig | Non
         return
     try:
         stored = stored_args(str(folder))
-    except KeyError:
+    except NoFlagsError:
         return
     _refuse_other_memories(source, config_from_args(stored), ultramem)
     differences = differing_flags(args, stored)

@@ -2,7 +2,6 @@
 
 import re
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
-from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -11,16 +10,10 @@ from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.initialization import INITIALISATIONS
 from ultramem_megatron.memory.retrieval import RETRIEVALS
 from ultramem_megatron.memory.spans import parse_spans
-from ultramem_megatron.memory.tables.partitions import shared_partitions
+from ultramem_megatron.memory.tables.partitions import PARTITIONS, shared_partitions
 from ultramem_megatron.memory.validation import CHOICES, validate
 from ultramem_megatron.memory.values import VALUES
 from ultramem_megatron.presets import MEMORY_PRESETS, preset_fields
-
-
-def _named(entries: Mapping[str, Any]) -> str:
-    """ "name: about" of every entry of a list."""
-    return "; ".join(f"{name}: {entry.about}" for name, entry in entries.items())
-
 
 _INTEGER_HELP = {
     "num_keys": "Physical keys per side, n; a memory layer holds n*n values.",
@@ -41,16 +34,18 @@ _NUMBER_HELP = {
     "value_lr_decay": "...and falls linearly to 1x over this fraction of training.",
 }
 _CHOICE_HELP = {
-    "retrieval": f"How queries find values: {_named(RETRIEVALS)}.",
+    "retrieval": f"How queries find values: {RETRIEVALS.described()}.",
     "rank_layout": "split: each rank has a slice of the key (paper); full: each has all of it "
     "(authors' code).",
     "qk_norm": "Norm of queries and keys.",
-    "values": f"What is read: {_named(VALUES)}.",
-    "init": f"Initial values: {_named(INITIALISATIONS)}.",
+    "values": f"What is read: {VALUES.described()}.",
+    "init": f"Initial values: {INITIALISATIONS.described()}.",
 }
 _SWITCH_HELP = {
     "share_query": "Two heads use one query.",
     "value_projection": "Project pooled values to the hidden size; needed for value expansion.",
+    "query_centering": "Take a running mean over tokens off what queries are projected from, which "
+    "keeps the queries of different tokens apart.",
     "softmax": "Softmax over each head's scores, as product-key memories have it.",
     "lazy_adam": "Adam updates only the rows of value tables that have a gradient: for small "
     "batches and fine-tuning.",
@@ -95,6 +90,7 @@ def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser.add_argument_group(f"{GROUPS}their training"),
     )
     _add_table_arguments(parser.add_argument_group(f"{GROUPS}their tables on many ranks"))
+    _add_log_arguments(parser.add_argument_group(f"{GROUPS}in TensorBoard and W&B"))
     _add_start_arguments(parser.add_argument_group(f"{GROUPS}from a dense model"))
     _add_checkpoint_arguments(parser.add_argument_group(f"{GROUPS}their checkpoints"))
     return parser
@@ -116,6 +112,18 @@ def _add_config_arguments(design: Any, training: Any) -> None:
         add(name, text, choices=CHOICES[name])
     for name, text in _SWITCH_HELP.items():
         add(name, text, action=BooleanOptionalAction)
+
+
+def _add_log_arguments(group: Any) -> None:
+    group.add_argument(
+        "--ultramem-log-tables-interval",
+        type=whole_number,
+        metavar="STEPS",
+        help="Every so many steps, a multiple of --log-interval, log of each value table: reads "
+        "per value as a histogram, reads of the key grid as a picture, the norm of its gradient "
+        "and |update| / |weights| of the step. At such a step host memory holds a copy of a rank's "
+        "tables. Default: never.",
+    )
 
 
 def _add_start_arguments(group: Any) -> None:
@@ -160,8 +168,8 @@ def _add_table_arguments(group: Any) -> None:
     group.add_argument(
         "--ultramem-partition",
         choices=("auto", *shared_partitions()),
-        help=f"How they share it: {_named(shared_partitions())}; auto (default): the cheaper by "
-        "bytes moved.",
+        help=f"How they share it: {PARTITIONS.described(shared_partitions())}; auto (default): the "
+        "cheaper by bytes moved.",
     )
     group.add_argument(
         "--ultramem-overlap",
@@ -172,6 +180,8 @@ def _add_table_arguments(group: Any) -> None:
 
 
 def _shown_default(default: Any) -> str:
+    if default is None:
+        return " Default: with --ultramem-init matched."
     return "" if default is MISSING else f" Default: {default}."
 
 

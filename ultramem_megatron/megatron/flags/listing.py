@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ultramem_megatron.errors import exit_on_user_error
+from ultramem_megatron.megatron.flags.arguments import GROUPS, add_ultramem_arguments
+from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.presets import preset_fields
 
 _WIDTH, _FLAG, _INDENT = 100, 36, " " * 8
@@ -32,10 +34,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def listing(given: Mapping[str, Any]) -> str:
     """Every flag in a few lines: name, value in force ('-': none), help. given: by field name."""
-    # Imported here: --help needs no torch.
-    from ultramem_megatron.megatron.flags.arguments import GROUPS, add_ultramem_arguments
-    from ultramem_megatron.memory.config import UltraMemConfig
-
     defaults = {
         field.name: field.default
         for field in dataclasses.fields(UltraMemConfig)

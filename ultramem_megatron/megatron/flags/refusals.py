@@ -45,10 +45,32 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
             f"state may be of another iteration than its weights, and damage, other designs and "
             f"other layouts go unnoticed. Use --ckpt-format torch_dist, without conversion."
         )
+    _check_log_tables_interval(args)
     if ultramem.lazy_adam and args.use_distributed_optimizer:
         raise UltraMemError(
             f"--use-distributed-optimizer cannot be combined with {flag('lazy_adam')}: it cuts "
             f"tables into pieces that are no rows. Drop one of the two."
+        )
+
+
+def _check_log_tables_interval(args: Namespace) -> None:
+    interval = getattr(args, "ultramem_log_tables_interval", None)
+    if interval is None:
+        return
+    given = f"--ultramem-log-tables-interval {interval}"
+    if interval < 1 or interval % args.log_interval:
+        raise UltraMemError(
+            f"{given}: it must be a multiple of --log-interval {args.log_interval}. Use for "
+            f"example {10 * args.log_interval}."
+        )
+    if not (args.tensorboard_dir or args.wandb_project):
+        raise UltraMemError(
+            f"{given}: there is nowhere to log to. Give --tensorboard-dir DIR or --wandb-project."
+        )
+    if args.use_precision_aware_optimizer:
+        raise UltraMemError(
+            f"{given} cannot be combined with --use-precision-aware-optimizer: it keeps no float32 "
+            f"weights to measure a step by. Drop one of the two."
         )
 
 

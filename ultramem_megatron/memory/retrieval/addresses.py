@@ -8,6 +8,8 @@ is computed instead.
 import torch
 from torch import Tensor, nn
 
+_MOST_BINS = 128
+
 
 class GridShuffle(nn.Module):
     """A fixed random permutation of the side x side grid from a few tables of `side` numbers.
@@ -57,6 +59,24 @@ class StoredShuffle(nn.Module):
     def forward(self, addresses: Tensor) -> Tensor:
         """Shuffled addresses, same shape, int64."""
         return self.permutation[addresses].long()
+
+
+def grid_bins(side: int) -> int:
+    """B: bins on each side of a picture of the key grid."""
+    return min(side, _MOST_BINS)
+
+
+def grid_counts(addresses: Tensor, side: int) -> Tensor:
+    """How often the key grid was read, (B, B) int64: row keys by column keys, in B bins a side.
+
+    addresses: before the shuffle, row * side + column. See `grid_bins`.
+    """
+    bins = grid_bins(side)
+    row, column = addresses // side * bins // side, addresses % side * bins // side
+    bin_of = (row * bins + column).flatten()
+    counts = torch.zeros(bins * bins, dtype=torch.int64, device=addresses.device)
+    # Unlike bincount it lets the host run on.
+    return counts.scatter_add_(0, bin_of, torch.ones_like(bin_of)).view(bins, bins)
 
 
 def split_address(shuffled: Tensor, num_values: int) -> tuple[Tensor, Tensor]:

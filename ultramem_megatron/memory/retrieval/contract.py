@@ -59,15 +59,14 @@ Grids = tuple[Tensor, Tensor, list[Tensor]]
 class RetrievalKind:
     """One retrieval in the list.
 
-    name, about: the flag's value and a line of help. check: raises UltraMemError for a config that
-    it cannot serve. reference: the plain form for one head, of rank scores row and column
-    (T, r, N), the layer's state dict and the config; it shares no code with `build`. defaults:
-    fields of the config that it needs other than the config's own, where they are not given.
-    reports: names of what `Retrieval.report` gives.
+    name: the flag's value. check: raises UltraMemError for a config that it cannot serve.
+    reference: the plain form for one head, of rank scores row and column (T, r, N), the layer's
+    state dict and the config; it shares no code with `build`. defaults: fields of the config that
+    it needs other than the config's own, where they are not given. reports: names of what
+    `Retrieval.report` gives.
     """
 
     name: str
-    about: str
     build: Callable[[UltraMemConfig, float], Retrieval]
     check: Callable[[UltraMemConfig], None]
     reference: Callable[[Tensor, Tensor, int, Mapping[str, Tensor], UltraMemConfig], Grids]

@@ -49,7 +49,6 @@ def _reference(
 
 KIND = RetrievalKind(
     name="pkm",
-    about="product keys, the baseline",
     build=ProductKeyRetrieval,
     check=_check,
     reference=_reference,

@@ -99,10 +99,5 @@ def _reference(
 
 
 KIND = RetrievalKind(
-    name="tdqkr",
-    about="Tucker-decomposed query-key retrieval",
-    build=TuckerRetrieval,
-    check=_check,
-    reference=_reference,
-    reports=_REPORTS,
+    name="tdqkr", build=TuckerRetrieval, check=_check, reference=_reference, reports=_REPORTS
 )

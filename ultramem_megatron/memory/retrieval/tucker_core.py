@@ -3,6 +3,8 @@
 C cores (h in the paper), H heads, R Tucker rank.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -10,15 +12,17 @@ from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
+from ultramem_megatron.memory.precise_buffers import PreciseBuffers
 
 
-class TuckerCores(nn.Module):
+class TuckerCores(PreciseBuffers):
     """Cores C^(i) of every head and the rank-1 filter (u, t) of their sum (eq. 7-10, 16).
 
     Cores are read by calling the module, as Megatron's overlapped parameter gather needs: it waits
     for a module's own parameters when that module is called.
     """
 
+    precise: ClassVar = ("u", "t")  # rounded, the filter would pick another shortlist
     u: Tensor
     t: Tensor
 
@@ -69,16 +73,6 @@ class TuckerCores(nn.Module):
         sign = torch.where(flipped < kept, -1.0, 1.0).to(u.dtype).unsqueeze(-1)
         self.u.copy_(sign * u)
         self.t.copy_(sign * t)
-
-    def _apply(self, fn, recurse=True):
-        # Casting a model to half precision must not round the filter: it picks the shortlist.
-        before = {"u": self.u, "t": self.t}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            cast = getattr(self, name)
-            if torch.finfo(cast.dtype).bits < 32:
-                setattr(self, name, buffer.to(cast.device))
-        return self
 
 
 def _distance(u: Tensor, t: Tensor, old_u: Tensor, old_t: Tensor) -> Tensor:

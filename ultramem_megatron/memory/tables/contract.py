@@ -37,15 +37,13 @@ class TableReader(Protocol):
 class Partition:
     """One way to cut a table, in the list.
 
-    name, about: the flag's value and a line of help. parts: row and column parts for P ranks.
-    check: raises UltraMemError for a layout that cannot be read so. reader: of a layout with so
-    many expansion groups, over a process group, exchanging what the cost model's view says. volume:
-    bytes that a read moves. waits_for_host: whether a read lets the host wait for the device, as
-    no CUDA graph can.
+    name: the flag's value. parts: row and column parts for P ranks. check: raises UltraMemError for
+    a layout that cannot be read so. reader: of a layout with so many expansion groups, over a
+    process group, exchanging what the cost model's view says. volume: bytes that a read moves.
+    waits_for_host: whether a read lets the host wait for the device, as no CUDA graph can.
     """
 
     name: str
-    about: str
     parts: Callable[[int], tuple[int, int]]
     check: Callable[[TableLayout], None]
     reader: Callable[[TableLayout, int, Any, Exchange], TableReader]

@@ -94,10 +94,5 @@ def _reader(
 
 
 PARTITION = Partition(
-    name="dimension",
-    about="each rank has a slice of every value",
-    parts=lambda size: (1, size),
-    check=_check,
-    reader=_reader,
-    volume=volume,
+    name="dimension", parts=lambda size: (1, size), check=_check, reader=_reader, volume=volume
 )

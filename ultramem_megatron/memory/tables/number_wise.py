@@ -206,7 +206,6 @@ def _reader(
 
 PARTITION = Partition(
     name="number",
-    about="each rank has a range of values",
     parts=lambda size: (size, 1),
     check=_check,
     reader=_reader,

@@ -1,19 +1,25 @@
 """The ways to cut a value table, each a file with its place in this list, and the cheapest."""
 
-from ultramem_megatron.memory.tables import dimension_wise, number_wise, replicated
-from ultramem_megatron.memory.tables.contract import Partition
+from typing import TYPE_CHECKING
+
+from ultramem_megatron.memory.kinds import Kinds, Listed
 from ultramem_megatron.memory.tables.traffic import Exchange, seconds_per_token
 
-PARTITIONS: dict[str, Partition] = {
-    partition.name: partition
-    for partition in (replicated.PARTITION, dimension_wise.PARTITION, number_wise.PARTITION)
-}
+if TYPE_CHECKING:  # the list itself needs no torch
+    from ultramem_megatron.memory.tables.contract import Partition
+
+_HERE = "ultramem_megatron.memory.tables"
+PARTITIONS: "Kinds[Partition]" = Kinds(
+    replicated=Listed(f"{_HERE}.replicated:PARTITION", "every rank has the whole table"),
+    dimension=Listed(f"{_HERE}.dimension_wise:PARTITION", "each rank has a slice of every value"),
+    number=Listed(f"{_HERE}.number_wise:PARTITION", "each rank has a range of values"),
+)
 """By name; where costs are equal the earlier is chosen."""
 
 
-def shared_partitions() -> dict[str, Partition]:
-    """Those that cut a table, by the word after --ultramem-partition."""
-    return {name: kind for name, kind in PARTITIONS.items() if kind is not replicated.PARTITION}
+def shared_partitions() -> tuple[str, ...]:
+    """Those that cut a table, words after --ultramem-partition."""
+    return tuple(name for name in PARTITIONS if name != "replicated")
 
 
 def choose(x: Exchange, num_values: int | None = None) -> str:

@@ -41,7 +41,6 @@ def _reader(
 
 PARTITION = Partition(
     name="replicated",
-    about="every rank has the whole table",
     parts=lambda size: (size, 1),
     check=_check,
     reader=_reader,

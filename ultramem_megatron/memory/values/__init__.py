@@ -1,7 +1,13 @@
 """What is read for the addresses: each kind of values is a file with its place in this list."""
 
-from ultramem_megatron.memory.values import pooled
-from ultramem_megatron.memory.values.contract import ValuesKind
+from typing import TYPE_CHECKING
 
-VALUES: dict[str, ValuesKind] = {kind.name: kind for kind in (pooled.KIND,)}
+from ultramem_megatron.memory.kinds import Kinds, Listed
+
+if TYPE_CHECKING:  # the list itself needs no torch
+    from ultramem_megatron.memory.values.contract import ValuesKind
+
+VALUES: "Kinds[ValuesKind]" = Kinds(
+    pooled=Listed("ultramem_megatron.memory.values.pooled:KIND", "scores times values, summed")
+)
 """By the word after --ultramem-values."""

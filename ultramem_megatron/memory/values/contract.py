@@ -39,13 +39,12 @@ class Values(Protocol):
 class ValuesKind:
     """One kind of values in the list.
 
-    name, about: the flag's value and a line of help. build: of a config, the name of a partition
-    and the group of ranks (None: this one). reference: the plain form, of rows, groups (T, P) and
-    scores (T, P, C), inputs (T, D), the layer's state dict and the config, to (T, E, V).
+    name: the flag's value. build: of a config, the name of a partition and the group of ranks
+    (None: this one). reference: the plain form, of rows, groups (T, P) and scores (T, P, C), inputs
+    (T, D), the layer's state dict and the config, to (T, E, V).
     """
 
     name: str
-    about: str
     build: Callable[[UltraMemConfig, str, Any], Any]
     reference: Callable[
         [Tensor, Tensor, Tensor, Tensor, Mapping[str, Tensor], UltraMemConfig], Tensor

@@ -43,6 +43,4 @@ def _reference(
     return torch.stack(pooled, dim=1)
 
 
-KIND = ValuesKind(
-    name="pooled", about="scores times values, summed", build=PooledValues, reference=_reference
-)
+KIND = ValuesKind(name="pooled", build=PooledValues, reference=_reference)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ultramem_megatron.memory.retrieval.addresses import grid_counts
 from ultramem_megatron.tools.inspect.reads import Reads
-from ultramem_megatron.tools.inspect.tables import grid_counts
 from ultramem_megatron.tools.pictures import picture
 
 _USAGE = {"values-used": "values read since the last log, share", "usage-KL": "KL from even, nats"}
@@ -17,7 +17,8 @@ def draw_grid(reads: Sequence[Reads], file: Path) -> None:
         all_axes = figure.subplots(1, len(reads), squeeze=False)
         for axes, layer in zip(all_axes[0], reads, strict=True):
             side = layer.keys_per_side
-            image = axes.imshow(grid_counts(layer), extent=(0, side, side, 0), cmap="magma")
+            counts = grid_counts(layer.grid, side)
+            image = axes.imshow(counts, extent=(0, side, side, 0), cmap="magma")
             figure.colorbar(image, ax=axes, label="reads", shrink=0.8)
             axes.set(title=f"layer {layer.layer_number}", xlabel="column key", ylabel="row key")
 

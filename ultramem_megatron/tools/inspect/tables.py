@@ -4,12 +4,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from ultramem_megatron.memory.retrieval.addresses import grid_counts
 from ultramem_megatron.tools.inspect.reads import Reads
-
-GRID_BINS = 128  # at most, on each side of the picture
 
 
 def fired(words: Sequence[str], reads: Reads, top: int) -> Iterator[dict[str, object]]:
@@ -48,18 +44,9 @@ def shared(words: Sequence[str], reads: Reads, values: int) -> Iterator[dict[str
             }
 
 
-def grid_counts(reads: Reads) -> Tensor:
-    """Reads of the key grid, rows by columns, in at most GRID_BINS bins a side; int64."""
-    side = reads.keys_per_side
-    bins = min(side, GRID_BINS)
-    addresses = reads.grid.flatten()
-    row, column = addresses // side * bins // side, addresses % side * bins // side
-    return torch.bincount(row * bins + column, minlength=bins * bins).view(bins, bins)
-
-
 def grid(reads: Reads) -> Iterator[dict[str, object]]:
     """The bins of the key grid that were read."""
-    counts = grid_counts(reads)
+    counts = grid_counts(reads.grid, reads.keys_per_side)
     for row, column in counts.nonzero().tolist():
         yield {
             "layer": reads.layer_number,

@@ -63,8 +63,8 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
 
     Raises UltraMemError for what we or Megatron refuse.
     """
+    from megatron.training import arguments
     from megatron.training.argument_utils import core_transformer_config_from_args
-    from megatron.training.arguments import validate_args
 
     from ultramem_megatron.megatron.flags.arguments import config_from_args
     from ultramem_megatron.megatron.flags.refusals import refuse_unsupported_flags
@@ -79,7 +79,7 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
     with megatron_refuses():
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(os.environ):
             os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # a launcher's business, not a plan's
-            validate_args(args)
+            arguments.validate_args(args)
         transformer = core_transformer_config_from_args(args)
     transformer.init_model_with_meta_device = True
     transformer.perform_initialization = False

@@ -1,0 +1,59 @@
+"""Run a benchmark of launch/benchmarks: they stand in a checkout, not in the wheel.
+
+ultramem bench                                  lists them
+ultramem bench decode --out runs/decode         runs one; its --help says more
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import ultramem_megatron
+from ultramem_megatron.errors import UltraMemError
+
+BENCHMARKS = {
+    "kernels": "lookup, selections and a whole layer, each way of computing them",
+    "training": "tokens per second of dense, MoE, product keys and UltraMem",
+    "decode": "latency and weight bytes of a decode step (figures 1b, 1c, 6c and 7)",
+    "overlap": "exchanges between ranks with and without --ultramem-overlap",
+}
+"""By the name of their module in launch/benchmarks."""
+
+_CHECKOUT = Path(ultramem_megatron.__file__).resolve().parents[1]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Become the benchmark's own process. Raises UltraMemError without a checkout."""
+    parser = argparse.ArgumentParser(
+        prog="ultramem bench",
+        description=__doc__,
+        epilog=_listing(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("benchmark", nargs="?", choices=BENCHMARKS)
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="the benchmark's own")
+    options = parser.parse_args(argv)
+    if options.benchmark is None:
+        print(_listing())
+    else:
+        _become(options.benchmark, options.flags)
+
+
+def _listing() -> str:
+    width = max(map(len, BENCHMARKS))
+    return "\n".join(f"  {name:<{width}}  {about}" for name, about in BENCHMARKS.items())
+
+
+def _become(benchmark: str, flags: Sequence[str]) -> None:
+    if not (_CHECKOUT / "launch" / "benchmarks").is_dir():
+        raise UltraMemError(
+            f"bench {benchmark}: benchmarks are not in the wheel that is installed here. Run bash "
+            f"launch/setup.sh in a clone of the repository, then .venv/bin/ultramem bench there."
+        )
+    # Benchmarks start ranks, which must find the checkout too.
+    paths = [str(_CHECKOUT), os.environ.get("PYTHONPATH")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-m", f"launch.benchmarks.{benchmark}", *flags]
+    os.execve(sys.executable, command, environment)
