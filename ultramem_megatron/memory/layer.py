@@ -131,8 +131,14 @@ class UltraMemLayer(nn.Module):
         return retrieved._replace(scores=per_head.softmax(2).view_as(retrieved.scores))
 
     def after_step(self) -> None:
-        """What an optimizer step makes necessary, such as a filter that follows the cores."""
-        self.retrieval.after_step()
+        """What an optimizer step makes necessary, such as a filter that follows the cores.
+
+        Raises UltraMemError, with the layer's number, for weights that are not finite.
+        """
+        try:
+            self.retrieval.after_step()
+        except UltraMemError as error:
+            raise UltraMemError(f"memory layer {self.layer_number}: {error}") from None
 
     def end_batch(self, reduce: Callable[[Tensor], object] | None = None) -> None:
         """What the last micro-batch of an optimizer step makes necessary: see QueryMean.update.

@@ -26,7 +26,7 @@ class CausalConvolution(nn.Module):
         kernel = self.weight.shape[1]
         if history is None:
             history = x.new_zeros(1, kernel - 1, *x.shape[1:])
-        pieces = x.reshape(len(history), -1, *x.shape[1:])
+        pieces = x.reshape(len(history), len(x) // len(history), *x.shape[1:])
         padded = torch.cat([history, pieces], 1)  # (P, kernel-1+S/P, B, D)
         # A sum of shifted views: a convolution would want its own order of dimensions, there and
         # back, and CPUs take several times as long for it.

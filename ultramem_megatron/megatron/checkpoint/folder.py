@@ -77,13 +77,19 @@ def stored_args(folder: str) -> Namespace:
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
-    FileSystemReader(folder).read_metadata()  # read below, too, but refusals are lost there
     try:
+        FileSystemReader(folder).read_metadata()  # read below, too, but refusals are lost there
         common = dist_checkpointing.load_common_state_dict(folder)
-    except CheckpointException as error:
-        raise user_error(error) or error from None
+    except UltraMemError:
+        raise
     except pickle.UnpicklingError as error:  # common.pt, of older checkpoints
         raise UltraMemError(f"{folder}/common.pt {fault_of(error)}. {ADVICE}") from None
+    except (CheckpointException, Exception) as error:  # damaged files end in errors of any kind
+        lines = str(error).strip().splitlines()
+        what = f"{type(error).__name__} {lines[-1] if lines else ''}"
+        raise user_error(error) or UltraMemError(
+            f"{folder} is damaged: its flags cannot be read ({what:.200}). Give another --load."
+        ) from error
     if not isinstance(common, dict):
         raise UltraMemError(f"{folder}: its common state is no dict, but {common!r:.200}.")
     if "args" not in common:

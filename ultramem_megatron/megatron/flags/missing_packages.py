@@ -29,6 +29,11 @@ def refuse_missing_packages(args: Namespace) -> None:
                 f"{flag} needs --transformer-impl transformer_engine: Megatron's own layers do not "
                 f"have it."
             )
+    if args.transformer_impl == "local" and args.num_experts and args.add_bias_linear:
+        raise UltraMemError(
+            "--num-experts: experts of Megatron's own layers (--transformer-impl local) do not "
+            "train with biases. Add --disable-bias-linear."
+        )
     if args.distributed_backend == "nccl" and not torch.cuda.is_available():
         raise UltraMemError(
             "--distributed-backend nccl: torch sees no GPU here. Use --distributed-backend gloo."

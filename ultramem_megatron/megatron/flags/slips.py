@@ -75,6 +75,7 @@ def refuse_slips(args: Namespace) -> None:
     for name, value in vars(args).items():
         _require(not _is_nan(value), name, value, "a number")
     _refuse_odd_shares(args)
+    _refuse_odd_rotation(args)
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise UltraMemError("--tokenizer-type NullTokenizer needs --vocab-size, its number of ids.")
 
@@ -130,4 +131,17 @@ def _refuse_odd_shares(args: Namespace) -> None:
         raise UltraMemError(
             f"--moe-router-topk {args.moe_router_topk} is more than --num-experts "
             f"{args.num_experts}. Lower it."
+        )
+
+
+def _refuse_odd_rotation(args: Namespace) -> None:
+    """Rotary embeddings turn numbers of a head in pairs."""
+    if args.position_embedding_type != "rope" or not args.hidden_size:
+        return
+    width = args.kv_channels or args.hidden_size // args.num_attention_heads
+    turned = int(width * args.rotary_percent)
+    if turned + turned % 2 > width:
+        raise UltraMemError(
+            f"--position-embedding-type rope turns pairs of numbers, but a head has {width} "
+            f"(--hidden-size / --num-attention-heads, or --kv-channels). Make it even."
         )

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
@@ -64,9 +65,17 @@ class TuckerCores(PreciseBuffers):
         """Recompute u and t from the cores; repeating it with the same cores changes nothing.
 
         u and t are determined up to a common sign, which decides which quadrant of the grid is
-        shortlisted; the sign nearer to the stored pair (in L1) is kept, +1 on a tie.
+        shortlisted; the sign nearer to the stored pair (in L1) is kept, +1 on a tie. Raises
+        UltraMemError where the cores are not finite.
         """
-        left, self.spectrum, right = torch.linalg.svd(self.total())
+        total = self.total()
+        if not (total.is_meta or bool(torch.isfinite(total).all())):
+            raise UltraMemError(
+                "retrieval.cores.weight holds NaN or infinity: the run has diverged. Go on from an "
+                "earlier checkpoint (--ckpt-step) with a lower --lr. Without "
+                "--no-check-for-nan-in-loss-and-grad a run ends where that begins."
+            )
+        left, self.spectrum, right = torch.linalg.svd(total)
         u, t = left[..., :, 0], right[..., 0, :]
         kept = _distance(u, t, self.u, self.t)
         flipped = _distance(-u, -t, self.u, self.t)

@@ -123,12 +123,15 @@ def _without_transformer_engine(args: Namespace) -> None:
 def built_stage(run: Run, stage: int = 0) -> Iterator[list[Any]]:
     """Model chunks of the first rank of a pipeline stage, on the meta device.
 
-    Ranks of a stage hold parts of equal size (number-wise tables: to within a row).
+    Ranks of a stage hold parts of equal size (number-wise tables: to within a row). Raises
+    UltraMemError for what Megatron refuses only when it builds.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
 
     world_size = run.args.world_size
     rank = stage * (world_size // run.stages)
@@ -148,7 +151,9 @@ def built_stage(run: Run, stage: int = 0) -> Iterator[list[Any]]:
             mock.patch("torch.cuda.current_device", return_value="meta"),
             mock.patch.dict(os.environ),  # Megatron leaves its choice of attention there
         ):
-            yield _chunks(run)
+            with megatron_refuses():
+                chunks = _chunks(run)
+            yield chunks
     finally:
         destroy_moe_metrics_tracker()  # it remembers the number of layers
         parallel_state.destroy_model_parallel()
