@@ -30,7 +30,7 @@ def _run(*command: str | Path, cwd: Path) -> str:
 
 
 def _environment(folder: Path) -> tuple[Path, Path]:
-    """A new one's folder of commands, and the commit that is checked out, in a folder of its own."""
+    """A new one, its folder of commands, and the commit that is checked out in another."""
     _run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
     source = folder / "source"
     _run("git", "clone", "--quiet", "--depth", "1", f"file://{ROOT}", source, cwd=folder)
@@ -63,7 +63,7 @@ def test_the_container_keeps_a_torch_that_is_no_release(tmp_path: Path) -> None:
     (stand_in / "pyproject.toml").write_text(_STAND_IN)
     (tmp_path / "own.txt").write_text("torch==2.13.0a0+nv\n")
     _run(commands / "pip", "install", stand_in, cwd=tmp_path)
-    resolve = "install --dry-run --report found.json --constraint own.txt".split()
+    resolve = ["install", "--dry-run", "--report", "found.json", "--constraint", "own.txt"]
     _run(commands / "pip", *resolve, f"{source}[train,plots,export,data]", cwd=tmp_path)
     report = json.loads((tmp_path / "found.json").read_text())
     found = {package["metadata"]["name"] for package in report["install"]}
