@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -322,7 +323,7 @@ def describe(run: Run, summary: dict[str, Any]) -> str:
   speed        {summary["tokens_per_second"]:,} tokens per second on {run.ranks} rank(s)
   time         {seconds["total"]:.0f} s: {stages}
   everything   {run.folder}/: summary.json, loss.png, sample.txt, logs/, checkpoints/
-  curves       .venv/bin/tensorboard --logdir {run.folder}/tensorboard
+  curves       .venv/bin/tensorboard --logdir {shlex.quote(str(run.folder / "tensorboard"))}
 """
 
 

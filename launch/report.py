@@ -15,6 +15,7 @@ from ultramem_megatron.data.own_folder import write_whole
 from ultramem_megatron.tools.pictures import picture
 
 LOSS, VALIDATION_LOSS = "lm loss", "lm loss validation"  # Megatron's tags
+_WINDOW = 10  # steps of the running mean
 VALUE_TABLE = ".values."  # in the name of every value table's parameter
 
 
@@ -112,12 +113,20 @@ def plot(curves: Curves, unigram_entropy: float, resume_at: int, file: Path) -> 
     train, valid = ([(p.step, p.value) for p in c] for c in (curves.train, curves.valid))
     with picture(file, (8, 5)) as figure:
         axes = figure.subplots()
-        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.6, label="training")
+        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.3, label="training")
+        axes.plot(*_running_mean(train), color="tab:blue", label=f"mean of {_WINDOW} steps")
         axes.plot(*zip(*valid, strict=True), color="tab:red", marker="o", label="validation")
         axes.axhline(unigram_entropy, color="black", linestyle="--", label="unigram entropy")
         axes.axvline(resume_at, color="tab:green", linestyle=":", label="saved and resumed")
         axes.set(title="UltraMem GPT", xlabel="optimizer step", ylabel="loss (nats per token)")
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=5)
+
+
+def _running_mean(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """Steps, and means over each and the steps before it; at first over as many as there are."""
+    values = [value for _, value in points]
+    means = [statistics.fmean(values[max(0, i - _WINDOW) : i]) for i in range(1, len(values) + 1)]
+    return [step for step, _ in points], means
 
 
 def write_json(content: Mapping[str, Any], file: Path) -> None:

@@ -5,6 +5,7 @@ pretrain_gpt.py, to be applied with `git apply`. They change no other file.
 """
 
 import argparse
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def main() -> None:
     parser.add_argument("--check", metavar="PATH", type=Path, required=True, help="a checkout")
     checkout = parser.parse_args().check.resolve()
     patch = fitting_patch(checkout)
-    print(f"{patch.stem} applies: git -C {checkout} apply -C1 {patch.resolve()}")
+    command = ["git", "-C", str(checkout), "apply", "-C1", str(patch.resolve())]
+    print(f"{patch.stem} applies: {shlex.join(command)}")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_an_experiment_is_trained_once_and_drawn(
     assert len(set(losses)) == 3
     assert all(2 < loss < 8 for loss in losses)
     metrics = {line["metric"] for line in lines(tmp_path / "figure10_curves.csv")}
-    assert metrics == {"valid_loss", "train_loss", "top1_score", "output_std"}
+    assert metrics == {"valid_loss", "train_loss", "top1_score", "output_std", "query_cosine"}
     assert (tmp_path / "figure10.png").stat().st_size > 10_000
 
     records = sorted((output / "records").glob("*/result.json"))

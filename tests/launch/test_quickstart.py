@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(
     text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    folder = tmp_path_factory.mktemp("run") / "quickstart"
+    folder = tmp_path_factory.mktemp("run") / "quick start"
     result = call("--tiny", "--text", text, "--output", folder, "--steps", STEPS, "--", "--lr=3e-3")
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result
@@ -53,6 +54,13 @@ Finished = tuple[Path, subprocess.CompletedProcess[str]]
 
 def summary_of(finished: Finished) -> dict:
     return json.loads((finished[0] / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_the_command_for_curves_can_be_pasted(finished: Finished) -> None:
+    folder, result = finished
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("  curves ")]
+    words = shlex.split(line)
+    assert words[1:] == [".venv/bin/tensorboard", "--logdir", str(folder / "tensorboard")]
 
 
 def test_summary_agrees_with_tensorboard(finished: Finished) -> None:

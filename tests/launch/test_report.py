@@ -58,6 +58,12 @@ def test_plot_is_a_picture_of_its_size(tmp_path: Path) -> None:
     assert struct.unpack(">II", content[16:24]) == (960, 600)
 
 
+def test_the_running_mean_is_of_the_steps_so_far() -> None:
+    steps, means = report._running_mean([(step, float(step)) for step in range(1, 31)])
+    assert steps == list(range(1, 31))
+    assert (means[0], means[1], means[-1]) == (1.0, 1.5, 25.5)
+
+
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "summary.json"
     report.write_json({"text": "é"}, file)

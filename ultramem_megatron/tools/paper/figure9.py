@@ -7,6 +7,8 @@ from ultramem_megatron.memory.tables.traffic import paper_crossover
 from ultramem_megatron.tools.pictures import picture
 from ultramem_megatron.tools.rows import Row
 
+_HIGHEST = 1700  # value dim that is drawn
+
 
 def points() -> list[Row]:
     """One row per top-m and number of ranks P."""
@@ -26,12 +28,12 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
     with picture(file, (7, 4.5)) as figure:
         axes = figure.subplots()
         for count, curve in curves.items():
-            axes.plot(*zip(*curve, strict=True), label=f"top-m {count}")
-        sizes, highest = zip(*curves[min(curves)], strict=True)
-        axes.fill_between(sizes, highest, 1700, color="tab:green", alpha=0.12)
-        axes.text(20, 1580, "dimension-wise moves fewer bytes", color="tab:green")
-        axes.text(190, 120, "number-wise moves fewer bytes", color="tab:gray")
+            [line] = axes.plot(*zip(*curve, strict=True), label=f"top-m {count}")
+            ranks, widths = zip(*((p, v) for p, v in curve if v <= _HIGHEST), strict=True)
+            axes.fill_between(ranks, widths, _HIGHEST, color=line.get_color(), alpha=0.06)
+        axes.text(20, 1560, "above its line: dimension-wise\nmoves fewer bytes", va="top")
+        axes.text(290, 130, "below its line: number-wise\nmoves fewer bytes")
         axes.set(xlabel="ranks P that share a table", ylabel="value dim", xlim=(2, 512))
         axes.set(title="Equal traffic of the two partitions (the paper's formulas, E = 1)")
-        axes.set(ylim=(0, 1700))
-        axes.legend(loc="lower right")
+        axes.set(ylim=(0, _HIGHEST))
+        figure.legend(loc="outside right center")
