@@ -1,6 +1,5 @@
 """Small GPTs for a CPU: the flags that quickstart, experiments and benchmarks share."""
 
-import math
 from collections.abc import Mapping
 
 from ultramem_megatron.presets.preset import Value
@@ -30,9 +29,4 @@ def text_gpt(*, layers: int, hidden: int, heads: int, length: int) -> dict[str, 
         "normalization": "RMSNorm",
         "hidden-dropout": 0.0,
         "attention-dropout": 0.0,
-        # A memory's output starts with a standard deviation of 0.3 to 0.4. Beside embeddings of
-        # 0.02, Megatron's default, it would drown the tokens: the loss was 6.4 after 75 steps of
-        # the quickstart, not 5.7.
-        "embedding-init-method-std": 0.5,
-        "init-method-std": round(math.sqrt(2 / (5 * hidden)), 3),  # as in the paper
     }

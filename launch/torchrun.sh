@@ -9,13 +9,13 @@
 #   MAX_RESTARTS=3      restarts after a fault, each from the newest complete checkpoint
 #   STALL_SECONDS=600   a collective that takes longer ends the attempt
 #   JOIN_SECONDS=600    how long a node waits for the others, at the start and after a fault
-#   CHECK_SUMS=1        0: do not check the checkpoint, for one saved without --verify-integrity
+#   CHECK_SUMS=1        0: checkpoints without sums (--no-verify-integrity), for one saved so, too
 #   LOG_DIR=logs        LOG_DIR/<run>/attempt_<n>/<rank>/{stdout,stderr}.log
 #   PYTHON=<checkout>/.venv/bin/python
 #
-# Give --save and --load the same folder: a restart continues from there. SIGTERM to this script
-# saves a checkpoint and ends the run with status 0. What the flags cannot mean is refused: status 2,
-# the reason in the last line, no restart.
+# Give --save and --load the same folder: a restart continues from there. SIGTERM or SIGHUP to this
+# script saves a checkpoint and ends the run with status 0; SIGKILL ends the run with it. What the
+# flags cannot mean is refused: status 2, the reason in the last line, no restart.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -64,14 +64,14 @@ else
 fi
 sums=(--verify-integrity)
 if [[ $CHECK_SUMS == 0 ]]; then
-    sums=()
+    sums=(--no-verify-integrity)
 fi
 command=(
     "$python" -m torch.distributed.run
     --nnodes "$nodes" --nproc-per-node "$NPROC" "${rendezvous[@]}"
     --max-restarts "$MAX_RESTARTS" --monitor-interval 1
     # SIGTERM is for the ranks, which save; torchrun would end them while they do.
-    --signals-to-handle "SIGINT,SIGHUP,SIGQUIT"
+    --signals-to-handle "SIGINT,SIGQUIT"
     --log-dir "$logs" --tee 3
     -m ultramem_megatron train
     # Start-up may take longer than a step: at least a minute, Megatron counts whole ones.
@@ -125,14 +125,19 @@ pass_on_sigterm() {
 }
 
 (
-    trap '' TERM # torchrun and its ranks inherit this
+    trap '' TERM HUP # torchrun and its ranks inherit this
     export ULTRAMEM_TORCHRUN_PID="$BASHPID"
     exec "${command[@]}"
 ) &
 agent=$!
+# When this script is gone, even by SIGKILL, the pipe ends: torchrun follows, its ranks follow it.
+exec {alive}> >(
+    trap '' TERM HUP INT
+    read -r _ || torchruns "$agent" | xargs -r kill -KILL 2>/dev/null
+)
 stopping=
 told=()
-trap 'stopping=1' TERM
+trap 'stopping=1' TERM HUP
 trap 'kill -INT "$agent"' INT
 while kill -0 "$agent" 2>/dev/null; do
     if [[ -s $ULTRAMEM_REFUSAL ]]; then
@@ -143,11 +148,12 @@ while kill -0 "$agent" 2>/dev/null; do
     if [[ -n $stopping ]]; then
         pass_on_sigterm
     fi
-    sleep 1 &
+    sleep 1 {alive}>&- &
     wait "$!" || true
 done
 status=0
 wait "$agent" 2>/dev/null || status=$?
+echo "ended" >&"$alive"
 if [[ -s $ULTRAMEM_REFUSAL ]]; then
     echo "torchrun.sh: refused, and not tried again:" >&2
     cat "$ULTRAMEM_REFUSAL" >&2

@@ -47,6 +47,8 @@ PATCH_MODULES = (
     "defects.safe_objects",
     "defects.stored_code",
     "defects.results_queue",
+    "defects.whole_iterations",
+    "defects.events_folder",
 )
 """Order of application; every name is a file in this folder."""
 

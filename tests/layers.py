@@ -50,6 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rmsnorm": {"qk_norm": "rmsnorm"},
     "no-norm": {"qk_norm": "none"},
     "official-init": {"init": "official", "qk_norm": "rmsnorm", "rank_layout": "full"},
+    "not-centred": {"query_centering": False},
+    "pkm-init": {"init": "pkm", "retrieval": "pkm", "tucker_rank": 1, "cores": 1},
     "convolution": {"query_conv_kernel": 5},
     "softmax": {"softmax": True},
     "all-keys": {"num_keys": 3, "topk": 6},
@@ -86,4 +88,6 @@ def small_layer(
         for name, parameter in layer.named_parameters():
             if "norm" in name or "conv" in name:
                 parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator))
+        if layer.query.common is not None:
+            layer.query.common.mean.copy_(torch.rand(HIDDEN, generator=generator))
     return layer

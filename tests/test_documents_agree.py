@@ -28,6 +28,8 @@ def test_every_flag_stands_in_the_table_with_its_default() -> None:
         if flag in shown and field.default is not dataclasses.MISSING:
             default = field.default
             default = ("no", "yes")[default] if isinstance(default, bool) else str(default)
+            if field.default is None:
+                default = "with `matched`"
             assert shown[flag] == default, flag
 
 

@@ -5,8 +5,17 @@ A model that stands in several experiments is trained once: results are kept by 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from launch.ablations.models import ULTRAMEM_ROW, Model, ablation, dense, moe, resized
+from launch.ablations.models import (
+    ULTRAMEM_ROW,
+    Model,
+    ablation,
+    dense,
+    moe,
+    resized,
+    with_initial_std,
+)
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.presets import printed
 
@@ -89,6 +98,13 @@ def _at_fixed_sparsity() -> Iterator[Model]:
             )
 
 
+_DEFAULTS: dict[str, Any] = {"init": "matched", "query_centering": True, "value_lr_mult": 4.0}
+
+
+def _started(name: str, **changes: Any) -> Model:
+    return ablation(name, ULTRAMEM_ROW, **changes)
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
@@ -137,6 +153,25 @@ EXPERIMENTS: dict[str, Experiment] = {
                 ablation("naive-init", ULTRAMEM_ROW, init="official"),
             ),
             "ultramem",
+        ),
+        Experiment(
+            "start",
+            "a newcomer's run: Megatron's initial weights, memories started in several ways",
+            tuple(
+                with_initial_std(model, 0.02)
+                for model in (
+                    dense(),
+                    _started("official", init="official", value_lr_mult=1.0),
+                    _started("paper", init="paper"),
+                    _started("matched", init="matched"),
+                    _started("matched, centred", init="matched", query_centering=True),
+                    _started("the same, x4", **_DEFAULTS),
+                    _started("the same, x1", **{**_DEFAULTS, "value_lr_mult": 1.0}),
+                )
+            ),
+            "dense",
+            steps=300,
+            evaluations=6,
         ),
         Experiment(
             "figure6b",

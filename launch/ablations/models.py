@@ -8,7 +8,7 @@ for equal FLOPs and (but for dense) equal parameters, which `sizes()` counts for
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from launch.small_models import Flags, text_gpt
 from ultramem_megatron.presets import preset_fields
@@ -17,6 +17,10 @@ from ultramem_megatron.presets.flags import as_words
 SMALL_TRANSFORMER: Flags = {
     **text_gpt(layers=4, hidden=96, heads=4, length=128),
     "ffn-hidden-size": 384,
+    # The paper's initialisation gives a memory's output a standard deviation of 0.35 at this size.
+    # Beside embeddings of 0.02, Megatron's default, it would drown the tokens.
+    "embedding-init-method-std": 0.5,
+    "init-method-std": 0.065,  # sqrt(2 / (5 * 96)), as in the paper
 }
 
 SMALL_TRAINING: Flags = {
@@ -88,6 +92,12 @@ def resized(name: str, preset: str, full: Mapping[str, int], small: Mapping[str,
     """The whole UltraMem layer with other sizes of its table and of what is read of it."""
     complete = ablation(name, ULTRAMEM_ROW).small
     return Model(name, preset, {**complete, **_as_flags(small)}, _as_flags(full))
+
+
+def with_initial_std(model: Model, std: float) -> Model:
+    """The same model, with all weights of its transformer started at one standard deviation."""
+    flags = {"init-method-std": std, "embedding-init-method-std": std}
+    return replace(model, small={**model.small, **flags}, full={**model.full, **flags})
 
 
 ULTRAMEM_ROW = "ablation-151m-x10-query-conv"

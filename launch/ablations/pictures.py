@@ -113,6 +113,19 @@ def _draw_figure10(results: Results, figure: Any) -> None:
         axes.set(ylabel=label)
 
 
+def _draw_start(results: Results, figure: Any) -> None:
+    losses, *others = figure.subplots(1, 3)
+    _draw_curves(losses, results, "valid_loss")
+    losses.set(ylabel="validation loss, nats per token")
+    panels = (
+        ("query_cosine", "cosine between tokens' queries, last memory"),
+        ("output_std", "output std, last memory"),
+    )
+    for axes, (metric, label) in zip(others, panels, strict=True):
+        _draw_curves(axes, results, metric)
+        axes.set(ylabel=label)
+
+
 def _draw_perplexity_ratio(axes: Any, results: Results, baseline: str) -> None:
     """Training perplexity over the baseline's on the same batches; losses alone lie on each other.
 
@@ -172,5 +185,6 @@ _DRAWINGS: dict[str, tuple[Callable[[Results, Any], None], tuple[float, float]]]
     "table2": (_draw_table, (10, 5)),
     "table3": (_draw_table, (10, 5)),
     "figure10": (_draw_figure10, (13, 4)),
+    "start": (_draw_start, (13, 4)),
     "figure6b": (_draw_figure6b, (6, 4)),
 }

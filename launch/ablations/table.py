@@ -6,7 +6,11 @@ from typing import Any
 from launch.ablations.models import Sizes
 
 VALIDATION = "lm loss validation"
-_LAST_MEMORY = {"ultramem/top-1-score": "top1_score", "ultramem/output-std": "output_std"}
+_LAST_MEMORY = {
+    "ultramem/top-1-score": "top1_score",
+    "ultramem/output-std": "output_std",
+    "ultramem/query-cosine": "query_cosine",
+}
 
 
 def run_line(experiment: str, model: str, sizes: Sizes, record: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +37,7 @@ def run_line(experiment: str, model: str, sizes: Sizes, record: dict[str, Any]) 
 def curve_lines(
     experiment: str, model: str, tokens_per_step: int, record: dict[str, Any]
 ) -> Iterable[dict[str, Any]]:
-    """Validation loss over training, and top-1 score and output std of the last memory."""
+    """Losses over training; top-1 score, output std and query cosine of the last memory."""
     for name, points in _curves(record["scalars"]).items():
         for step, value in points:
             yield {

@@ -28,7 +28,7 @@ def payload(mark: Path) -> Call:
     return Call(exec, f"open({str(mark)!r}, 'w').close()")
 
 
-def _saved(value) -> bytes:
+def torch_saved(value) -> bytes:
     import torch
 
     buffer = io.BytesIO()
@@ -36,7 +36,7 @@ def _saved(value) -> bytes:
     return buffer.getvalue()
 
 
-def _replace_object(folder: Path, key: str, content: bytes) -> None:
+def replace_object(folder: Path, key: str, content: bytes) -> None:
     """Other bytes for the object in a shard whose key begins so; the rest stays as it is."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     index = next(i for i in metadata.storage_data if i.fqn.startswith(key))
@@ -56,7 +56,7 @@ def _flags(**changes):
         common = dist_checkpointing.load_common_state_dict(str(folder))
         for name, value in changes.items():
             setattr(common["args"], name, value)
-        _replace_object(folder, "common_state", _saved([common]))
+        replace_object(folder, "common_state", torch_saved([common]))
         module = f"open({str(mark)!r}, 'w').close()"
         (mark.parent / "planted_module.py").write_text(module)
 
@@ -64,7 +64,7 @@ def _flags(**changes):
 
 
 def _object(key: str):
-    return lambda folder, mark: _replace_object(folder, key, _saved(payload(mark)))
+    return lambda folder, mark: replace_object(folder, key, torch_saved(payload(mark)))
 
 
 def _pickled_extra_state(folder: Path, mark: Path) -> None:
@@ -72,13 +72,13 @@ def _pickled_extra_state(folder: Path, mark: Path) -> None:
     import torch
 
     state = torch.frombuffer(bytearray(pickle.dumps(payload(mark))), dtype=torch.uint8)
-    _replace_object(folder, "decoder.layers", _saved([state]))
+    replace_object(folder, "decoder.layers", torch_saved([state]))
 
 
 def _file(name: str, *, saved: bool = False):
     def plant(folder: Path, mark: Path) -> None:
         value = payload(mark)
-        (folder / name).write_bytes(_saved(value) if saved else pickle.dumps(value))
+        (folder / name).write_bytes(torch_saved(value) if saved else pickle.dumps(value))
 
     return plant
 

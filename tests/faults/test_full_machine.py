@@ -2,7 +2,10 @@
 
 import contextlib
 import functools
+import multiprocessing
+import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -99,6 +102,50 @@ def test_events_that_do_not_fit(small_disk):
     with pytest.raises(RanksFailed, match="No space left on device") as ended:
         run_pretrain(1, flags, before=before)
     assert f"--tensorboard-dir {events} (0.000 GB free)" in str(ended.value)
+
+
+def _lose_folder_after_scalars(folder: str, count: int) -> None:
+    """In every rank: the folder is gone before the `count`-th scalar is written."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    add, done = SummaryWriter.add_scalar, [0]
+
+    def add_scalar(self, *args, **kwargs):
+        done[0] += 1
+        if done[0] == count:
+            self.flush()
+            shutil.rmtree(folder)
+        return add(self, *args, **kwargs)
+
+    SummaryWriter.add_scalar = add_scalar  # type: ignore[method-assign]  # the fault
+
+
+def test_a_folder_of_events_that_vanishes_does_not_end_a_run(tmp_path):
+    flags = tiny_gpt(tensorboard_dir=tmp_path / "events", tensorboard_log_interval=1)
+    before = functools.partial(_lose_folder_after_scalars, str(tmp_path / "events"), 10)
+    assert len(run_pretrain(1, flags, before=before).losses) == 3
+    assert list((tmp_path / "events").glob("events.out.tfevents.*"))
+
+
+def _hide_shared_memory() -> None:
+    """In this rank alone /dev/shm has a single page, less than two workers' locks take."""
+    multiprocessing.set_start_method("fork", force=True)  # as in a rank that torchrun starts
+    os.unshare(os.CLONE_NEWNS)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", "/dev/shm"]
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(mount, check=True)
+
+
+def test_shared_memory_is_told_apart_from_disks(small_disk):
+    checkpoints = small_disk / "checkpoints"
+    flags = tiny_gpt(**_FLAGS, save=checkpoints)
+    flags[flags.index("--num-workers") + 1] = "2"
+    with pytest.raises(RanksFailed, match="No space left on device") as ended:
+        run_pretrain(1, flags, before=_hide_shared_memory)
+    assert "no room in shared memory, /dev/shm (0.000 GB free), through which the 2" in str(
+        ended.value
+    )
+    assert f"this run writes to --save {checkpoints}" not in str(ended.value)
 
 
 def _limit_memory() -> None:

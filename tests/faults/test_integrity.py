@@ -64,6 +64,7 @@ def _check(folder, **changes):
         "verify_integrity": True,
         "ckpt_format": "torch_dist",
         "ckpt_step": None,
+        "sums_required": True,
     }
     args = Namespace(**{**args, **changes})
     check_sums(source_of_weights(args), args)
@@ -103,7 +104,7 @@ def test_a_tracker_cut_short_is_put_right(saved, undisturbed):
 
 def test_a_checkpoint_without_sums_says_how_to_load_it(saved):
     (saved / "iter_0000006" / integrity.MANIFEST).unlink()
-    with pytest.raises(DamagedCheckpointError, match="start once without that flag"):
+    with pytest.raises(DamagedCheckpointError, match="start once with --no-verify-integrity"):
         _check(saved)
     _check(saved, verify_integrity=False)
     integrity.main([str(saved)])

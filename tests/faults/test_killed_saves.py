@@ -35,8 +35,8 @@ def _train(**changes):
     return run_pretrain(2, tiny_gpt(**{**_FLAGS, **changes}))
 
 
-def _kill_before_operation(folder: str, kill_at: int | None) -> None:
-    """In every rank: write operations into one journal; whoever writes the n-th line dies."""
+def killed_before(folder: str, watched: str, kill_at: int | None) -> None:
+    """In every rank: operations on paths with `watched` go into one journal; the n-th kills."""
     journal = os.path.join(folder, "operations")
 
     def hook(event: str, arguments: tuple) -> None:
@@ -44,7 +44,7 @@ def _kill_before_operation(folder: str, kill_at: int | None) -> None:
             return
         path = os.fsdecode(arguments[0])
         is_tracker = path.endswith(integrity.TRACKER) and os.path.exists(journal)
-        if _WATCHED not in path and not is_tracker:
+        if watched not in path and not is_tracker:
             return
         out = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(out, f"{event} {path}\n".encode())
@@ -96,8 +96,13 @@ def test_a_save_killed_at_any_of_its_operations(asynchronous, tmp_path, undistur
 def _killed(folder: Path, kill_at: int | None, changes: dict[str, bool | None]) -> list[str]:
     """The operations of the save of iteration 4, up to where it was killed."""
     arguments = tiny_gpt(**{**_FLAGS, "save": folder / "checkpoints", **changes})
-    before = functools.partial(_kill_before_operation, str(folder), kill_at)
+    before = functools.partial(killed_before, str(folder), _WATCHED, kill_at)
     killed = contextlib.nullcontext() if kill_at is None else pytest.raises(RanksFailed)
     with killed:
         run_pretrain(2, arguments, before=before)
+    return operations_of(folder)
+
+
+def operations_of(folder: Path) -> list[str]:
+    """What `killed_before` saw."""
     return (folder / "operations").read_text().splitlines()

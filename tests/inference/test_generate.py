@@ -1,10 +1,12 @@
 """Decoding with a KV cache gives what a forward pass over the whole text gives."""
 
+import argparse
+
 import pytest
 import torch
 
 from tests.closeness import assert_close
-from tests.decoding import LOGITS
+from tests.decoding import LOGITS, NumberTokenizer
 from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
 
@@ -98,9 +100,33 @@ def _generate(*argv):
         (["--top-p", "0"], r"--top-p is 0.0; it must be a number > 0 and <= 1"),
         (["--tokens", "30"], "exceeds the model's 32 positions"),
         (["--prompt", ""], "--prompt '' has no tokens"),
+        (["--prompt", "hello"], "--prompt 'hello' cannot be read with NullTokenizer"),
+        (["--prompt", "1 9999"], "'1 9999' has the id 9999; .* from 0 to 511"),
+        (["--top-k", "5000"], "--top-k is 5000; the model's vocabulary has 512 ids"),
+        (["--temperature", "inf"], r"--temperature is inf; it must be a number >= 0"),
+        (["--seed", "-1"], "--seed is -1; it must be a whole number from 0"),
+        ([], "trained with NullTokenizer, as mock data are"),
     ],
 )
 def test_wrong_requests_are_refused(changes, message, checkpoint):
     argv = ["--load", str(checkpoint), "--prompt", "1 2 3", "--tokens", "5", *changes]
     with pytest.raises(RanksFailed, match=message):
         run_on_ranks(1, _generate, *argv)
+
+
+def _sampled(folder, batching, seeds):
+    from ultramem_megatron.inference.loading import load_for_inference
+    from ultramem_megatron.inference.sampling import generate
+
+    loaded = load_for_inference(str(folder))._replace(tokenizer=NumberTokenizer())
+    settings = {"tokens": 8, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "batching": batching}
+    return [
+        generate(loaded, ["1 2 3"], argparse.Namespace(**settings, seed=seed)) for seed in seeds
+    ]
+
+
+@pytest.mark.parametrize("batching", ["static", "dynamic"])
+def test_the_seed_decides_what_is_sampled(batching, checkpoint):
+    ((first, again, other),) = run_on_ranks(1, _sampled, checkpoint, batching, [1, 1, 2])
+    assert first == again
+    assert first != other

@@ -133,10 +133,12 @@ def test_a_checkpoint_with_memory_is_refused_by_a_plain_gpt(saved):
 @pytest.mark.parametrize("flag", ["load", "pretrained_checkpoint"])
 def test_flags_that_make_another_model_of_the_weights_are_refused(flag, saved):
     folder, _ = saved
-    message = _refusal(**{flag: folder}, normalization="RMSNorm", rotary_base=500)
+    changed = {"normalization": "RMSNorm", "rotary_base": 500, "openai_gelu": True}
+    message = _refusal(**{flag: folder}, **changed)
     assert f"--{flag.replace('_', '-')} {folder}: the checkpoint is of another model" in message
     assert "normalization is RMSNorm here, LayerNorm in the checkpoint" in message
     assert "rotary_base is 500 here, 10000 in the checkpoint" in message
+    assert "openai_gelu is True here, False in the checkpoint" in message
 
 
 def test_compared_flags_exist_and_are_stored():

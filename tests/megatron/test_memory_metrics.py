@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.closeness import rounding
 from tests.layers import small_layer
 from tests.training_runs import run_pretrain, tiny_gpt
-from ultramem_megatron.megatron.metrics import METRICS, usage
+from ultramem_megatron.megatron.metrics import METRICS, collapse_warning, usage
 from ultramem_megatron.megatron.optimizer.value_learning_rate import value_lr_factor
 
 # TensorBoard keeps float32: two numbers, each rounded once, and a product of them.
@@ -19,6 +19,8 @@ _FLAGS = {
     "ultramem_spans": "1:2/3:4",
     "ultramem_num_keys": 12,
     "ultramem_topk": 6,
+    "ultramem_aux_loss_margin": 0.05,
+    "ultramem_value_lr_mult": 10.0,
     "train_iters": 4,
     "log_interval": 2,
     "tensorboard_log_interval": 1,
@@ -59,10 +61,11 @@ def test_values_are_plausible(scalars):
     assert at_end("top-1-score") > at_end("top-m-score") > 0.3
     assert at_end("lambda-1") > at_end("lambda-2") > 0
     assert 0.5 < at_end("values-used") <= 1
+    assert -1 < at_end("query-cosine") < 1
     assert 0 < at_end("usage-KL") < math.log(144)
     assert at_end("output-std") > 0
     # The mean over heads of the squares is at least the square of the mean.
-    assert at_end("aux-loss") >= 0.001 * max(0.0, at_end("lambda-2") - 0.15) ** 2 > 0
+    assert at_end("aux-loss") >= 0.001 * max(0.0, at_end("lambda-2") - 0.05) ** 2 > 0
 
 
 def test_value_learning_rate_falls_from_ten_times_to_the_base_rate(scalars):
@@ -105,6 +108,25 @@ def test_product_keys_leave_out_what_does_not_apply(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
+    ("cosine", "used", "reads_per_value", "warns"),
+    [
+        (0.95, 0.5, 2, True),
+        (0.5, 0.005, 2, True),
+        (0.5, 0.005, 0.1, False),
+        (0.5, 0.05, 2, False),
+        (math.nan, 0.5, 2, False),
+    ],
+)
+def test_a_collapse_is_warned_of(cosine, used, reads_per_value, warns):
+    metrics = {"query cosine": cosine, "values used": used}
+    warning = collapse_warning(3, metrics, reads_per_value)
+    assert (warning is not None) is warns
+    if warning:
+        assert "layer 3" in warning
+        assert "--ultramem-query-centering" in warning
+
+
+@pytest.mark.parametrize(
     ("counts", "used", "divergence"),
     [([5, 5, 5, 5], 1.0, 0.0), ([8, 0, 0, 0], 0.25, math.log(4)), ([4, 4, 0, 0], 0.5, math.log(2))],
 )
@@ -119,10 +141,13 @@ def test_statistics_by_hand():
     retrieved = layer.retrieve(layer.query(x))
     forwards, sums, hits = layer.statistics.take()
     assert forwards == 1
-    top_one, mean, std = sums.tolist()
+    top_one, mean, std, cosine = sums.tolist()
     in_float32 = rounding(torch.float32, out.numel())
     assert top_one == pytest.approx(retrieved.scores[:, 0].mean().item(), rel=in_float32)
     assert mean == pytest.approx(retrieved.scores.mean().item(), rel=in_float32)
     assert std == pytest.approx(out.std().item(), rel=in_float32)
+    queries = torch.nn.functional.normalize(layer.query(x), dim=-1)
+    pairs = [(queries[i] * queries[j]).sum(-1).mean() for i in range(4) for j in range(i)]
+    assert cosine == pytest.approx(sum(pairs).item() / 6, abs=in_float32)
     rows = layer.shuffle(retrieved.addresses) % 9
     assert torch.equal(hits.long(), rows.flatten().bincount(minlength=9))

@@ -44,7 +44,7 @@ _LAYOUTS = [
     _Layout(4, 2, 2, 1, "number", False, 1),
     _Layout(8, 2, 2, 8, "number", True, 2),
 ]
-_DESIGNS = [_config(), _config(heads=1, cores=4), _config(value_expansion=9)]
+_DESIGNS = [_config(), _config(heads=1, cores=4), _config(value_expansion=9, query_centering=True)]
 
 
 def _tokens(count):
@@ -107,12 +107,15 @@ def _compute(layout, config):
     out = memory(x[own].requires_grad_())
     out.backward(grad[own])
     gradients = {name: p.grad for name, p in memory.named_parameters()}
+    memory.end_batch()
+    common = memory.query.common
     group = parallel_state.get_expert_model_parallel_group()
     table = memory.values.layout
     assert sum(1 for _ in memory.steps(x[own])) == memory.pauses
     return {
         "out": out.detach(),
         "gradients": gradients,
+        "mean": None if common is None else common.mean,
         "corner": (table.rows().start, table.columns().start),
         "group": torch.distributed.get_process_group_ranks(group),
     }
@@ -137,6 +140,10 @@ def test_tokens_dealt_out_give_what_all_tokens_give(dealt, design):
     found = torch.cat([rank["out"] for rank in own_tokens])
     assert_close(found, out, rounding(out.dtype, terms), "output")
 
+    whole.end_batch()
+    if whole.query.common is not None:
+        for rank in ranks:
+            assert_close(rank["mean"], whole.query.common.mean, rounding(out.dtype, len(x)), "mean")
     for rank in ranks:  # neighbours share a table
         assert len(rank["group"]) == layout.size
         assert rank["group"] == list(range(rank["group"][0], rank["group"][0] + layout.size))

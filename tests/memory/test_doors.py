@@ -13,7 +13,7 @@ from tests.layers import HIDDEN, small_config
 from ultramem_megatron.communication.pausing import Pausing, run
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization import INITIALISATIONS
-from ultramem_megatron.memory.initialization.scales import Initialisation
+from ultramem_megatron.memory.initialization.scales import Host, Initialisation
 from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.reference import reference_layer
 from ultramem_megatron.memory.retrieval import RETRIEVALS
@@ -92,8 +92,8 @@ def test_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
-    def scales(config: UltraMemConfig, hidden_size: int, num_layers: int) -> Any:
-        paper = INITIALISATIONS["paper"].scales(config, hidden_size, num_layers)
+    def scales(config: UltraMemConfig, host: Host) -> Any:
+        paper = INITIALISATIONS["paper"].scales(config, host)
         return dataclasses.replace(paper, values=0.0)
 
     _add(monkeypatch, INITIALISATIONS, "init", Initialisation("silent", scales))

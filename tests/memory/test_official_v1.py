@@ -84,6 +84,7 @@ def test_our_layers_survive_export_and_import(heads, cores, expansion):
         tucker_rank=3,
         rank_layout="full",
         qk_norm="rmsnorm",
+        query_centering=False,
     )
     back = load_official_v1(export_official_v1(layer), topk=5, norm="rms", eps=1e-5)
     x = torch.randn(4, 2, 24, dtype=torch.float64)

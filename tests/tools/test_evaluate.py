@@ -1,14 +1,12 @@
 """Perplexity and scores of continuations against sums over logits made one window at a time."""
 
 import json
-import sys
-import types
 
 import numpy as np
 import pytest
 import torch
 
-from tests.decoding import LOGITS, NumberTokenizer, full_logits, random_model
+from tests.decoding import LOGITS, full_logits, random_model
 from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import make_saving_fast
 from ultramem_megatron.data import indexed
@@ -130,65 +128,6 @@ def test_continuations_are_scored(files):
         assert [score.log_probability for score in scores] == pytest.approx(expected, rel=LOGITS)
         assert not any(score.greedy for score in scores)
         assert likeliest.greedy
-
-
-def _stand_in():
-    """The part of lm_eval's interface that the adapter builds upon, where it is not installed."""
-
-    class TemplateLM:
-        def loglikelihood(self, requests, disable_tqdm=False):
-            encoded = []
-            for request in requests:
-                context, continuation = request.args
-                before = self.tok_encode(context) if context else [self.eot_token_id]
-                encoded.append((request.args, before, self.tok_encode(continuation)))
-            return self._loglikelihood_tokens(encoded)
-
-    modules = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.api")}
-    modules["lm_eval.api.model"] = types.SimpleNamespace(TemplateLM=TemplateLM)
-    sys.modules.update(modules)
-
-
-def _harness(folder):
-    import importlib.util
-
-    if importlib.util.find_spec("lm_eval") is None:
-        _stand_in()
-    from ultramem_megatron.inference.loading import LoadedModel, load_model
-    from ultramem_megatron.tools.evaluate.harness import HarnessModel
-
-    model, args = load_model(str(folder / "checkpoint"))
-    harness = HarnessModel(LoadedModel(model, NumberTokenizer(), args), batch=2)
-    text = " ".join(map(str, range(40, 80)))
-
-    def request(*args):
-        return types.SimpleNamespace(args=args)
-
-    choices = [request("3 4 5", " 6 7"), request("", "9 8"), request("9", " 8")]
-    (greedy,) = harness.generate_until([request("3 4 5", {"max_gen_toks": 6, "until": []})])
-    stop = greedy.split()[3]
-    (cut,) = harness.generate_until([request("3 4 5", {"max_gen_toks": 6, "until": [stop]})])
-    return {
-        "choices": [score for score, _ in harness.loglikelihood(choices)],
-        "empty": _plain_score(model, [511], [9, 8]),
-        "rolling": harness.loglikelihood_rolling([request(text)])[0],
-        "rolled": _plain_score(model, [511], list(range(40, 72)))
-        + _plain_score(model, [71], list(range(72, 80))),
-        "greedy": greedy,
-        "cut": cut,
-        "stop": stop,
-        "length": len(harness.generate_until([request(text, {"max_gen_toks": 9})])[0].split()),
-    }
-
-
-def test_the_harness_asks_and_gets_answers(files):
-    folder, (_, expected) = files
-    found = run_on_ranks(2, _harness, folder)[0]
-    assert found["choices"] == pytest.approx([expected[0], found["empty"], expected[1]], rel=LOGITS)
-    assert found["rolling"] == pytest.approx(found["rolled"], rel=LOGITS)
-    assert len(found["greedy"].split()) == 6
-    assert found["cut"] == found["greedy"].split(found["stop"])[0] != found["greedy"]
-    assert found["length"] == 9  # a text longer than the model's positions loses its beginning
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ def check_data(args: Namespace) -> None:
         blend, per_split = get_blend_and_blend_per_split(args)
     except OSError as error:
         raise UltraMemError(f"{error.filename}: {error.strerror}.") from None
+    if blend is None and not any(per_split or ()):
+        raise UltraMemError("there is no data. Give --data-path, --train-data-path or --mock-data.")
     vocab_size = args.padded_vocab_size if os.environ.get("RANK", "0") == "0" else None
     for prefixes, _ in filter(None, [blend, *(per_split or ())]):
         check_prefixes(prefixes, vocab_size)

@@ -1,8 +1,8 @@
 """Is a checkpoint whole? Sums over its files, checked before anything in them is read.
 
-Megatron's --verify-integrity writes integrity.json, the SHA-256 of every file of an iteration, when
-all files are there and before latest_checkpointed_iteration.txt names the iteration. Here the sums
-are checked before the first file is opened, on several threads, and once for each start; a damaged
+integrity.json has the SHA-256 of every file of an iteration: each rank sums what it writes, and
+rank 0 writes the list when all files are there, before latest_checkpointed_iteration.txt names the
+iteration. Each rank checks a share of them before they are read, once for each start; a damaged
 checkpoint is refused with the newest older one that is whole.
 
     ultramem integrity CHECKPOINTS     # every iteration: whole, damaged, no sums
@@ -10,14 +10,15 @@ checkpoint is refused with the newest older one that is whole.
 
 import argparse
 import functools
-import hashlib
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
-from ultramem_megatron.faults.manifest import MANIFEST, ManifestError, read_sums
+from ultramem_megatron.faults.manifest import MANIFEST, ManifestError, read_sums, sum_of
+from ultramem_megatron.faults.shares import Share, launched_share
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -29,24 +30,24 @@ class DamagedCheckpointError(UltraMemError):
     """Files of a checkpoint are missing or not what was written; the message names them."""
 
 
-def _sum(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _fault(file: Path, expected: str) -> str | None:
     try:
-        found = _sum(file)
+        found = sum_of(file)
     except OSError as error:
         return f"{file.name}: {error.strerror}"
     return None if found == expected else f"{file.name}: contents changed since it was saved"
 
 
-@functools.cache
-def verify(folder: Path) -> int:
-    """Check every file of an iteration's folder against its sum; returns the number of files.
+def has_sums(folder: Path) -> bool:
+    """Whether an iteration was saved with sums."""
+    return (folder / MANIFEST).exists()
 
-    A success is remembered, so that Megatron's own check costs nothing afterwards.
+
+@functools.cache
+def verify(folder: Path, share: Share = Share()) -> int:  # noqa: B008 - a constant
+    """Check the files of an iteration's folder against their sums; returns their number.
+
+    share: the files to check. A success is remembered: a second check costs nothing.
 
     Raises:
         DamagedCheckpointError: the sums are missing or unreadable, or files do not match them.
@@ -57,7 +58,7 @@ def verify(folder: Path) -> int:
         raise DamagedCheckpointError(f"{folder}: {error}.") from None
     # hashlib lets go of the interpreter lock.
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        faults = list(pool.map(lambda name: _fault(folder / name, sums[name]), sums))
+        faults = list(pool.map(lambda name: _fault(folder / name, sums[name]), share.of(sums)))
     named = [fault for fault in faults if fault is not None]
     if named:
         raise DamagedCheckpointError(f"{folder} is damaged: {'; '.join(named)}.")
@@ -87,12 +88,17 @@ def iteration_folder(checkpoints: Path, iteration: int | str) -> Path:
     return checkpoints / f"{_PREFIX}{int(iteration):07d}"
 
 
-def newest_whole(checkpoints: Path, before: int | None = None) -> int | None:
-    """The newest iteration (older than `before`, if given) whose files all match their sums."""
+def newest_whole(
+    checkpoints: Path, before: int | None = None, check: Callable[[Path], object] = verify
+) -> int | None:
+    """The newest iteration (older than `before`, if given) whose files all match their sums.
+
+    check: raises DamagedCheckpointError where they do not.
+    """
     for iteration in iterations(checkpoints):
         if before is None or iteration < before:
             try:
-                verify(iteration_folder(checkpoints, iteration))
+                check(iteration_folder(checkpoints, iteration))
             except DamagedCheckpointError:
                 continue
             return iteration
@@ -110,34 +116,36 @@ def repair_tracker(checkpoints: Path) -> None:
 
 
 def check_iteration(folder: Path, flag: str = "--load") -> None:
-    """Refuse a damaged iteration before it is read. flag: the one that named its folder.
+    """Refuse a damaged iteration before it is read: what this process sees in its share of files.
+
+    flag: the one that named the folder.
 
     Raises:
         DamagedCheckpointError: names the damaged files and the newest older checkpoint.
     """
     try:
-        verify(folder)
+        verify(folder, launched_share())
     except DamagedCheckpointError as error:
-        raise DamagedCheckpointError(
-            f"{flag} {folder.parent}: {error} {_way_out(folder)}"
-        ) from None
+        raise DamagedCheckpointError(f"{flag} {folder.parent}: {error} {way_out(folder)}") from None
 
 
 def check_before_reading(folder: Path, flag: str = "--load") -> None:
     """As `check_iteration`, where there are sums, to decode or to convert.
 
-    Rank 0 alone checks: when it ends, torchrun ends the others.
+    Rank 0 alone checks its share here: when it ends, torchrun ends the others. They check theirs
+    when the weights are loaded.
     """
-    if os.environ.get("RANK", "0") == "0" and (folder / MANIFEST).exists():
+    if os.environ.get("RANK", "0") == "0" and has_sums(folder):
         check_iteration(folder, flag)
 
 
-def _way_out(folder: Path) -> str:
-    if not (folder / MANIFEST).exists():
-        return "Where it was saved without --verify-integrity, start once without that flag."
+def way_out(folder: Path, check: Callable[[Path], object] = verify) -> str:
+    """What to do about a damaged iteration. check: as for `newest_whole`."""
+    if not has_sums(folder):
+        return "Where it was saved without sums, start once with --no-verify-integrity."
     if folder.name == RELEASE:
         return "Write it anew, or give another --load."
-    older = newest_whole(folder.parent, before=int(folder.name.removeprefix(_PREFIX)))
+    older = newest_whole(folder.parent, int(folder.name.removeprefix(_PREFIX)), check)
     if older is None:
         return "No older checkpoint there is whole. Give another --load, or start without."
     return f"Iteration {older} is whole: go on from it with --ckpt-step {older}."
@@ -163,15 +171,15 @@ def _repair(tracker: Path) -> None:
 
 def write_tracker(tracker: Path, iteration: int) -> None:
     """Name an iteration as the latest, at once or not at all."""
-    unfinished = tracker.with_suffix(".tmp")
+    unfinished = tracker.with_suffix(f".{socket.gethostname()}-{os.getpid()}.tmp")
     unfinished.write_text(str(iteration))
     unfinished.replace(tracker)
 
 
 def _described(checkpoints: Path, iteration: int) -> str:
     folder = iteration_folder(checkpoints, iteration)
-    if not (folder / MANIFEST).exists():
-        return "no sums: unfinished, or saved without --verify-integrity"
+    if not has_sums(folder):
+        return "no sums: unfinished, or saved without"
     try:
         return f"whole ({verify(folder)} files)"
     except DamagedCheckpointError as error:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +14,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 _PLAN_SECONDS = 120
+_SHARED = "/dev/shm"
 _NO_MEMORY = ("can't allocate memory", "out of memory", os.strerror(errno.ENOMEM))
 
 
@@ -29,6 +31,8 @@ def explained(args: Namespace, flags: Sequence[str]) -> Iterator[None]:
     except BaseException as error:  # CheckpointException is no Exception
         if any(map(_is_out_of_memory, _chain(error))):
             error.add_note(_about_memory(args, flags))
+        elif any(map(_is_shared_memory, _chain(error))):
+            error.add_note(_about_shared_memory(args))
         elif any(map(_is_failed_write, _chain(error))):
             error.add_note(_about_space(args))
         raise
@@ -76,6 +80,23 @@ def _plan(world_size: int, flags: Sequence[str]) -> str:
         return f"No estimate could be made: {made.stderr.strip().splitlines()[-1:]}"
     start = made.stdout.find(f"{world_size} GPUs:")
     return f"The estimate of ultramem plan:\n{made.stdout[start:].rstrip()}"
+
+
+def _is_shared_memory(error: BaseException) -> bool:
+    """Whether memory shared with workers is meant: their queues and locks, or a batch of theirs."""
+    if any(word in str(error) for word in ("shared memory", "(shm)", _SHARED)):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    from_queues = bool(frames) and frames[-1].filename.endswith("multiprocessing/synchronize.py")
+    return from_queues and os.strerror(errno.ENOSPC) in str(error)
+
+
+def _about_shared_memory(args: Namespace) -> str:
+    return (
+        f"ultramem_megatron: no room in {_with_free_space('shared memory,', _SHARED)}, through "
+        f"which the {args.num_workers} data workers of a rank hand on batches. Give it more "
+        f"(docker: --shm-size or --ipc=host), or use a smaller --num-workers; 0 needs none."
+    )
 
 
 def _is_failed_write(error: BaseException) -> bool:

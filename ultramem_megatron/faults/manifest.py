@@ -1,6 +1,8 @@
 """integrity.json, the sums of an iteration's files, and what it must be to be believed."""
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,26 @@ _DIGITS = frozenset("0123456789abcdef")
 
 class ManifestError(ValueError):
     """What is wrong with a manifest; whoever reads it adds the folder."""
+
+
+def sum_of(file: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, _ALGORITHM).hexdigest()
+
+
+def write_sums(folder: Path, known: Mapping[str, str]) -> None:
+    """Write the manifest of a folder in which every file is complete.
+
+    known: SHA-256 by file name, as its writers made them; other files are read and summed here.
+    """
+    others = {
+        path.name: sum_of(path)
+        for path in folder.iterdir()
+        if path.is_file() and path.name != MANIFEST and path.name not in known
+    }
+    sums = dict(sorted({**known, **others}.items()))
+    (folder / MANIFEST).write_text(json.dumps({"algorithm": _ALGORITHM, "files": sums}, indent=2))
 
 
 def read_sums(folder: Path) -> dict[str, str]:

@@ -177,7 +177,7 @@ def _load_weights(model: Any, folder: str) -> None:
     metadata = dist_checkpointing.load_content_metadata(folder) or {}
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
     sharded = {"model": model.sharded_state_dict(metadata=metadata)}
-    model.load_state_dict(dist_checkpointing.load(sharded, folder)["model"])
+    model.load_state_dict(dist_checkpointing.load(sharded, folder, verify_integrity=True)["model"])
 
 
 def _tokenizer(args: Namespace) -> Any:

@@ -5,13 +5,20 @@ model builder hangs on them, for the model it has built, in the place of those o
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from ultramem_megatron.megatron.metrics import MemoryMonitor, console_line, tensorboard_tag
+from ultramem_megatron.megatron.metrics import (
+    MemoryMonitor,
+    collapse_warning,
+    console_line,
+    tensorboard_tag,
+)
 from ultramem_megatron.megatron.optimizer.lazy_adam import make_lazy
 from ultramem_megatron.megatron.optimizer.value_learning_rate import (
     ValueLearningRateScheduler,
+    throw_warning,
     value_overrides,
 )
 from ultramem_megatron.megatron.table_log import TableLog
@@ -27,6 +34,7 @@ from ultramem_megatron.patches.doors import (
 )
 
 _BILLION = 10**9
+_FIRST_WARNING = 20  # optimizer steps
 _hung: list[tuple[list[Any], Any]] = []
 
 
@@ -41,6 +49,8 @@ class MemoryHooks:
     monitor: MemoryMonitor
     table_log: TableLog | None = None
     scheduler: ValueLearningRateScheduler | None = None
+    warned: set[int] = field(default_factory=set)
+    """Layers whose memory was said to have collapsed."""
 
     def hang(self) -> None:
         """Hang all of them; those of a model before are taken off."""
@@ -89,6 +99,7 @@ class MemoryHooks:
             scalars["ultramem/value-learning-rate"] = rate
         for layer, metrics in by_layer.items():
             print_rank_last(console_line(layer, {**metrics, **shared}))
+        self.warn(iteration, by_layer)
         writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
         if writer:
             for tag, value in scalars.items():
@@ -97,6 +108,21 @@ class MemoryHooks:
             wandb_writer.log(scalars, iteration)
         if tables is not None:
             tables.write_pictures(iteration, writer, wandb_writer)
+
+    def warn(self, iteration: int, by_layer: Mapping[int, Mapping[str, float]]) -> None:
+        """Say once of each memory that it has collapsed; not of the first steps, which may pass."""
+        from megatron.training import get_args, print_rank_last
+
+        args = get_args()
+        tokens = args.log_interval * args.global_batch_size * args.seq_length
+        reads_per_value = tokens * self.ultramem.picks / self.ultramem.num_values
+        if iteration < _FIRST_WARNING:
+            return
+        for layer in by_layer.keys() - self.warned:
+            warning = collapse_warning(layer, by_layer[layer], reads_per_value)
+            if warning:
+                self.warned.add(layer)
+                print_rank_last(warning)
 
     def overrides(self) -> dict[Any, dict[str, Any]]:
         """The value tables' parameter group."""
@@ -107,6 +133,14 @@ class MemoryHooks:
         self.scheduler = ValueLearningRateScheduler(
             *args, value_lr_decay=self.ultramem.value_lr_decay, **kwargs
         )
+        from megatron.training import get_args, print_rank_0
+
+        batch = get_args().global_batch_size  # Megatron counts steps of schedules in samples
+        warning = throw_warning(
+            self.ultramem, self.scheduler.max_lr, self.scheduler.lr_warmup_steps / batch
+        )
+        if warning:
+            print_rank_0(warning)
         return self.scheduler
 
     def make_lazy(self, optimizer: Any, model_chunks: list[Any]) -> None:

@@ -20,10 +20,12 @@ METRICS = (
     "top-1 score",  # mean score of each head's best value
     "top-m score",  # mean score of all selected values
     "output std",  # of the memory's result, before it joins the residual stream
+    "query cosine",  # between different tokens' queries; near 1 they all read the same values
     "values used",  # share of physical values read at least once
     "usage KL",  # KL divergence of the reads from uniform, nats; 0 is perfectly even
 )
 """Of every memory; its retrieval adds its own."""
+_ALIKE, _HARDLY_USED = 0.9, 0.01
 KeepReads = Callable[[int, Tensor, Tensor], None]
 """Takes a layer's number, reads per value (N,) and of the key grid, over all ranks of its stage."""
 
@@ -70,10 +72,10 @@ class MemoryMonitor:
         forwards, sums, hits = layer.statistics.take()
         grid = layer.statistics.take_grid()
         device = layer.values.weight.device
-        totals = torch.zeros(4, dtype=torch.float64, device=device)
+        totals = torch.zeros(5, dtype=torch.float64, device=device)
         counts = torch.zeros(layer.config.num_values, dtype=torch.int64, device=device)
         if sums is not None and hits is not None:
-            totals[:3], totals[3] = sums.double(), forwards
+            totals[:-1], totals[-1] = sums.double(), forwards
             counts += hits
         dist.all_reduce(totals, group=self.data_group)
         dist.all_reduce(counts, group=self.data_group)
@@ -83,7 +85,7 @@ class MemoryMonitor:
             grids += 0 if grid is None else grid
             dist.all_reduce(grids, group=self.data_group)
             keep_reads(layer.layer_number, counts, grids)
-        means = totals[:3] / totals[3]
+        means = totals[:-1] / totals[-1]
         used, divergence = usage(counts)
         tail = [used, divergence, *layer.retrieval.report().values()]
         return torch.cat([means, torch.tensor(tail, dtype=torch.float64, device=device)])
@@ -102,6 +104,25 @@ def usage(counts: Tensor) -> tuple[float, float]:
     entropy = -torch.special.xlogy(share, share).sum()
     used = (counts > 0).double().mean()
     return float(used), float(math.log(len(counts)) - entropy)
+
+
+def collapse_warning(
+    layer_number: int, metrics: Mapping[str, float], reads_per_value: float
+) -> str | None:
+    """A line for a memory whose tokens all read the same few values, with what to do; or None.
+
+    metrics: of `MemoryMonitor.collect`. reads_per_value: in the same time, over all ranks; with
+    less than one, few values used say nothing.
+    """
+    cosine, used = metrics["query cosine"], metrics["values used"]
+    if not (cosine > _ALIKE or (used < _HARDLY_USED and reads_per_value >= 1)):
+        return None
+    return (
+        f"WARNING: the memory of layer {layer_number} reads {used:.2%} of its values; queries of "
+        f"different tokens have a cosine of {cosine:.2f}. It will hardly help until they differ: "
+        f"start with --ultramem-init matched and --ultramem-query-centering (both default), a "
+        f"longer --lr-warmup-iters, or a lower --ultramem-value-lr-mult."
+    )
 
 
 def console_line(layer_number: int, metrics: Mapping[str, float]) -> str:

@@ -14,6 +14,7 @@ from megatron.training import print_rank_0
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from ultramem_megatron.megatron import hooks
+from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std
 from ultramem_megatron.megatron.layer.overlap import describe_overlap
 from ultramem_megatron.megatron.layer.specs import with_memory
 from ultramem_megatron.megatron.metrics import MemoryMonitor
@@ -24,6 +25,7 @@ from ultramem_megatron.megatron.startup import (
     Storage,
     check_agreement,
     describe_memories,
+    describe_start,
     describe_tables,
 )
 from ultramem_megatron.megatron.table_groups import table_groups
@@ -33,6 +35,7 @@ from ultramem_megatron.megatron.upcycle import start_from_dense
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.finite import refuse_non_finite
 from ultramem_megatron.memory.layer import memory_layers
+from ultramem_megatron.memory.placement import placements
 from ultramem_megatron.memory.tables.settings import TableSettings
 
 
@@ -146,6 +149,8 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
         )
         tables = most_on_one_stage(ultramem.spans, transformer)
         print_rank_0(describe_memories(ultramem, transformer.hidden_size))
+        stds = [feed_forward_std(transformer, place.adds) for place in placements(ultramem)]
+        print_rank_0(describe_start(ultramem, transformer.num_layers, stds))
         print_rank_0(describe_tables(ultramem, settings, storage, tables))
         if self._model_config.memory_overlap:
             print_rank_0(describe_overlap(ultramem.spans, transformer))

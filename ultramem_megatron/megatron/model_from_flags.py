@@ -8,12 +8,15 @@ from typing import Any
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 
 from ultramem_megatron.megatron.checkpoint.design import check_design
-from ultramem_megatron.megatron.checkpoint.source import check_sums, source_of_weights
+from ultramem_megatron.megatron.checkpoint.source import check_sums, settle_sums, source_of_weights
 from ultramem_megatron.megatron.flags.arguments import config_from_args
+from ultramem_megatron.megatron.flags.missing_packages import refuse_missing_packages
 from ultramem_megatron.megatron.flags.refusals import (
     refuse_unsupported_flags,
     require_eval_interval,
 )
+from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
+from ultramem_megatron.megatron.flags.slips import refuse_slips_of_training
 from ultramem_megatron.megatron.flags.table_flags import settings_from_args
 from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
 from ultramem_megatron.megatron.pipeline.layout import check_pipeline
@@ -34,7 +37,11 @@ def model_config_from_args(
     ultramem = config_from_args(args)
     refuse_unsupported_flags(args, ultramem)
     require_eval_interval(args)
-    transformer: Any = core_transformer_config_from_args(args)
+    settle_sums(args, ultramem is not None)
+    refuse_slips_of_training(args)
+    refuse_missing_packages(args)
+    with megatron_refuses():
+        transformer: Any = core_transformer_config_from_args(args)
     if ultramem is not None:
         check_pipeline(ultramem.spans, transformer)
     if os.environ["RANK"] == "0":  # one reader; its failure ends the others

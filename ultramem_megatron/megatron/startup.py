@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.initialization.paper import output_std
 from ultramem_megatron.memory.size import memory_size
 from ultramem_megatron.memory.tables.layout import TableLayout
 from ultramem_megatron.memory.tables.partitions import PARTITIONS, choose, shared_partitions
@@ -44,6 +45,16 @@ def describe_memories(ultramem: UltraMemConfig, hidden_size: int) -> str:
         f"{ultramem.num_values} values x {ultramem.value_dim} each; parameters: "
         f"{size.sparse} sparse (value tables), {size.dense} dense; "
         f"{size.flops_per_token} FLOPs per token forward"
+    )
+
+
+def describe_start(ultramem: UltraMemConfig, num_layers: int, mlp_stds: Sequence[float]) -> str:
+    """How large outputs start, in one line. mlp_stds: of the layers' own MLPs."""
+    mlp = "/".join(f"{std:.3g}" for std in dict.fromkeys(mlp_stds))
+    return (
+        f" > UltraMem initialisation {ultramem.init}: an MLP's output starts with a standard "
+        f"deviation of {mlp}, to which `matched` sets a memory's; the paper's rule would be "
+        f"{output_std(num_layers):.3g}"
     )
 
 

@@ -95,7 +95,8 @@ def _load_dense_weights(chunk: nn.Module, folder: str) -> None:
                 f"{', '.join(missing)}. Give this run the flags the checkpoint was made with."
             )
         names = list(state)
-        loaded = dist_checkpointing.load(state, folder)  # and the state of its training
+        # Brings the state of its training, too.
+        loaded = dist_checkpointing.load(state, folder, verify_integrity=True)
         chunk.load_state_dict({name: loaded[name] for name in names})
 
 

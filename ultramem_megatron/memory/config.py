@@ -53,13 +53,15 @@ class UltraMemConfig:
     """Norm of queries and keys over Dk: LayerNorm (paper), RMSNorm (official) or none."""
     query_conv_kernel: int = 0
     """Taps of the causal depthwise convolution before the query projection; 0 is none."""
-    init: str = "paper"
+    init: str = "matched"
     """A name of memory/initialization: the initial values."""
+    query_centering: bool | None = None
+    """Take off what queries of all tokens have in common (query_mean.py); None: with `matched`."""
     aux_loss_weight: float = 0.001
     """alpha of the auxiliary loss on the cores' small singular values (eq. 11-12); 0 is none."""
     aux_loss_margin: float = 0.15
     """tau: singular values below it are left alone."""
-    value_lr_mult: float = 10.0
+    value_lr_mult: float = 4.0
     """k: the table's learning rate starts at k times the base rate..."""
     value_lr_decay: float = 1.0
     """...and falls linearly to 1x over this fraction of training."""
@@ -67,6 +69,11 @@ class UltraMemConfig:
     """Adam leaves rows of the tables without gradient alone (lazy_adam.py)."""
     seed: int = 1234
     """Of the initial values; they depend on it, the layer number and the sizes, nothing else."""
+
+    def __post_init__(self) -> None:
+        """`query_centering` belongs to our initialisation, not to other people's."""
+        if self.query_centering is None:
+            object.__setattr__(self, "query_centering", self.init == "matched")
 
     @property
     def picks(self) -> int:

@@ -4,7 +4,9 @@ T tokens, D hidden, H heads, m top-m, C cores, E expansion, V value dim. The lay
 torch module: it knows nothing of Megatron, ranks or groups.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import chain
 from typing import Any, Self
 
@@ -17,6 +19,8 @@ from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.finite import refuse_non_finite
 from ultramem_megatron.memory.initialization import INITIALISATIONS
 from ultramem_megatron.memory.initialization.draws import Draw
+from ultramem_megatron.memory.initialization.feed_forward import default_std
+from ultramem_megatron.memory.initialization.scales import Host
 from ultramem_megatron.memory.modules import Linear
 from ultramem_megatron.memory.observations import MemoryStatistics
 from ultramem_megatron.memory.premultiplied import PremultipliedValues
@@ -34,8 +38,9 @@ _CALIBRATION_TOKENS = 256
 class UltraMemLayer(nn.Module):
     """One memory layer, (..., D) -> (..., D).
 
-    In training call `after_step()` once after each optimizer step, before the next forward
-    (Megatron layers built by this package do); evaluation uses the filter as it was left.
+    In training call `end_batch()` once in each optimizer step, after its last backward, and
+    `after_step()` once after it, before the next forward (Megatron layers built by this package
+    do); evaluation uses the filter and the mean of queries as they were left.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class UltraMemLayer(nn.Module):
         num_layers: int,
         layer_number: int = 1,
         eps: float = 1e-5,
+        feed_forward_std: float | None = None,
         values: nn.Module | None = None,
         table_number: int | None = None,
     ) -> None:
@@ -53,7 +59,9 @@ class UltraMemLayer(nn.Module):
 
         hidden_size: D. num_layers: L of the whole model (for the initial output variance).
         layer_number: 1-based; with the config it determines the initial values, whatever else has
-        drawn random numbers before. eps: of the query and key norms. values: built by a kind of
+        drawn random numbers before. eps: of the query and key norms. feed_forward_std: of the
+        output of the layer's own MLP, for `init=matched`; by default that of a GELU MLP 4 D wide
+        with weights of 0.02, as Megatron has it. values: built by a kind of
         VALUES, whole or this rank's part; by default the layer has its own. table_number: the
         layer after which the values it reads are named, by default this one; layers that read the
         same values agree on it. Raises UltraMemError.
@@ -80,7 +88,15 @@ class UltraMemLayer(nn.Module):
         self.statistics = MemoryStatistics(config.num_values)
         self.register_load_state_dict_post_hook(_refuse_non_finite_weights)
         if not self.values.weight.is_meta:
-            self.reset_parameters(num_layers)
+            if feed_forward_std is None:
+                feed_forward_std = default_std(hidden_size, num_layers)
+            self.reset_parameters(
+                Host(
+                    hidden_size=hidden_size,
+                    num_layers=num_layers,
+                    feed_forward_std=feed_forward_std,
+                )
+            )
 
     def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
         """x: (..., D); with a query convolution (S, B, D) and its `history` (see query.py)."""
@@ -88,7 +104,8 @@ class UltraMemLayer(nn.Module):
 
     def steps(self, x: Tensor, history: Tensor | None = None) -> Pausing:
         """As forward, pausing whenever other ranks have to answer."""
-        retrieved = self.retrieve(self.query(x, history))
+        query = self.query(x, history)
+        retrieved = self.retrieve(query)
         addresses = self.shuffle(retrieved.addresses)
         if self.premultiplied is not None:
             return self.premultiplied(addresses, retrieved.scores).view(x.shape)
@@ -96,9 +113,7 @@ class UltraMemLayer(nn.Module):
         out = self.value_proj(pooled.flatten(1)).view(x.shape)
         if self.training and torch.is_grad_enabled():
             rows, _ = split_address(addresses, self.config.num_values)
-            self.statistics.record(
-                rows, retrieved.addresses, retrieved.scores, out, self.config.topk
-            )
+            self.statistics.record(query, retrieved, rows, out, self.config.topk)
         return out
 
     @property
@@ -116,8 +131,23 @@ class UltraMemLayer(nn.Module):
         return retrieved._replace(scores=per_head.softmax(2).view_as(retrieved.scores))
 
     def after_step(self) -> None:
-        """What an optimizer step makes necessary, such as a filter that follows the cores."""
-        self.retrieval.after_step()
+        """What an optimizer step makes necessary, such as a filter that follows the cores.
+
+        Raises UltraMemError, with the layer's number, for weights that are not finite.
+        """
+        try:
+            self.retrieval.after_step()
+        except UltraMemError as error:
+            raise UltraMemError(f"memory layer {self.layer_number}: {error}") from None
+
+    def end_batch(self, reduce: Callable[[Tensor], object] | None = None) -> None:
+        """What the last micro-batch of an optimizer step makes necessary: see QueryMean.update.
+
+        Call it once per step, before or after the optimizer's, in the same place on all ranks.
+        reduce: sums its argument over the ranks that see other tokens, in place.
+        """
+        if self.query.common is not None:
+            self.query.common.update(reduce)
 
     def prepare_for_inference(self, premultiply: bool = False) -> None:
         """Do once what every forward would repeat, until `train()`; the weights must stay.
@@ -163,28 +193,31 @@ class UltraMemLayer(nn.Module):
         return self.retrieval.penalty()
 
     @torch.no_grad()
-    def reset_parameters(self, num_layers: int) -> None:
-        """Initial values in a model with `num_layers` transformer layers."""
+    def reset_parameters(self, host: Host) -> None:
+        """Initial values in a model."""
         config, draw = self.config, Draw(self.config.seed, self.layer_number)
-        initialisation = INITIALISATIONS[config.init]
-        scales = initialisation.scales(config, self.query.proj.in_features, num_layers)
+        scales = INITIALISATIONS[config.init].scales(config, host)
         self.query.reset(draw, scales)
         self.retrieval.reset(draw, scales)
-        self.values.reset(Draw(config.seed, self.table_number), scales)
         if isinstance(self.value_proj, Linear):
             draw.normal_(self.value_proj.weight, scales.value_projection, "value_proj")
         if isinstance(self.shuffle, GridShuffle):
             self.shuffle.reset(draw.generator("shuffle", torch.device("cpu")))
         self.after_step()
-        if scales.calibrated:
-            self.calibrate(draw.generator("calibration", self.values.weight.device))
+        if scales.mean_square is not None:
+            generator = draw.generator("calibration", self.values.weight.device)
+            ratio = scales.mean_square / self.calibrate(generator, scales.mean_square)
+            if config.softmax:  # the weights add up to 1 whatever the queries: the values give way
+                scales = replace(scales, values=scales.values * math.sqrt(ratio))
+        self.values.reset(Draw(config.seed, self.table_number), scales)
 
     @torch.no_grad()
-    def calibrate(self, generator: torch.Generator) -> float:
-        """Scale the queries once so that the weights of values average 1; the mean before.
+    def calibrate(self, generator: torch.Generator, mean_square: float = 1.0) -> float:
+        """Scale the queries so that weights of values have this mean square; what it was before.
 
-        Inputs are drawn as a norm leaves them, with unit variance; the top-m scores of the real
-        keys are averaged over tokens, picks and cores.
+        With 1 the variance of what is read is that of the values times their number (appendix A).
+        Inputs are drawn as a norm leaves them, with unit variance; the squared scores of the real
+        keys are averaged over tokens, picks and cores. Under a softmax queries stay as they are.
         """
         weight = self.query.proj.weight
         drawn = torch.randn(
@@ -195,12 +228,13 @@ class UltraMemLayer(nn.Module):
             device=weight.device,
             dtype=torch.float32,
         )
-        mean = float(self.retrieval(self.query(drawn.to(weight.dtype))).scores.mean())
-        if not mean > 0:
-            return mean
-        gain = getattr(self.query.norm, "weight", None)
-        (weight if gain is None else gain).mul_(mean ** (-1 / self.retrieval.score_power))
-        return mean
+        scores = self.retrieve(self.query(drawn.to(weight.dtype))).scores
+        square = float(scores.double().square().mean())
+        if not self.config.softmax:
+            gain = getattr(self.query.norm, "weight", None)
+            power = -1 / (2 * self.retrieval.score_power)
+            (weight if gain is None else gain).mul_((square / mean_square) ** power)
+        return square
 
 
 def memory_layers(model: nn.Module) -> Iterable[UltraMemLayer]:

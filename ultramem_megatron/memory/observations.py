@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.memory.retrieval.addresses import grid_counts
+from ultramem_megatron.memory.retrieval.retrieved import Retrieved
 
 
 @dataclass
@@ -25,28 +26,35 @@ class MemoryStatistics:
 
     @torch.no_grad()
     def record(
-        self, rows: Tensor, addresses: Tensor, scores: Tensor, output: Tensor, topk: int
+        self, query: Tensor, retrieved: Retrieved, rows: Tensor, output: Tensor, topk: int
     ) -> None:
-        """rows, addresses (T, H*m); scores (T, H*m, C), within a head best first; output (..., D).
+        """Take in what one forward computed.
 
-        addresses: in the key grid, before the shuffle.
+        query (T, Q, 2, Dk); retrieved: (T, H*m), within a head best first, with addresses in the
+        key grid, before the shuffle; rows (T, H*m), of the values; output (..., D).
         """
         if rows.shape[0] == 0:
             return
         if self.sums is None or self.hits is None or self.hits.device != rows.device:
-            self.sums = torch.zeros(3, device=rows.device)
+            self.sums = torch.zeros(4, device=rows.device)
             self.hits = torch.zeros(self.num_values, dtype=torch.int32, device=rows.device)
         flat = rows.flatten()
         self.hits.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
-        means = (scores[:, ::topk].mean(), scores.mean(), output.float().std())
+        scores = retrieved.scores
+        means = (
+            scores[:, ::topk].mean(),
+            scores.mean(),
+            output.float().std(),
+            cosine_between(query),
+        )
         self.sums += torch.stack([mean.float() for mean in means])
         self.forwards += 1
         if self.keys_per_side is not None:
-            counts = grid_counts(addresses, self.keys_per_side)
+            counts = grid_counts(retrieved.addresses, self.keys_per_side)
             self.grid = counts if self.grid is None else self.grid + counts
 
     def take(self) -> tuple[int, Tensor | None, Tensor | None]:
-        """Number of forwards; sums of mean top-1 score, mean top-m score and output std; hits."""
+        """Number of forwards; sums over them of the means that `record` takes; hits."""
         taken = self.forwards, self.sums, self.hits
         self.forwards, self.sums, self.hits = 0, None, None
         return taken
@@ -55,3 +63,19 @@ class MemoryStatistics:
         """Reads of the key grid, (B, B); see `grid_counts`."""
         taken, self.grid = self.grid, None
         return taken
+
+
+_COMPARED = 256
+
+
+def cosine_between(query: Tensor) -> Tensor:
+    """Mean cosine between the queries of different tokens: near 1 all tokens read the same values.
+
+    query: (T, Q, 2, Dk). Of tokens at even distances, some hundreds at most, over queries and
+    sides; a scalar, 0 for a single token.
+    """
+    some = query[:: max(1, len(query) // _COMPARED)].float()
+    count = len(some)
+    # The square of a sum of unit vectors holds each pair twice, and each with itself.
+    squares = torch.nn.functional.normalize(some, dim=-1).sum(0).square().sum(-1)
+    return ((squares - count) / max(1, count * (count - 1))).mean()

@@ -201,6 +201,7 @@ def _check_representable(config: UltraMemConfig) -> None:
         "query_conv_kernel": config.query_conv_kernel != 0,
         "value_projection": not config.value_projection,
         "softmax": config.softmax,
+        "query_centering": bool(config.query_centering),
     }
     for field, unrepresentable in wrong.items():
         if unrepresentable:

@@ -1,4 +1,4 @@
-"""From the hidden state to the queries: optional causal convolution, projection, norm."""
+"""From the hidden state to the queries: convolution and mean (both optional), projection, norm."""
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
 from ultramem_megatron.memory.modules import Linear, build_norm, fill_gain
+from ultramem_megatron.memory.query_mean import QueryMean
 
 
 class CausalConvolution(nn.Module):
@@ -25,7 +26,7 @@ class CausalConvolution(nn.Module):
         kernel = self.weight.shape[1]
         if history is None:
             history = x.new_zeros(1, kernel - 1, *x.shape[1:])
-        pieces = x.reshape(len(history), -1, *x.shape[1:])
+        pieces = x.reshape(len(history), len(x) // len(history), *x.shape[1:])
         padded = torch.cat([history, pieces], 1)  # (P, kernel-1+S/P, B, D)
         # A sum of shifted views: a convolution would want its own order of dimensions, there and
         # back, and CPUs take several times as long for it.
@@ -44,14 +45,17 @@ class QueryProjection(nn.Module):
         self.shape = (config.num_queries, 2, config.key_dim)
         kernel = config.query_conv_kernel
         self.conv = CausalConvolution(hidden_size, kernel) if kernel else None
+        self.common = QueryMean(hidden_size) if config.query_centering else None
         self.proj = Linear(hidden_size, config.num_queries * 2 * config.key_dim, bias=False)
         self.norm = build_norm(config.qk_norm, config.key_dim, eps)
 
     @torch.no_grad()
     def reset(self, draw: Draw, scales: Scales) -> None:
         """Initial values; the convolution is the identity, inert at the start."""
-        draw.normal_(self.proj.weight, scales.query, "query")
+        draw.weights_(self.proj.weight, scales.query, "query", uniform=scales.uniform)
         fill_gain(self.norm, scales.query_gain)
+        if self.common is not None:
+            self.common.reset()
         if self.conv is not None:
             self.conv.weight.zero_()
             self.conv.weight[:, -1] = 1
@@ -60,4 +64,6 @@ class QueryProjection(nn.Module):
         """x: (..., D), with a convolution (S, B, D). Returns (T, Q, 2, Dk)."""
         if self.conv is not None:
             x = self.conv(x, history)
+        if self.common is not None:
+            x = self.common(x)
         return self.norm(self.proj(x).reshape(-1, *self.shape))

@@ -26,7 +26,7 @@ def reference_layer(
     sequence, batch, hidden = x.shape
     inputs = x.reshape(sequence * batch, hidden)
     u = x if "query.conv.weight" not in state else _conv(x, state["query.conv.weight"])
-    u = u.reshape(sequence * batch, hidden)
+    u = u.reshape(sequence * batch, hidden) - state.get("query.common.mean", 0)
     queries = (u @ state["query.proj.weight"].T).view(len(u), -1, 2, config.key_dim)
     queries = _norm(queries, state, "query.norm", config.qk_norm, eps)
     permutation = reference_permutation(state, config)

@@ -23,11 +23,12 @@ _PKM = (
         value_projection=False,
         softmax=True,
         qk_norm="none",
+        query_centering=False,
         value_lr_mult=1.0,
         query_conv_kernel=0,
         aux_loss_weight=0.0,
     )
-    | assumed(init="official")
+    | assumed(init="pkm")  # of product-key memories; the code of 2025 came later
 )
 
 # Table 2 is cumulative: each row changes the row before it.

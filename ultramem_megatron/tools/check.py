@@ -85,9 +85,11 @@ def _groups(run: Any) -> str:
 
 def _training(run: Any) -> str:
     from ultramem_megatron.megatron.flags.refusals import refuse_other_tasks, require_eval_interval
+    from ultramem_megatron.megatron.flags.slips import refuse_slips_of_training
 
     refuse_other_tasks(run.args)
     require_eval_interval(run.args)
+    refuse_slips_of_training(run.args)
     return f"validates every {run.args.eval_interval} steps on {run.args.eval_iters} global batches"
 
 
@@ -144,8 +146,6 @@ def _data(run: Any) -> str:
         return "random mock data"
     blend, per_split = get_blend_and_blend_per_split(run.args)
     prefixes = {prefix for found in (blend, *(per_split or ())) if found for prefix in found[0]}
-    if not prefixes:
-        raise UltraMemError("no data: give --data-path, --train-data-path or --mock-data.")
     return f"{len(prefixes)} data sets, whole: {', '.join(sorted(prefixes))}"
 
 
@@ -165,10 +165,15 @@ def _tokenizer(run: Any) -> str:
 
 def _checkpoint(run: Any) -> str:
     from ultramem_megatron.megatron.checkpoint.design import check_design
-    from ultramem_megatron.megatron.checkpoint.source import check_sums, source_of_weights
+    from ultramem_megatron.megatron.checkpoint.source import (
+        check_sums,
+        settle_sums,
+        source_of_weights,
+    )
     from ultramem_megatron.megatron.upcycle import dense_checkpoint
 
     args = run.args
+    settle_sums(args, run.ultramem is not None)
     source = source_of_weights(args)
     if source is not None:
         check_sums(source, args)
@@ -180,8 +185,15 @@ def _checkpoint(run: Any) -> str:
         return f"--load {args.load} holds none: starts from random weights"
     if source is None:
         return "none asked for: starts from random weights"
-    sums = "sums checked" if args.verify_integrity else "sums not checked (--verify-integrity)"
-    return f"goes on from {source.iteration().name} of {source}, {sums}"
+    return f"goes on from {source.iteration().name} of {source}, {_sums(source.iteration(), args)}"
+
+
+def _sums(folder: Path, args: Any) -> str:
+    from ultramem_megatron.faults.integrity import has_sums
+
+    if not args.verify_integrity:
+        return "sums not checked (--verify-integrity)"
+    return "sums checked" if has_sums(folder) else "which has no sums"
 
 
 def _save(run: Any) -> str:

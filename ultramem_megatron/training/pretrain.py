@@ -38,6 +38,7 @@ def main(
 
     from ultramem_megatron.data.check import check_data
     from ultramem_megatron.faults.machine_errors import explained
+    from ultramem_megatron.faults.run_lock import only_run
     from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
     from ultramem_megatron.megatron.flags.embedding_ranks import get_embedding_ranks
     from ultramem_megatron.megatron.flags.refusals import refuse_other_tasks
@@ -50,19 +51,20 @@ def main(
     with megatron_refuses():
         args = parse_and_validate_args(extra_args_provider=add_ultramem_arguments)
     refuse_other_tasks(args)
-    check_data(args)
-    model_config = model_config_from_args(args, get_embedding_ranks)
-    log_settings(args, model_config)
-    if before_training is not None:
-        before_training()
-    with explained(args, given):
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            train_valid_test_datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-            get_embedding_ranks=get_embedding_ranks,
-        )
+    with only_run(None if args.skip_train else args.save):
+        check_data(args)
+        model_config = model_config_from_args(args, get_embedding_ranks)
+        log_settings(args, model_config)
+        if before_training is not None:
+            before_training()
+        with explained(args, given):
+            pretrain(
+                pretrain_cfg_container_from_args(args, model_config),
+                train_valid_test_datasets_provider,
+                ModelType.encoder_or_decoder,
+                forward_step,
+                get_embedding_ranks=get_embedding_ranks,
+            )
 
 
 if __name__ == "__main__":

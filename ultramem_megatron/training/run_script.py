@@ -55,8 +55,9 @@ def _roads(script: Path) -> Iterator[None]:
     from megatron import training
     from megatron.training import argument_utils, arguments
 
+    running = contextlib.ExitStack()
     places: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
-        (arguments, "parse_and_validate_args", _with_our_flags),
+        (arguments, "parse_and_validate_args", functools.partial(_with_our_flags, running)),
         (argument_utils, "gpt_config_from_args", functools.partial(_with_memories, script)),
         (training, "pretrain", functools.partial(_checked, script)),
     )
@@ -64,13 +65,18 @@ def _roads(script: Path) -> Iterator[None]:
     try:
         for (owner, name, wrap), original in zip(places, before, strict=True):
             setattr(owner, name, wrap(original))
-        yield
+        with running:
+            yield
     finally:
         for (owner, name, _), original in zip(places, before, strict=True):
             setattr(owner, name, original)
 
 
-def _with_our_flags(original: Callable[..., Namespace]) -> Callable[..., Namespace]:
+def _with_our_flags(
+    running: contextlib.ExitStack, original: Callable[..., Namespace]
+) -> Callable[..., Namespace]:
+    """Megatron's parser with our flags; from then on --save is held until `running` ends."""
+    from ultramem_megatron.faults.run_lock import only_run
     from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
     from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
 
@@ -81,7 +87,10 @@ def _with_our_flags(original: Callable[..., Namespace]) -> Callable[..., Namespa
             return add_ultramem_arguments(parser)
 
         with megatron_refuses():
-            return original(both, *rest, **kw)
+            args = original(both, *rest, **kw)
+        running.close()  # of a script that parses twice
+        running.enter_context(only_run(None if args.skip_train else args.save))
+        return args
 
     return parse_and_validate_args
 

@@ -14,6 +14,7 @@ _MODEL = {
     "swiglu": True,
     "params_dtype": torch.bfloat16,
     "ultramem_spans": "1:2",
+    "ultramem_query_centering": None,
     "tokenizer_model": "words",
     "moe_layer_freq": [1],
 }
@@ -38,6 +39,14 @@ def test_what_describes_the_model_is_taken_and_nothing_else():
     stored = Namespace(**_MODEL, **others)
     assert run_on_ranks(1, _believed, stored) == [_MODEL]
     assert run_on_ranks(1, _believed, stored, env={TRUST: "1"}) == [{**_MODEL, **others}]
+
+
+def test_flags_from_before_a_default_say_what_it_was_then():
+    older = Namespace(ultramem_spans="1:2")
+    believed = run_on_ranks(1, _believed, older)[0]
+    assert believed["ultramem_query_centering"] is False
+    assert believed["ultramem_value_lr_mult"] == 10.0  # the default then
+    assert "ultramem_query_centering" not in run_on_ranks(1, _believed, Namespace(num_layers=2))[0]
 
 
 @pytest.mark.parametrize(

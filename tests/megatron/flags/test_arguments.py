@@ -33,7 +33,7 @@ def test_defaults_are_the_papers():
     assert (config.tucker_rank, config.cores, config.value_expansion) == (2, 2, 4)
     assert (config.key_dim, config.value_dim) == (32, 32)
     assert (config.aux_loss_weight, config.aux_loss_margin) == (0.001, 0.15)
-    assert (config.value_lr_mult, config.value_lr_decay) == (10.0, 1.0)
+    assert (config.value_lr_mult, config.value_lr_decay) == (4.0, 1.0)
     assert config.seed == 5
 
 

@@ -23,7 +23,7 @@ def test_every_flag_stands_in_a_group_with_its_value_in_force(capsys):
     flags = {action.option_strings[0] for action in actions}
     names = {flag.removeprefix("--").removeprefix("ultramem-") for flag in flags}
     assert found.keys() == names
-    assert len(re.findall(r"^UltraMem memory layers: .*in force", text, re.MULTILINE)) == 6
+    assert len(re.findall(r"^UltraMem memory layers: .*in force", text, re.MULTILINE)) == 7
     assert (found["topk"], found["softmax"], found["num-keys"]) == ("42", "no", "-")
     assert max(map(len, text.splitlines())) <= 100
 

@@ -43,6 +43,11 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
             {"ultramem_lazy_adam": True, "use_distributed_optimizer": True},
             "--use-distributed-optimizer cannot be combined",
         ),
+        (
+            1,
+            {"reset_attention_mask": True, "ultramem_query_conv_kernel": 3},
+            "--reset-attention-mask cannot be combined with --ultramem-query-conv-kernel 3",
+        ),
         (2, {"context_parallel_size": 2, "window_size": "8,0"}, "--window-size .* needs Transform"),
     ],
 )

@@ -26,9 +26,8 @@ def _refused(argv):
         ),
         (["--num-layers", "two"], "argument --num-layers: invalid int value: 'two'."),
         (
-            ["--num-attention-heads", "5"],
-            "Megatron refuses these flags: assert "
-            "args.hidden_size % args.num_attention_heads == 0 (arguments.py, line ",
+            ["--swiglu", "--squared-relu"],
+            "Megatron refuses these flags: assert not args.swiglu (argument_utils.py, line ",
         ),
         (["--save", "x"], "Megatron refuses these flags: assert args.save_interval is not None ("),
         (["--min-lr", "9"], "Megatron refuses these flags: assert args.min_lr <= args.lr ("),

@@ -8,6 +8,7 @@ from tests.closeness import rounding
 from tests.layers import small_config
 from ultramem_megatron.megatron.optimizer.value_learning_rate import (
     ValueLearningRateScheduler,
+    throw_warning,
     value_lr_factor,
     value_overrides,
 )
@@ -64,3 +65,12 @@ def test_no_group_of_its_own_at_the_base_rate():
     assert value_overrides(small_config(value_lr_mult=1.0)) == {}
     (override,) = value_overrides(small_config(value_lr_mult=4.0)).values()
     assert override == {"lr_mult": 4.0}
+
+
+def test_a_rate_that_would_throw_the_tables_is_warned_of():
+    config = small_config(topk=16, heads=2, value_expansion=4, value_lr_mult=10.0)  # 8 * 10 = 80
+    warning = throw_warning(config, max_lr=2e-3, warmup_steps=20)
+    assert warning is not None
+    assert "move a memory's output by 0.16, after a warm-up of 20 steps" in warning
+    assert throw_warning(config, max_lr=2e-3, warmup_steps=100) is None
+    assert throw_warning(config, max_lr=1e-3, warmup_steps=20) is None

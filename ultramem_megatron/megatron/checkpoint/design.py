@@ -5,7 +5,7 @@ from argparse import Namespace
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.checkpoint.folder import is_torch_dist, stored_args
+from ultramem_megatron.megatron.checkpoint.folder import NoFlagsError, is_torch_dist, stored_args
 from ultramem_megatron.megatron.checkpoint.source import Source
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.memory.config import UltraMemConfig, flag
@@ -27,22 +27,46 @@ SAME_FLAGS = (
     "swiglu",
     "squared_relu",
     "quick_geglu",
+    "openai_gelu",
+    "activation_func_clamp_value",
+    "glu_linear_offset",
+    "apply_residual_connection_post_layernorm",
+    "layernorm_zero_centered_gamma",
     "add_bias_linear",
     "add_qkv_bias",
     "qk_layernorm",
+    "qk_l2_norm",
+    "attention_output_gate",
     "untie_embeddings_and_output_weights",
     "position_embedding_type",
     "rotary_percent",
     "rotary_interleaved",
+    "rotary_scaling_factor",
+    "mscale",
+    "mscale_all_dim",
+    "no_rope_freq",
     "multi_latent_attention",
     "num_experts",
+    "moe_layer_freq",
     "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_apply_probs_on_input",
     "mtp_num_layers",
     "softmax_type",
     "window_size",
+    "window_attn_skip_freq",
 )
 """Flags of Megatron's that decide what the weights mean."""
-_POSITIONS = ("rotary_base", "rotary_seq_len_interpolation_factor", "use_rope_scaling")
+_POSITIONS = (
+    "rotary_base",
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+)
 """Likewise, but changed on purpose where --finetune makes windows longer."""
 
 
@@ -63,7 +87,7 @@ def check_design(source: Source, args: Namespace, ultramem: UltraMemConfig | Non
         return
     try:
         stored = stored_args(str(folder))
-    except KeyError:
+    except NoFlagsError:
         return
     _refuse_other_memories(source, config_from_args(stored), ultramem)
     differences = differing_flags(args, stored)

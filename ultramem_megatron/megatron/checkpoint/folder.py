@@ -21,6 +21,10 @@ class NoCheckpointError(UltraMemError):
     """Nothing was saved in a folder yet."""
 
 
+class NoFlagsError(UltraMemError):
+    """A checkpoint does not say what model it holds."""
+
+
 def loaded_iteration(load: str, ckpt_step: int | None = None, flag: str = "--load") -> Path:
     """Folder of the iteration under `load` that Megatron would load, whatever its format.
 
@@ -67,21 +71,32 @@ def is_torch_dist(folder: Path) -> bool:
 def stored_args(folder: str) -> Namespace:
     """The flags that describe the model of a `torch_dist` checkpoint, as `believed` takes them.
 
-    Raises KeyError where it has none; UltraMemError where something in it is not what Megatron
-    stores, which is then not run.
+    Raises UltraMemError where it has none, or something in it is not what Megatron stores, which is
+    then not run.
     """
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
-    FileSystemReader(folder).read_metadata()  # read below, too, but refusals are lost there
     try:
+        FileSystemReader(folder).read_metadata()  # read below, too, but refusals are lost there
         common = dist_checkpointing.load_common_state_dict(folder)
-    except CheckpointException as error:
-        raise user_error(error) or error from None
+    except UltraMemError:
+        raise
     except pickle.UnpicklingError as error:  # common.pt, of older checkpoints
         raise UltraMemError(f"{folder}/common.pt {fault_of(error)}. {ADVICE}") from None
+    except (CheckpointException, Exception) as error:  # damaged files end in errors of any kind
+        lines = str(error).strip().splitlines()
+        what = f"{type(error).__name__} {lines[-1] if lines else ''}"
+        raise user_error(error) or UltraMemError(
+            f"{folder} is damaged: its flags cannot be read ({what:.200}). Give another --load."
+        ) from error
     if not isinstance(common, dict):
         raise UltraMemError(f"{folder}: its common state is no dict, but {common!r:.200}.")
+    if "args" not in common:
+        raise NoFlagsError(
+            f"{folder}: no flags are stored in it, so what model it holds is not known. Save with "
+            f"ultramem train, or with a loop that puts its flags into the checkpoint as args."
+        )
     return believed(common["args"], folder)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.faults.integrity import check_iteration, repair_tracker
+from ultramem_megatron.faults.integrity import check_iteration, has_sums, repair_tracker
 from ultramem_megatron.megatron.checkpoint.folder import NoCheckpointError, loaded_iteration
 
 
@@ -52,10 +52,22 @@ def holds_checkpoint(args: Namespace) -> bool:
     return True
 
 
+def settle_sums(args: Namespace, has_memories: bool) -> None:
+    """Decide whether checkpoints have sums, where neither flag says so: with memory layers.
+
+    Then, one that was saved without them is loaded all the same (`sums_required`).
+    """
+    args.sums_required = bool(args.verify_integrity)
+    if args.verify_integrity is None:
+        args.verify_integrity = has_memories and args.ckpt_format == "torch_dist"
+
+
 def check_sums(source: Source, args: Namespace) -> None:
-    """With --verify-integrity, refuse a damaged checkpoint before it is read."""
+    """Where sums are on, refuse a damaged checkpoint before it is read: this rank's share of it."""
     if args.verify_integrity and args.ckpt_format == "torch_dist":
-        check_iteration(source.iteration(), source.flag)
+        folder = source.iteration()
+        if args.sums_required or has_sums(folder):
+            check_iteration(folder, source.flag)
 
 
 def _require_permission_to_start(args: Namespace) -> None:

@@ -131,6 +131,7 @@ def believed(stored: Any, folder: str) -> Namespace:
         raise UltraMemError(
             f"{folder}: its flags are a {type(stored).__name__}, not what Megatron stores. {ADVICE}"
         )
+    _complete_older(stored)
     if is_trusted():
         return stored
     for name in _NEEDED_BY_MODEL:
@@ -148,6 +149,16 @@ def believed(stored: Any, folder: str) -> Namespace:
             f"{ADVICE}"
         )
     return Namespace(**taken)
+
+
+def _complete_older(stored: Namespace) -> None:
+    """Give flags that are older than their default what was true of them then."""
+    spans, preset = (getattr(stored, f"ultramem_{name}", None) for name in ("spans", "preset"))
+    if not (spans or preset) or hasattr(stored, "ultramem_query_centering"):
+        return
+    stored.ultramem_query_centering = False
+    if not preset and getattr(stored, "ultramem_value_lr_mult", None) is None:
+        stored.ultramem_value_lr_mult = 10.0
 
 
 def _is_data(value: Any) -> bool:

@@ -44,6 +44,8 @@ _CHOICE_HELP = {
 _SWITCH_HELP = {
     "share_query": "Two heads use one query.",
     "value_projection": "Project pooled values to the hidden size; needed for value expansion.",
+    "query_centering": "Take a running mean over tokens off what queries are projected from, which "
+    "keeps the queries of different tokens apart.",
     "softmax": "Softmax over each head's scores, as product-key memories have it.",
     "lazy_adam": "Adam updates only the rows of value tables that have a gradient: for small "
     "batches and fine-tuning.",
@@ -90,6 +92,7 @@ def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
     _add_table_arguments(parser.add_argument_group(f"{GROUPS}their tables on many ranks"))
     _add_log_arguments(parser.add_argument_group(f"{GROUPS}in TensorBoard and W&B"))
     _add_start_arguments(parser.add_argument_group(f"{GROUPS}from a dense model"))
+    _add_checkpoint_arguments(parser.add_argument_group(f"{GROUPS}their checkpoints"))
     return parser
 
 
@@ -131,16 +134,27 @@ def _add_start_arguments(group: Any) -> None:
         "have no effect at first. Where --load holds a checkpoint already, that one is resumed.",
     )
     group.add_argument(
+        "--ultramem-train-only",
+        choices=("memory",),
+        help="memory: freeze everything but the memory layers.",
+    )
+
+
+def _add_checkpoint_arguments(group: Any) -> None:
+    group.add_argument(
         "--load-or-start",
         action="store_true",
         help="Start from the beginning where --load, the same folder as --save, has no checkpoint "
         "yet. Without it that is an error.",
     )
     group.add_argument(
-        "--ultramem-train-only",
-        choices=("memory",),
-        help="memory: freeze everything but the memory layers.",
+        "--no-verify-integrity",
+        action="store_false",
+        dest="verify_integrity",
+        help="Save without sums, load unchecked. With memory layers sums are on without a flag, "
+        "and a checkpoint that has none is loaded; --verify-integrity refuses it.",
     )
+    group.set_defaults(verify_integrity=None)  # neither flag given
 
 
 def _add_table_arguments(group: Any) -> None:
@@ -166,6 +180,8 @@ def _add_table_arguments(group: Any) -> None:
 
 
 def _shown_default(default: Any) -> str:
+    if default is None:
+        return " Default: with --ultramem-init matched."
     return "" if default is MISSING else f" Default: {default}."
 
 

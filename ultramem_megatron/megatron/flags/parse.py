@@ -41,9 +41,10 @@ def args_from_flags(flags: Sequence[str]) -> Namespace:
     """
     open_process()
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
-    from megatron.training.arguments import validate_args
+    from megatron.training import arguments
 
     args = parse_words([*_UNUSED, *machine_flags.complete(flags)])  # the last of a flag wins
-    validate_args(args)
+    with megatron_refuses():
+        arguments.validate_args(args)
     args.padded_vocab_size = vocab_size_with_padding(args.vocab_size, args)
     return args

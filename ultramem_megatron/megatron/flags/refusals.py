@@ -46,6 +46,12 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
             f"other layouts go unnoticed. Use --ckpt-format torch_dist, without conversion."
         )
     _check_log_tables_interval(args)
+    if args.reset_attention_mask and ultramem.query_conv_kernel > 1:
+        raise UltraMemError(
+            f"--reset-attention-mask cannot be combined with {flag('query_conv_kernel')} "
+            f"{ultramem.query_conv_kernel}: the convolution looks over the end of a document. Drop "
+            f"one of the two."
+        )
     if ultramem.lazy_adam and args.use_distributed_optimizer:
         raise UltraMemError(
             f"--use-distributed-optimizer cannot be combined with {flag('lazy_adam')}: it cuts "

@@ -2,14 +2,16 @@
 
 import contextlib
 import difflib
+import functools
 import re
 import traceback
-from argparse import ArgumentParser
-from collections.abc import Iterator
-from typing import NoReturn
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 from unittest import mock
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.flags.slips import refuse_slips
 
 
 @contextlib.contextmanager
@@ -17,20 +19,33 @@ def megatron_refuses() -> Iterator[None]:
     """Within it Megatron reads and checks flags; what it refuses becomes an UltraMemError.
 
     Its parser would print each of its flags, and its assertions are tracebacks, many without words:
-    those are shown as they stand in Megatron.
+    those are shown as they stand in Megatron. Common slips are refused before it checks.
     """
+    from megatron.training import arguments
+
+    checks = functools.partial(_without_slips, arguments.validate_args)
     try:
-        with mock.patch.object(ArgumentParser, "error", _refuse):
+        with (
+            mock.patch.object(ArgumentParser, "error", _refuse),
+            mock.patch.object(arguments, "validate_args", checks),
+        ):
             yield
     except UltraMemError:
         raise
-    except (AssertionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever it is, it comes of the flags
         place = traceback.extract_tb(error.__traceback__)[-1]
         words = " ".join(str(error).split()) or (place.line or "").strip()
+        if not isinstance(error, (AssertionError, ValueError, RuntimeError)):
+            words = f"{type(error).__name__}: {words}"
         raise UltraMemError(
             f"Megatron refuses these flags: {words} ({place.filename.rpartition('/')[2]}, line "
             f"{place.lineno})."
         ) from error
+
+
+def _without_slips(validate: Callable[..., Any], args: Namespace, *rest: Any) -> Any:
+    refuse_slips(args)
+    return validate(args, *rest)
 
 
 def _refuse(parser: ArgumentParser, message: str) -> NoReturn:

@@ -4,10 +4,12 @@ S sequence, B batch, D hidden; under sequence and context parallelism S is this 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,6 +23,7 @@ from torch import Tensor
 from ultramem_megatron.communication.branch import Branch
 from ultramem_megatron.communication.pausing import Pausing, run
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std
 from ultramem_megatron.megatron.layer.query_history import (
     decoding_history,
     neighbours_history,
@@ -70,12 +73,16 @@ class TransformerMemory(UltraMemLayer):
                 num_layers=config.num_layers,
                 layer_number=layer_number,
                 eps=config.layernorm_epsilon,
+                feed_forward_std=feed_forward_std(config, placement.adds),
                 values=values_by_table[placement.table],
                 table_number=placement.table,
             )
         self.groups = groups
         self.tensor_group = pg_collection.tp
         self.context_group = pg_collection.cp
+        # Under sequence parallelism tensor-parallel ranks, too, see other tokens.
+        sequence_parallel = config.sequence_parallel
+        self.token_group = pg_collection.tp_dp_cp if sequence_parallel else pg_collection.dp_cp
         self.sequence_parallel = config.sequence_parallel
         if groups is not None and not self.sequence_parallel and self.tensor_group.size() > 1:
             for table in value_tables(self).values():
@@ -106,6 +113,10 @@ class TransformerMemory(UltraMemLayer):
     ) -> Pausing:
         """As forward, pausing whenever other ranks have to answer."""
         return (yield from super().steps(x, self._history(x, inference_context, packed_seq_params)))
+
+    def end_batch(self, reduce: Callable[[Tensor], object] | None = None) -> None:
+        """As UltraMemLayer.end_batch; by default over all ranks that see other tokens."""
+        super().end_batch(reduce or partial(dist.all_reduce, group=self.token_group))
 
     def branch(self, x: Tensor, *args: Any, layers: int) -> Branch:
         """Start `steps(x, *args)` beside so many layers, each with two boundaries."""

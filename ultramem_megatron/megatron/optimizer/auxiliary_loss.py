@@ -18,7 +18,9 @@ from ultramem_megatron.memory.layer import UltraMemLayer, memory_layers
 
 
 def finalize_with_auxiliary_loss(model: list[Any], *args: Any, **kwargs: Any) -> None:
-    """Megatron's finalize_model_grads, then the auxiliary loss of every memory layer of `model`.
+    """Megatron's finalize_model_grads, then what every memory layer of `model` does once a step.
+
+    That is the gradient of its auxiliary loss, and its running mean (UltraMemLayer.end_batch).
 
     Set as `finalize_model_grads_func` of the model config by UltraMemGPTModelBuilder; a recipe
     with a training loop of its own sets it itself.
@@ -34,6 +36,8 @@ def finalize_then_auxiliary_loss(
     loss_scale = _loss_scale(get_model_config(model[0]))
     for chunk in model:
         add_auxiliary_gradients(memory_layers(chunk), loss_scale)
+        for layer in memory_layers(chunk):
+            layer.end_batch()
 
 
 def add_auxiliary_gradients(layers: Iterable[UltraMemLayer], loss_scale: float) -> None:

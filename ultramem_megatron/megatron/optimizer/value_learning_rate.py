@@ -28,6 +28,27 @@ def value_lr_factor(start: float, progress: float, decay: float) -> float:
     return 1 + (start - 1) * max(0.0, 1 - progress / decay)
 
 
+_LARGE_STEP = 0.1
+_SHORT_WARMUP = 100  # optimizer steps
+
+
+def throw_warning(config: UltraMemConfig, max_lr: float, warmup_steps: float) -> str | None:
+    """A line for a rate that would throw the tables about in the first steps; or None.
+
+    Where all values move one way, as at first, a step of Adam moves a memory's output by
+    rate * k * m*H / E (scores have mean square 1, the projection divides by E).
+    """
+    step = max_lr * config.value_lr_mult * config.picks / config.value_expansion
+    if step <= _LARGE_STEP or warmup_steps >= _SHORT_WARMUP:
+        return None
+    return (
+        f"WARNING: at --lr {max_lr:g} and --ultramem-value-lr-mult {config.value_lr_mult:g} one "
+        f"step can move a memory's output by {step:.2g}, after a warm-up of {warmup_steps:.0f} "
+        f"steps. Warm up for {_SHORT_WARMUP} steps or more (--lr-warmup-iters), or lower one of "
+        f"the two."
+    )
+
+
 class ValueLearningRateScheduler(OptimizerParamScheduler):
     """Megatron's scheduler with a factor for parameter groups whose `lr_mult` is not 1."""
 

@@ -5,6 +5,7 @@ result depends neither on what else was drawn nor on how a table is cut over ran
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,13 +33,21 @@ class Draw:
         )
         tensor.copy_(drawn * std)
 
-    def uniform_(self, tensor: Tensor, name: str) -> None:
-        """Fill evenly between 0 and 1, drawn in float32."""
+    def uniform_(self, tensor: Tensor, name: str, *, low: float = 0.0, high: float = 1.0) -> None:
+        """Fill evenly between two numbers, drawn in float32."""
         generator = self.generator(name, tensor.device)
         drawn = torch.rand(
             tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32
         )
-        tensor.copy_(drawn)
+        tensor.copy_(drawn * (high - low) + low)
+
+    def weights_(self, tensor: Tensor, std: float, name: str, *, uniform: bool) -> None:
+        """Fill around 0 with this standard deviation, from a uniform or a normal distribution."""
+        if uniform:
+            reach = math.sqrt(3) * std
+            self.uniform_(tensor, name, low=-reach, high=reach)
+        else:
+            self.normal_(tensor, std, name)
 
     def table_(
         self, part: Tensor, rows: range, columns: range, width: int, std: float, name: str

@@ -1,19 +1,24 @@
 """The initial values of the authors' code."""
 
 from ultramem_megatron.memory.config import UltraMemConfig
-from ultramem_megatron.memory.initialization.scales import Initialisation, Scales
+from ultramem_megatron.memory.initialization.scales import Host, Initialisation, Scales
 
 
-def _scales(config: UltraMemConfig, _hidden_size: int, _num_layers: int) -> Scales:
+def _scales(config: UltraMemConfig, _host: Host) -> Scales:
+    gain = config.key_dim**-0.33
+    if config.rank_layout == "split":
+        # Their code has the layout `full` alone. A slice of a key is r times shorter, which makes
+        # scores, of fourth power in the gains, r times smaller.
+        gain *= config.tucker_rank**0.25
     return Scales(
-        query_gain=config.key_dim**-0.33,
-        key_gain=config.key_dim**-0.33,
+        query_gain=gain,
+        key_gain=gain,
         query=config.key_dim**-0.5,
         keys=config.key_dim**-0.5,
         values=0.02,
         value_projection=(config.value_expansion * config.value_dim) ** -0.5,
         cores=None,
-        calibrated=False,
+        mean_square=None,
     )
 
 

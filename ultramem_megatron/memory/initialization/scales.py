@@ -7,6 +7,16 @@ from ultramem_megatron.memory.config import UltraMemConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class Host:
+    """The model that a memory stands in."""
+
+    hidden_size: int
+    num_layers: int
+    feed_forward_std: float
+    """Of the output of the layer's own MLP or experts, where the memory adds its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scales:
     """Standard deviations of what is drawn from a normal distribution, gains of norms."""
 
@@ -16,19 +26,19 @@ class Scales:
     """Of the query projection."""
     keys: float
     values: float
+    """Of the values; under a softmax, if its weights had the mean square that is asked for."""
     value_projection: float
     cores: float | None
     """Of each entry of a Tucker core; None: uniform between 0 and 1."""
-    calibrated: bool
-    """Scale the queries once so that scores average 1 (see UltraMemLayer.calibrate)."""
+    uniform: bool = False
+    """Keys and the query projection are uniform around 0, of these standard deviations."""
+    mean_square: float | None
+    """To which that of scores is brought (see UltraMemLayer.calibrate); None: it is as it comes."""
 
 
 @dataclass(frozen=True)
 class Initialisation:
-    """One initialisation: its name as a flag's value, and its scales.
-
-    scales: of a config, in a model of `hidden_size` and `num_layers`.
-    """
+    """One initialisation: its name as a flag's value, and its scales."""
 
     name: str
-    scales: Callable[[UltraMemConfig, int, int], Scales]
+    scales: Callable[[UltraMemConfig, Host], Scales]

@@ -33,7 +33,7 @@ class ProductKeys(nn.Module):
     @torch.no_grad()
     def reset(self, draw: Draw, scales: Scales) -> None:
         """Initial values."""
-        draw.normal_(self.weight, scales.keys, "keys")
+        draw.weights_(self.weight, scales.keys, "keys", uniform=scales.uniform)
         fill_gain(self.norm, scales.key_gain)
 
     def forward(self, query: Tensor, directions: Tensor, topk: int) -> tuple[Tensor, Tensor]:

@@ -3,22 +3,27 @@
 C cores (h in the paper), H heads, R Tucker rank.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
+from ultramem_megatron.memory.precise_buffers import PreciseBuffers
 
 
-class TuckerCores(nn.Module):
+class TuckerCores(PreciseBuffers):
     """Cores C^(i) of every head and the rank-1 filter (u, t) of their sum (eq. 7-10, 16).
 
     Cores are read by calling the module, as Megatron's overlapped parameter gather needs: it waits
     for a module's own parameters when that module is called.
     """
 
+    precise: ClassVar = ("u", "t")  # rounded, the filter would pick another shortlist
     u: Tensor
     t: Tensor
 
@@ -60,25 +65,23 @@ class TuckerCores(nn.Module):
         """Recompute u and t from the cores; repeating it with the same cores changes nothing.
 
         u and t are determined up to a common sign, which decides which quadrant of the grid is
-        shortlisted; the sign nearer to the stored pair (in L1) is kept, +1 on a tie.
+        shortlisted; the sign nearer to the stored pair (in L1) is kept, +1 on a tie. Raises
+        UltraMemError where the cores are not finite.
         """
-        left, self.spectrum, right = torch.linalg.svd(self.total())
+        total = self.total()
+        if not (total.is_meta or bool(torch.isfinite(total).all())):
+            raise UltraMemError(
+                "retrieval.cores.weight holds NaN or infinity: the run has diverged. Go on from an "
+                "earlier checkpoint (--ckpt-step) with a lower --lr. Without "
+                "--no-check-for-nan-in-loss-and-grad a run ends where that begins."
+            )
+        left, self.spectrum, right = torch.linalg.svd(total)
         u, t = left[..., :, 0], right[..., 0, :]
         kept = _distance(u, t, self.u, self.t)
         flipped = _distance(-u, -t, self.u, self.t)
         sign = torch.where(flipped < kept, -1.0, 1.0).to(u.dtype).unsqueeze(-1)
         self.u.copy_(sign * u)
         self.t.copy_(sign * t)
-
-    def _apply(self, fn, recurse=True):
-        # Casting a model to half precision must not round the filter: it picks the shortlist.
-        before = {"u": self.u, "t": self.t}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            cast = getattr(self, name)
-            if torch.finfo(cast.dtype).bits < 32:
-                setattr(self, name, buffer.to(cast.device))
-        return self
 
 
 def _distance(u: Tensor, t: Tensor, old_u: Tensor, old_t: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 B batch, S window length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,20 @@ def batches(
     own = range(replica, count_windows(len(stream), length), replicas)
     for first in range(0, len(own), batch):
         yield _batch(stream, length, own[first : first + batch])
+
+
+def rolling_windows(
+    tokens: Sequence[int], prefix: int, length: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Context and continuation of each window of a text, as lm-evaluation-harness cuts it.
+
+    Every token is in one continuation. Windows read `length` tokens: the first starts with
+    `prefix`, the last, which has fewer to predict, sees more of what is before them.
+    """
+    for start in range(0, len(tokens), length):
+        end = min(start + length, len(tokens))
+        before = list(tokens[end - length - 1 : start]) if start else [prefix]
+        yield before, list(tokens[start:end])
 
 
 def _batch(stream: np.ndarray, length: int, windows: range) -> Batch:

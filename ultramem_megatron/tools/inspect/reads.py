@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.inference.loading import LoadedModel
+from ultramem_megatron.inference.prompts import token_ids
 from ultramem_megatron.memory.layer import UltraMemLayer, memory_layers
 from ultramem_megatron.memory.retrieval.addresses import split_address
 
@@ -44,7 +45,7 @@ def record_reads(loaded: LoadedModel, text: str, max_tokens: int) -> tuple[list[
     layers = list(memory_layers(loaded.model))
     if not layers:
         raise UltraMemError("the checkpoint's model has no memory layers: nothing to inspect.")
-    tokens = loaded.tokenizer.tokenize(text)[:max_tokens]
+    tokens = token_ids(loaded, text, "--text")[:max_tokens] if text else []
     if not tokens:
         raise UltraMemError("--text: no tokens in it. Give a file with text.")
     with _recorded(layers) as found, torch.no_grad():

@@ -63,8 +63,8 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
 
     Raises UltraMemError for what we or Megatron refuse.
     """
+    from megatron.training import arguments
     from megatron.training.argument_utils import core_transformer_config_from_args
-    from megatron.training.arguments import validate_args
 
     from ultramem_megatron.megatron.flags.arguments import config_from_args
     from ultramem_megatron.megatron.flags.refusals import refuse_unsupported_flags
@@ -79,7 +79,7 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
     with megatron_refuses():
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(os.environ):
             os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # a launcher's business, not a plan's
-            validate_args(args)
+            arguments.validate_args(args)
         transformer = core_transformer_config_from_args(args)
     transformer.init_model_with_meta_device = True
     transformer.perform_initialization = False
@@ -123,12 +123,15 @@ def _without_transformer_engine(args: Namespace) -> None:
 def built_stage(run: Run, stage: int = 0) -> Iterator[list[Any]]:
     """Model chunks of the first rank of a pipeline stage, on the meta device.
 
-    Ranks of a stage hold parts of equal size (number-wise tables: to within a row).
+    Ranks of a stage hold parts of equal size (number-wise tables: to within a row). Raises
+    UltraMemError for what Megatron refuses only when it builds.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
 
     world_size = run.args.world_size
     rank = stage * (world_size // run.stages)
@@ -148,7 +151,9 @@ def built_stage(run: Run, stage: int = 0) -> Iterator[list[Any]]:
             mock.patch("torch.cuda.current_device", return_value="meta"),
             mock.patch.dict(os.environ),  # Megatron leaves its choice of attention there
         ):
-            yield _chunks(run)
+            with megatron_refuses():
+                chunks = _chunks(run)
+            yield chunks
     finally:
         destroy_moe_metrics_tracker()  # it remembers the number of layers
         parallel_state.destroy_model_parallel()

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
 from ultramem_megatron.megatron.layer.memory_submodule import TransformerMemory
 from ultramem_megatron.megatron.pipeline.layout import pipeline_chunks, spans_cross_stages
 from ultramem_megatron.memory.tables.settings import exchange_of
@@ -44,10 +45,14 @@ class StageCost:
 
 
 def stage_cost(run: Run, stage: int) -> StageCost:
-    """Cost of a stage of a run that was parsed with its number of ranks."""
+    """Cost of a stage of a run that was parsed with its number of ranks.
+
+    Raises UltraMemError for flags that fail in the first step.
+    """
     with built_stage(run, stage) as chunks:
         parameters = [p for chunk in chunks for p in chunk.parameters()]
-        kept, received = _micro_batch(run, chunks)
+        with megatron_refuses():
+            kept, received = _micro_batch(run, chunks)
         micro_batches = _micro_batches(run)
         step = {cause: count * micro_batches for cause, count in received.items()}
         for cause, count in (

@@ -1,0 +1,77 @@
+"""A complete iteration is whole at every moment while a later run writes it again."""
+
+import functools
+import shutil
+
+import pytest
+
+from tests.faults.test_killed_saves import killed_before, operations_of
+from tests.ranks import RanksFailed
+from tests.training_runs import run_pretrain, tiny_gpt
+from ultramem_megatron.faults import integrity
+from ultramem_megatron.faults.run_lock import only_run
+
+_AGAIN = "iter_0000003"
+
+
+def _flags(folder, **changes):
+    """Three steps: the last is saved because training ends there, also when it only starts."""
+    return tiny_gpt(
+        ultramem_spans="1:2",
+        ultramem_num_keys=12,
+        ultramem_topk=6,
+        ckpt_format="torch_dist",
+        verify_integrity=True,
+        save_interval=2,
+        save=folder / "checkpoints",
+        load=folder / "checkpoints",
+        load_or_start=True,
+        **changes,
+    )
+
+
+def _sums(folder):
+    return (folder / "checkpoints" / _AGAIN / "integrity.json").read_bytes()
+
+
+@pytest.fixture
+def finished(tmp_path):
+    run_pretrain(2, _flags(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("asynchronous", [None, True], ids=["synchronous", "asynchronous"])
+def test_a_finished_run_that_is_started_again(asynchronous, finished):
+    before = _sums(finished)
+    again = _flags(finished, async_save=asynchronous)
+    run_pretrain(2, again, before=functools.partial(killed_before, str(finished), _AGAIN, None))
+    operations = operations_of(finished)
+    assert len(operations) > 9  # it was written again
+    in_place = [o for o in operations if f"/{_AGAIN}/" in o]
+    assert in_place == []
+    assert integrity.newest_whole(finished / "checkpoints") == 3
+    assert _sums(finished) != before
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
+        "iter_0000002",
+        _AGAIN,
+        integrity.TRACKER,
+    ]
+
+
+@pytest.mark.long
+def test_killed_before_any_operation_of_writing_it_again(finished):
+    for kill_at in range(1, 100):
+        copy = finished / str(kill_at)
+        shutil.copytree(finished / "checkpoints", copy / "checkpoints")
+        again, before = _flags(copy), functools.partial(killed_before, str(copy), _AGAIN, kill_at)
+        try:
+            run_pretrain(2, again, before=before)
+        except RanksFailed:
+            pass
+        else:
+            break
+        with only_run(str(copy / "checkpoints")):
+            integrity.verify.cache_clear()
+            assert integrity.newest_whole(copy / "checkpoints") == 3
+        assert run_pretrain(2, _flags(copy)).iterations == []  # loaded, nothing left to train
+    assert kill_at > 12
