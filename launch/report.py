@@ -119,7 +119,7 @@ def plot(curves: Curves, unigram_entropy: float, resume_at: int, file: Path) -> 
         axes.axhline(unigram_entropy, color="black", linestyle="--", label="unigram entropy")
         axes.axvline(resume_at, color="tab:green", linestyle=":", label="saved and resumed")
         axes.set(title="UltraMem GPT", xlabel="optimizer step", ylabel="loss (nats per token)")
-        figure.legend(loc="outside lower center", ncols=5)
+        figure.legend(loc="outside lower center", ncols=3)
 
 
 def _running_mean(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:

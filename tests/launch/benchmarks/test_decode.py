@@ -167,5 +167,5 @@ def test_figures_need_the_benchmarks_csv(tmp_path):
         draw(tmp_path / "none.csv")
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
-    with pytest.raises(UltraMemError, match=r"no rows of this kind\..*benchmarks\.decode "):
+    with pytest.raises(UltraMemError, match=r"no rows of this kind\..*ultramem bench decode "):
         draw(other)

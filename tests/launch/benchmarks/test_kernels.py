@@ -112,5 +112,5 @@ def test_ratios():
 
 def test_another_csv_is_refused(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UltraMemError, match=r"no rows of this kind\..*benchmarks\.kernels run"):
+    with pytest.raises(UltraMemError, match=r"no rows of this kind\..*ultramem bench kernels run"):
         plot.plot(tmp_path / "other.csv")
