@@ -100,6 +100,7 @@ def test_a_flag_and_the_field_of_that_name_are_refused_for_one_reason(name, valu
 
 
 _OTHERS = {
+    "reset_attention_mask": False,
     "optimizer": "adam",
     "use_distributed_optimizer": False,
     "ckpt_format": "torch_dist",
