@@ -105,7 +105,6 @@ _OTHERS = {
     "use_distributed_optimizer": False,
     "ckpt_format": "torch_dist",
     "ckpt_convert_format": None,
-    "reset_attention_mask": False,
 }
 
 
