@@ -6,7 +6,9 @@ from ultramem_megatron.inference.loading import LoadedModel
 
 def require_text(loaded: LoadedModel) -> None:
     """Raise UltraMemError where ids stand for no text: nothing can be printed or ended."""
-    if loaded.args.tokenizer_type == "NullTokenizer":
+    from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
+
+    if isinstance(getattr(loaded.tokenizer, "_tokenizer", None), NullTokenizer):
         raise UltraMemError(
             "the model was trained with NullTokenizer, as mock data are: its ids stand for no "
             "text. Train on text with a tokenizer (ultramem data prepare makes both)."
