@@ -253,7 +253,7 @@ def test_tables_learn_at_the_rate_of_our_own_command():
     (rates,) = run_on_ranks(1, _rates)
     for ours, bridges in rates:
         assert bridges == pytest.approx(ours)
-    assert rates[1][1][1] == pytest.approx(rates[1][1][0] * (1 + 9 * (1 - 0.1 / 0.5)))
+    assert rates[1][1][1] == pytest.approx(rates[1][1][0] * (1 + 3 * (1 - 0.1 / 0.5)))
     assert rates[-1][1][0] == pytest.approx(rates[-1][1][1])
 
 
