@@ -12,7 +12,9 @@ bash launch/setup.sh
 # One thread per process: the tests start several, and more threads than cores slow all down.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-1}"
 export HF_HUB_OFFLINE=1 MPLBACKEND=Agg
-if [[ ${1:-} == --slow || ${1:-} == --long ]]; then
+if (($# == 0)); then # two files at a time; what waits for ranks leaves the other's core free
+    set -- -n 2 --dist loadfile
+elif [[ ${1:-} == --slow || ${1:-} == --long ]]; then
     set -- -m "${1#--}" "${@:2}"
 fi
 exec .venv/bin/python -m pytest --durations=15 "$@"
