@@ -17,10 +17,6 @@ from ultramem_megatron.presets.flags import as_words
 SMALL_TRANSFORMER: Flags = {
     **text_gpt(layers=4, hidden=96, heads=4, length=128),
     "ffn-hidden-size": 384,
-    # The paper's initialisation gives a memory's output a standard deviation of 0.35 at this size.
-    # Beside embeddings of 0.02, Megatron's default, it would drown the tokens.
-    "embedding-init-method-std": 0.5,
-    "init-method-std": 0.065,  # sqrt(2 / (5 * 96)), as in the paper
 }
 
 SMALL_TRAINING: Flags = {
