@@ -71,6 +71,9 @@ def random_model(kind: str) -> tuple[Any, Any]:
 
     model, args = untrained_model(flags_of(kind))
     for layer in memory_layers(model):
+        if layer.query.common is not None:  # a trained model's is not zero
+            mean = layer.query.common.mean
+            mean.copy_(torch.linspace(-1, 1, len(mean)))
         if layer.query.conv is not None:
             generator = torch.Generator().manual_seed(layer.layer_number)
             taps = layer.query.conv.weight
