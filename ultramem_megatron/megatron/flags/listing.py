@@ -34,12 +34,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def listing(given: Mapping[str, Any]) -> str:
     """Every flag in a few lines: name, value in force ('-': none), help. given: by field name."""
-    defaults = {
-        field.name: field.default
+    optional = [
+        field.name
         for field in dataclasses.fields(UltraMemConfig)
         if field.default is not dataclasses.MISSING
-    }
-    in_force = {**defaults, **given}
+    ]
+    chosen = {name: value for name, value in given.items() if name in optional}
+    # Made for its defaults, some of which follow from others; its sizes are not shown.
+    config = UltraMemConfig(spans=(), num_keys=1, key_dim=1, value_dim=1, **chosen)
+    in_force = {**{name: getattr(config, name) for name in optional}, **given}
     parser = add_ultramem_arguments(argparse.ArgumentParser(add_help=False))
     parts = []
     for group in parser._action_groups:
