@@ -31,7 +31,7 @@ def text_gpt(*, layers: int, hidden: int, heads: int, length: int) -> dict[str, 
         "hidden-dropout": 0.0,
         "attention-dropout": 0.0,
         # With Megatron's 0.02 for both, memories live, but 400 steps of the quickstart end at a
-        # validation loss of 5.24.
+        # validation loss of 5.12, not 4.75.
         "embedding-init-method-std": 0.5,
         "init-method-std": round(math.sqrt(2 / (5 * hidden)), 3),  # as in the paper
     }
