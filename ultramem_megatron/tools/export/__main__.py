@@ -111,27 +111,28 @@ def to_megatron(export: str, folder: str, kind: str = "plain") -> None:
 
     kind: "hf" or "plain".
     """
+    from ultramem_megatron.inference.layout import has_cuda
     from ultramem_megatron.inference.untrained import untrained_model
     from ultramem_megatron.megatron.checkpoint.weights import refuse_checkpoint, save_weights
     from ultramem_megatron.tools.export.megatron import flags_of, load_into
 
     refuse_checkpoint(folder)
-    plain, tokenizer = _read(export, kind)
+    plain, tokenizer = _read(export, kind, "cuda" if has_cuda() else "cpu")
     model, args = untrained_model(flags_of(plain.config), local_layers=True)
-    load_into(model, plain.to(next(model.parameters()).device))
+    load_into(model, plain)
     for name in ("tokenizer_type", "tokenizer_model"):
         setattr(args, name, tokenizer.get(name))
     save_weights(model, args, folder)
 
 
-def _read(export: str, kind: str) -> tuple["PlainGPT", dict[str, Any]]:
+def _read(export: str, kind: str, device: str) -> tuple["PlainGPT", dict[str, Any]]:
     if kind == "hf":
         from ultramem_megatron.tools.export.hf_folder import load_hf
 
-        return load_hf(export)
+        return load_hf(export, device)
     from ultramem_megatron.tools.export.files import load_plain, read_config
 
-    return load_plain(export), read_config(export)[1]
+    return load_plain(export, device), read_config(export)[1]
 
 
 if __name__ == "__main__":

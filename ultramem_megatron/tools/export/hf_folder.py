@@ -80,8 +80,8 @@ def hf_model(plain: PlainGPT) -> UltraMemGPTForCausalLM:
     return model
 
 
-def load_hf(folder: str | Path) -> tuple[PlainGPT, dict[str, Any]]:
-    """The model of such a folder on the CPU, and the flags of the tokenizer it was trained with.
+def load_hf(folder: str | Path, device: str = "cpu") -> tuple[PlainGPT, dict[str, Any]]:
+    """The model of such a folder, and the flags of the tokenizer it was trained with.
 
     Whatever wrote it, transformers after more training, too; its .py files are left alone. Raises
     UltraMemError, naming the file, where something is missing, damaged or not what it should be.
@@ -90,7 +90,7 @@ def load_hf(folder: str | Path) -> tuple[PlainGPT, dict[str, Any]]:
     content, config = _read_config(folder / "config.json")
     _check_sums(folder)
     plain_fields = plain_config(config)
-    state = _read_weights(folder)
+    state = _read_weights(folder, device)
     try:
         joined = plain_state(plain_fields, state)
     except UltraMemError as error:
@@ -122,7 +122,7 @@ def _read_config(file: Path) -> tuple[dict[str, Any], UltraMemGPTConfig]:
     return content, config
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def _read_weights(folder: Path, device: str) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     names: Iterable[str] = ["model.safetensors"]
     try:
@@ -135,7 +135,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         if Path(name).name != name:
             raise UltraMemError(f"{index} names {name!r:.200}, which is not in its folder.")
         try:
-            state |= load_file(folder / name)
+            state |= load_file(folder / name, device=device)
         except (SafetensorError, OSError) as error:
             raise UltraMemError(
                 f"{folder / name} cannot be read: {error}. Copy or export the model again."

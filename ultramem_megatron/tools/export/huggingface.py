@@ -142,7 +142,8 @@ def _parts(config: PlainConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
         prefix = f"model.layers.{found[1]}.self_attn."
         return {f"{prefix}{part}_proj.{found[2]}": rows for part, rows in parts.items()}
     if found := re.fullmatch(_MLP, name):
-        prefix = f"model.layers.{found[1]}.mlp.{found[2] or ''}"
+        expert = (found[2] or "").replace("experts.", "expert_mlps.")
+        prefix = f"model.layers.{found[1]}.mlp.{expert}"
         if found[3] == "down" or config.activation == "gelu":
             return {f"{prefix}{found[3]}_proj.{found[4]}": tensor}
         gate, up = tensor.chunk(2)

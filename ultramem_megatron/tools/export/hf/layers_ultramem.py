@@ -120,7 +120,8 @@ class UltraMemExperts(nn.Module):
         super().__init__()
         self.config = config
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(
+        # Not "experts": vLLM would put its own there, which have other activations and weights.
+        self.expert_mlps = nn.ModuleList(
             _mlp(config, config.moe_intermediate_size) for _ in range(config.num_experts)
         )
 
@@ -129,7 +130,7 @@ class UltraMemExperts(nn.Module):
         tokens = x.flatten(0, 1)
         weights, chosen = self._route(tokens)
         mixed = torch.zeros_like(tokens)
-        for number, expert in enumerate(self.experts):
+        for number, expert in enumerate(self.expert_mlps):
             token, place = (chosen == number).nonzero(as_tuple=True)
             mixed.index_add_(0, token, expert(tokens[token]) * weights[token, place].unsqueeze(1))
         return mixed.view_as(x)

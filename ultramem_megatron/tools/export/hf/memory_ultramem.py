@@ -186,7 +186,7 @@ class UltraMemMemory(nn.Module):
 
     def train(self, mode: bool = True) -> "UltraMemMemory":
         """As nn.Module.train; before an evaluation, the last step is taken in."""
-        if self.training and not mode:
+        if self.training and not mode and self._weights_version is not None:
             self._follow_weights()
         return super().train(mode)
 
