@@ -102,7 +102,7 @@ def _agree(ours: Any, megatron: Any) -> bool:
 def _complete(tokenizer: Any, args: Namespace) -> None:
     """What a decoder needs of it: room, batches padded before their texts, a chat's form."""
     tokenizer.model_max_length = args.max_position_embeddings
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     if getattr(args, "chat_template", None):
         tokenizer.chat_template = args.chat_template
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:

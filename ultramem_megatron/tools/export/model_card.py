@@ -17,8 +17,8 @@ tags:
 
 # UltraMem GPT
 
-A decoder-only language model{memories}, trained with NVIDIA Megatron and
-`ultramem_megatron`, exported by `ultramem export --to hf`.
+A decoder-only language model{memories},
+trained with NVIDIA Megatron and `ultramem_megatron`, exported by `ultramem export --to hf`.
 
 ```python
 from transformers import {imports}
@@ -93,7 +93,12 @@ def _settings(config: PlainConfig) -> str:
     if memory is not None and config.ultramem is not None:
         spans = "/".join(map(str, config.ultramem.spans))
         fields |= {f"memory: {name}": value for name, value in {**memory, "spans": spans}.items()}
-    shown = {name: value for name, value in fields.items() if value is not None}
+    unused = () if config.num_experts else ("expert", "router")
+    shown = {
+        name: value
+        for name, value in fields.items()
+        if value is not None and not name.startswith(unused)
+    }
     lines = "".join(f"| {name} | {_text(value)} |\n" for name, value in shown.items())
     return f"\n## Design\n\n| | |\n|---|---|\n{lines}"
 

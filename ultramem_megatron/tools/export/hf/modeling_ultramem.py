@@ -52,7 +52,9 @@ class UltraMemPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, Cores):
             init.normal_(module.weight)
-            module.update()
+            loaded = getattr(module.weight, "_is_hf_initialized", False)
+            if not loaded and not module.weight.is_meta:
+                module.update()
         elif isinstance(module, QueryMean):
             init.zeros_(module.mean)
             init.zeros_(module.updates)
