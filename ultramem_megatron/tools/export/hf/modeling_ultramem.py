@@ -93,6 +93,7 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
         """input_ids (B, S) or inputs_embeds (B, S, D); attention_mask (B, M), 0 for padding."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give one of input_ids and inputs_embeds.")
+        self._refuse_foreign_caches(kwargs)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -125,6 +126,16 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(self.norm(hidden), past_key_values)
+
+    def _refuse_foreign_caches(self, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError where nobody keeps what the query convolution sees of the past."""
+        taps = (self.config.memory or {}).get("query_conv_kernel", 0)
+        foreign = self.config._attn_implementation == "vllm" or "read_index" in kwargs
+        if taps > 1 and foreign:
+            raise ValueError(
+                f"memory.query_conv_kernel is {taps}: caches in pages (vLLM, generate_batch) keep "
+                f"no inputs of the convolution. Use `generate`, which keeps them."
+            )
 
 
 class UltraMemGPTForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
