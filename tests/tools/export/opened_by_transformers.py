@@ -1,6 +1,6 @@
 """What transformers makes of exported folders, in a process without us and without Megatron.
 
-python opened_by_transformers.py FOLDER RESULTS NAME...
+python opened_by_transformers.py FOLDER RESULTS PROMPT NAME...
 """
 
 import sys
@@ -44,6 +44,24 @@ def opened(folder, tokens):
     return result
 
 
+def written(folder, prompt):
+    """What a model of text writes, from the folder alone; how its tokenizer pads."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    batch = tokenizer([prompt, prompt[:5]], return_tensors="pt", padding=True)
+    ids = model.generate(**batch, max_new_tokens=12, do_sample=False)
+    config = model.generation_config
+    return {
+        "texts": tokenizer.batch_decode(ids, skip_special_tokens=True),
+        "padding": batch["attention_mask"][1, 0].item(),
+        "eos": (tokenizer.eos_token_id, config.eos_token_id),
+        "room": tokenizer.model_max_length,
+        "suppressed": config.suppress_tokens,
+    }
+
+
 def _padded(tokens):
     """Texts of other lengths, the padding before them; their mask."""
     batch, length = tokens.shape
@@ -67,7 +85,8 @@ def _in_pieces(model, tokens):
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, _Blocked())
-    _folder, _file, *_names = sys.argv[1:]
+    _folder, _file, _prompt, *_names = sys.argv[1:]
     _tokens = torch.load(_file)
     with torch.no_grad():
-        torch.save({name: opened(f"{_folder}/{name}/hf", _tokens) for name in _names}, _file)
+        _found = {name: opened(f"{_folder}/{name}/hf", _tokens) for name in _names}
+        torch.save({**_found, "text": written(f"{_folder}/text/hf", _prompt)}, _file)

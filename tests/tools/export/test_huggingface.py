@@ -1,5 +1,7 @@
 """An exported folder in transformers is Megatron's model, and its checkpoint is the first one."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from tests import ROOT
 from tests.closeness import assert_close
 from tests.decoding import LOGITS, full_logits
 from tests.ranks import run_on_ranks
@@ -49,6 +52,8 @@ _MODELS = {
     },
 }
 
+_PROMPT = "A memory layer does"
+
 
 def _round_trip(folder):
     """Export each model, make a checkpoint of it; logits of the original and of the last."""
@@ -67,7 +72,32 @@ def _round_trip(folder):
         main(["--from", "hf", f"{folder / name}/hf", "--save", f"{folder / name}/back"])
         back, _ = load_model(str(folder / name / "back"))
         logits[name] = full_logits(model, tokens()), full_logits(back, tokens())
-    return logits
+    return logits, _written(folder / "text")
+
+
+def _written(folder):
+    """A model of text, exported and made a checkpoint again: what that one writes."""
+    from ultramem_megatron.data.tokenizer import save, train
+    from ultramem_megatron.inference.generate import main as generate
+    from ultramem_megatron.inference.untrained import untrained_model
+    from ultramem_megatron.megatron.checkpoint.weights import save_weights
+    from ultramem_megatron.tools.export.__main__ import main
+
+    save(train([(ROOT / "README.md").read_text()], 400), folder / "tokenizer")
+    model, args = untrained_model(flags(_MODELS["convolution"]))
+    shaken(model)
+    with torch.no_grad():
+        model.output_layer.weight[400:] = 0  # padding of the vocabulary, which training makes rare
+    args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", "moved/tokenizer"
+    save_weights(model, args, folder / "checkpoint")
+    moved = ["--tokenizer-model", f"{folder}/tokenizer"]
+    main(["--load", f"{folder}/checkpoint", "--to", "hf", f"{folder}/hf", *moved])
+    main(["--from", "hf", f"{folder}/hf", "--save", f"{folder}/back"])
+    out = io.StringIO()
+    words = ["--load", f"{folder}/back", "--temperature", "0", "--tokens", "12"]
+    with contextlib.redirect_stdout(out):
+        generate([*words, "--prompt", _PROMPT])
+    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +105,7 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
     umask = os.umask(0o027)
     try:
-        return folder, run_on_ranks(1, _round_trip, folder)[0]
+        return folder, *run_on_ranks(1, _round_trip, folder)[0]
     finally:
         os.umask(umask)
 
@@ -87,7 +117,7 @@ def opened(exported, tmp_path_factory):
     torch.save(tokens(), file)
     script = __file__.replace("test_huggingface", "opened_by_transformers")
     cache = {"HF_MODULES_CACHE": str(file.parent / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, script, str(exported[0]), str(file), *_MODELS]
+    command = [sys.executable, script, str(exported[0]), str(file), _PROMPT, *_MODELS]
     subprocess.run(command, check=True, cwd=file.parent, env={**os.environ, **cache})
     return torch.load(file)
 
@@ -111,6 +141,16 @@ def test_continuations_are_the_same_with_a_cache_in_batches_and_beams(opened, na
     assert torch.equal(found["batch"], torch.stack(found["one by one"]))
     assert torch.equal(found["batch"], found["without a cache"])
     assert torch.equal(found["beams"], found["beams without a cache"])
+
+
+def test_the_folder_writes_what_the_checkpoint_made_of_it_writes(exported, opened):
+    found, ours = opened["text"], exported[2]
+    assert found["texts"][0] + "\n" == ours
+    assert len(ours) > len(_PROMPT) + 12
+    assert found["padding"] == 0
+    assert found["eos"] == (0, 0)
+    assert found["room"] == 32
+    assert found["suppressed"] == list(range(400, 512))
 
 
 def test_what_picks_keys_stays_in_float32(opened):

@@ -71,22 +71,36 @@ def _as_transformers(library: Any, args: Namespace) -> tuple[Any, str | None]:
     inner = getattr(library, "tokenizer", None)
     if isinstance(inner, PreTrainedTokenizerBase):
         return inner, None
-    if "SentencePiece" in args.tokenizer_type or args.tokenizer_type == "Llama2Tokenizer":
-        made = _of_sentencepiece(args.tokenizer_model)
-        if made is not None and _agree(made, library):
-            return made, None
-    return None, f"transformers has none that gives the ids of {args.tokenizer_type}"
+    if args.tokenizer_model and str(args.tokenizer_model).endswith(".model"):
+        for make in (_of_unigrams, _of_merges):
+            made = make(str(args.tokenizer_model))
+            if made is not None and _agree(made, library):
+                _name_special(made, library)
+                return made, None
+    return None, f"transformers has none that gives the ids of this {args.tokenizer_type}"
 
 
-def _of_sentencepiece(file: str) -> Any:
-    from transformers import AutoTokenizer, LlamaTokenizer
+def _of_unigrams(file: str) -> Any:
+    """A sentencepiece model of unigrams; None for another."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import SpmConverter
 
-    for kind in (LlamaTokenizer, AutoTokenizer):
-        try:
-            return kind.from_pretrained(file)
-        except Exception:  # each library has its own; without one there is no tokenizer
-            continue
-    return None
+    try:
+        return PreTrainedTokenizerFast(
+            tokenizer_object=SpmConverter(Namespace(vocab_file=file)).converted()
+        )
+    except Exception:  # whatever it stumbles over, it made no tokenizer
+        return None
+
+
+def _of_merges(file: str) -> Any:
+    """A sentencepiece model of byte pairs; None for another."""
+    from transformers import LlamaTokenizer
+
+    try:
+        return LlamaTokenizer.from_pretrained(file)
+    except Exception:  # as above
+        return None
 
 
 def _agree(ours: Any, megatron: Any) -> bool:
@@ -97,6 +111,14 @@ def _agree(ours: Any, megatron: Any) -> bool:
         )
     except Exception:  # a text that either cannot read is no agreement
         return False
+
+
+def _name_special(tokenizer: Any, library: Any) -> None:
+    """Tell it which of its tokens begin and end a text."""
+    for name in ("bos", "eos"):
+        token = getattr(library, f"{name}_id", None)
+        if token is not None and token >= 0:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(token)))
 
 
 def _complete(tokenizer: Any, args: Namespace) -> None:

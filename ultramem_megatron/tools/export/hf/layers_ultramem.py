@@ -113,13 +113,33 @@ class UltraMemGatedMLP(UltraMemMLP):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class UltraMemRouter(nn.Module):
+    """Which experts a token goes to, and their weights. No nn.Linear: it is never quantised."""
+
+    def __init__(self, config: UltraMemGPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and numbers (T, k) of each token's experts; tokens (T, D)."""
+        topk = self.config.num_experts_per_tok
+        dtype = torch.float32 if self.config.router_float32 else tokens.dtype
+        scores = F.linear(tokens.to(dtype), self.weight.to(dtype))
+        if self.config.norm_topk_prob:
+            best, chosen = scores.topk(topk)
+            weights = best.float().softmax(-1)
+        else:
+            weights, chosen = scores.float().softmax(-1).topk(topk)
+        return weights.to(tokens.dtype), chosen
+
+
 class UltraMemExperts(nn.Module):
     """Mixture of experts: each token's k best, weighted by a softmax; no token is dropped."""
 
     def __init__(self, config: UltraMemGPTConfig) -> None:
         super().__init__()
-        self.config = config
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = UltraMemRouter(config)
         # Not "experts": vLLM would put its own there, which have other activations and weights.
         self.expert_mlps = nn.ModuleList(
             _mlp(config, config.moe_intermediate_size) for _ in range(config.num_experts)
@@ -128,24 +148,12 @@ class UltraMemExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, S, D), normed."""
         tokens = x.flatten(0, 1)
-        weights, chosen = self._route(tokens)
+        weights, chosen = self.gate(tokens)
         mixed = torch.zeros_like(tokens)
         for number, expert in enumerate(self.expert_mlps):
             token, place = (chosen == number).nonzero(as_tuple=True)
             mixed.index_add_(0, token, expert(tokens[token]) * weights[token, place].unsqueeze(1))
         return mixed.view_as(x)
-
-    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and numbers (B*S, k) of each token's experts."""
-        topk = self.config.num_experts_per_tok
-        dtype = torch.float32 if self.config.router_float32 else tokens.dtype
-        scores = F.linear(tokens.to(dtype), self.gate.weight.to(dtype))
-        if self.config.norm_topk_prob:
-            best, chosen = scores.topk(topk)
-            weights = best.float().softmax(-1)
-        else:
-            weights, chosen = scores.float().softmax(-1).topk(topk)
-        return weights.to(tokens.dtype), chosen
 
 
 class UltraMemDecoderLayer(GradientCheckpointingLayer):

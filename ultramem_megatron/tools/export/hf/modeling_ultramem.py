@@ -18,7 +18,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ultramem import UltraMemGPTConfig
-from .layers_ultramem import UltraMemAttention, UltraMemDecoderLayer, norm
+from .layers_ultramem import UltraMemAttention, UltraMemDecoderLayer, UltraMemRouter, norm
 from .memory_ultramem import QueryConvolution, QueryMean, Shuffle, UltraMemMemory, ValueTable
 from .retrieval_ultramem import Cores, Keys
 
@@ -48,7 +48,7 @@ class UltraMemPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight[:, -1:])
         elif isinstance(module, Keys):
             init.normal_(module.weight, std=module.key_dim**-0.5)
-        elif isinstance(module, ValueTable):
+        elif isinstance(module, (ValueTable, UltraMemRouter)):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, Cores):
             init.normal_(module.weight)
