@@ -24,6 +24,7 @@ PATCH_MODULES = (
     "cpu.dynamic_batching",
     "cpu.context_parallel_attention",
     "cpu.expert_exchange",
+    "cpu.fused_adam",
     # Every machine, where the defect exists.
     "cpu.jit_warmup",
     "defects.dataset_helpers",

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ultramem_megatron.kernels.dispatch import implementation
-from ultramem_megatron.kernels.lookup_reduce import torch_path
+from ultramem_megatron.kernels.lookup_reduce import native_path, torch_path
 from ultramem_megatron.kernels.lookup_reduce.main_grad import (
     added_to_main_grad,
     main_grad_of,
@@ -70,16 +70,21 @@ def _target(table: Tensor) -> Tensor | None:
 
 
 def _pool(table: Tensor) -> Any:
-    if implementation(table.device) == "torch":
-        return torch_path.pool
-    from ultramem_megatron.kernels.lookup_reduce import triton_forward  # needs Triton installed
+    if implementation(table.device) == "triton":
+        from ultramem_megatron.kernels.lookup_reduce import triton_forward  # needs Triton installed
 
-    return triton_forward.pool
+        return triton_forward.pool
+    return _path(table).pool
 
 
 def _backward(table: Tensor) -> Any:
-    if implementation(table.device) == "torch":
-        return torch_path.backward
-    from ultramem_megatron.kernels.lookup_reduce import triton_backward
+    if implementation(table.device) == "triton":
+        from ultramem_megatron.kernels.lookup_reduce import triton_backward
 
-    return triton_backward.backward
+        return triton_backward.backward
+    return _path(table).backward
+
+
+def _path(table: Tensor) -> Any:
+    native = implementation(table.device) == "native" and native_path.serves(table)
+    return native_path if native else torch_path
