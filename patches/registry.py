@@ -29,6 +29,7 @@ PATCH_MODULES = (
     "cpu.grouped_experts",
     "cpu.shared_storage",
     "cpu.uneven_gather",
+    "cpu.fused_adam",
     # Every machine, where the defect exists.
     "cpu.jit_warmup",
     "defects.dataset_helpers",

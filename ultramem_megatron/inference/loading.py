@@ -181,7 +181,7 @@ def _load_weights(model: Any, folder: str) -> None:
 
 
 def _tokenizer(args: Namespace) -> Any:
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from ultramem_megatron.data.open_tokenizer import open_tokenizer
 
     path = args.tokenizer_model
     if path is not None and args.tokenizer_type == "HuggingFaceTokenizer":
@@ -191,4 +191,4 @@ def _tokenizer(args: Namespace) -> Any:
                 f"trained in, or say where it is: --tokenizer-model DIR."
             )
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the files are local
-    return build_tokenizer(args)
+    return open_tokenizer(args)
