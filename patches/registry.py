@@ -24,6 +24,11 @@ PATCH_MODULES = (
     "cpu.dynamic_batching",
     "cpu.context_parallel_attention",
     "cpu.expert_exchange",
+    "cpu.torch_norms",
+    "cpu.latent_attention",
+    "cpu.grouped_experts",
+    "cpu.shared_storage",
+    "cpu.uneven_gather",
     "cpu.fused_adam",
     # Every machine, where the defect exists.
     "cpu.jit_warmup",
@@ -31,6 +36,7 @@ PATCH_MODULES = (
     "defects.dataset_cache",
     "defects.help_text",
     "defects.first_log_line",
+    "defects.recompute_without_engine",
     # What memory layers need.
     "doors.optimizer_config",
     "doors.optimizer_built",
