@@ -25,7 +25,7 @@ from tests.ranks import run_on_ranks
 from tests.tools.export.models import shaken
 from tests.training_runs import make_saving_fast, tiny_gpt
 
-_VLLM = Path(os.environ.get("VLLM_ENV", ROOT / ".venv-vllm")) / "bin/vllm"
+_VLLM = Path(os.environ.get("VLLM_ENV", ROOT / ".venv-vllm")) / "bin/python"
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(
@@ -127,7 +127,8 @@ def server(folder: Path) -> Iterator[_Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [str(_VLLM), "serve", str(folder / "hf"), "--served-model-name", "memories"]
+    words = [str(_VLLM), "-m", "vllm.entrypoints.openai.api_server"]
+    words += ["--model", str(folder / "hf"), "--served-model-name", "memories"]
     words += ["--host", "127.0.0.1", "--port", str(port), "--trust-remote-code"]
     words += ["--model-impl", "transformers", "--dtype", "float32", "--enforce-eager"]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
