@@ -78,7 +78,7 @@ def hf_model(plain: PlainGPT) -> UltraMemGPTForCausalLM:
     if missing or given.unexpected_keys:
         raise UltraMemError(
             f"The model for transformers has not the tensors of this one: "
-            f"{', '.join(sorted([*missing, *given.unexpected_keys])[:3])}. Use --to OUT, without hf."
+            f"{', '.join(sorted([*missing, *given.unexpected_keys])[:3])}. Export it without hf."
         )
     model.tie_weights()
     model.eval()
