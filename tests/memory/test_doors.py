@@ -85,10 +85,13 @@ def test_a_retrieval(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_values(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = dataclasses.replace(
-        VALUES["pooled"], name="gated", build=_Gated, reference=_gated_reference
+        VALUES["pooled"],
+        name="halved",
+        build=lambda config, site: _Gated(config, site.partition, site.group),
+        reference=_gated_reference,
     )
     _add(monkeypatch, VALUES, "values", kind)
-    _assert_as_reference(_layer(values="gated"))
+    _assert_as_reference(_layer(values="halved"))
 
 
 def test_an_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +113,11 @@ def test_a_partition(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
             return (yield from self.whole.read(part.flip(0), addresses, scores))
+
+        dot_pauses = 0
+
+        def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
+            return (yield from self.whole.dot(part.flip(0), addresses, x))
 
     whole = PARTITIONS["replicated"]
     kind = dataclasses.replace(

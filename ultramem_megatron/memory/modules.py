@@ -28,6 +28,13 @@ def build_norm(
 
 
 @torch.no_grad()
+def zero_bias(linear: nn.Linear) -> None:
+    """Set the bias of a projection to 0, if it has one."""
+    if linear.bias is not None:
+        linear.bias.zero_()
+
+
+@torch.no_grad()
 def fill_gain(norm: nn.Module, gain: float) -> None:
     """Set the weight of a norm, if it has one."""
     weight = getattr(norm, "weight", None)

@@ -35,6 +35,7 @@ from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.placement import Placement
 from ultramem_megatron.memory.tables.value_table import ValueTable, value_tables
 from ultramem_megatron.memory.values import VALUES
+from ultramem_megatron.memory.values.contract import Site
 
 
 class TransformerMemory(UltraMemLayer):
@@ -59,14 +60,18 @@ class TransformerMemory(UltraMemLayer):
         """
         groups = table_groups(pg_collection)
         with _parameter_dtype(config.params_dtype), _parameter_device(config):
-            if placement.table == placement.reads:
-                values_by_table[placement.table] = _values(ultramem, groups, partition)
-            elif placement.table not in values_by_table:
+            owns_table = placement.table == placement.reads
+            if not owns_table and placement.table not in values_by_table:
                 raise UltraMemError(
                     f"The memory of layer {placement.reads} reads the values of layer "
                     f"{placement.table}, which is on another pipeline stage. Choose a pipeline "
                     f"layout that keeps the two together."
                 )
+            shared = values_by_table.get(placement.table)
+            values = VALUES[ultramem.values].build(
+                ultramem, _site(config.hidden_size, groups, partition, shared)
+            )
+            values_by_table.setdefault(placement.table, values)
             super().__init__(
                 ultramem,
                 hidden_size=config.hidden_size,
@@ -74,8 +79,9 @@ class TransformerMemory(UltraMemLayer):
                 layer_number=layer_number,
                 eps=config.layernorm_epsilon,
                 feed_forward_std=feed_forward_std(config, placement.adds),
-                values=values_by_table[placement.table],
+                values=values,
                 table_number=placement.table,
+                first_value=placement.first_value,
             )
         self.groups = groups
         self.tensor_group = pg_collection.tp
@@ -84,7 +90,8 @@ class TransformerMemory(UltraMemLayer):
         sequence_parallel = config.sequence_parallel
         self.token_group = pg_collection.tp_dp_cp if sequence_parallel else pg_collection.dp_cp
         self.sequence_parallel = config.sequence_parallel
-        if groups is not None and not self.sequence_parallel and self.tensor_group.size() > 1:
+        shares_tokens = not self.sequence_parallel and self.tensor_group.size() > 1
+        if groups is not None and shares_tokens and owns_table:
             for table in value_tables(self).values():
                 table.share_tokens(self.tensor_group)
         self._tag_parameters()
@@ -191,13 +198,10 @@ def _sharded_table(table: ValueTable, key: str, groups: TableGroups) -> ShardedT
     )
 
 
-def _values(
-    ultramem: UltraMemConfig, groups: TableGroups | None, partition: str
-) -> torch.nn.Module:
-    kind = VALUES[ultramem.values]
+def _site(hidden_size: int, groups: TableGroups | None, partition: str, shared: Any) -> Site:
     if groups is None:
-        return kind.build(ultramem, "replicated", None)
-    return kind.build(ultramem, partition, groups.table)
+        return Site(hidden_size, shared=shared)
+    return Site(hidden_size, partition, groups.table, shared)
 
 
 def _parameter_device(config: TransformerConfig) -> torch.device:

@@ -22,9 +22,16 @@ class TableSettings:
         """The partition; a table of one rank is whole."""
         return PARTITIONS["replicated" if self.size == 1 else self.partition]
 
-    def layout(self, config: UltraMemConfig, rank: int = 0) -> TableLayout:
-        """The part of one rank."""
-        sizes = (config.num_values, config.value_dim, config.cores)
+    def layout(
+        self,
+        config: UltraMemConfig,
+        rank: int = 0,
+        *,
+        width: int | None = None,
+        cores: int | None = None,
+    ) -> TableLayout:
+        """The part of one rank; width, cores: of a row, by default those of a value."""
+        sizes = (config.num_values, width or config.value_dim, cores or config.cores)
         return self.kind.layout(*sizes, self.size, rank)
 
     def check(self, config: UltraMemConfig) -> None:
