@@ -46,7 +46,8 @@ def _doubled_reference(*args: Any) -> Any:
 
 
 class _Gated(PooledValues):
-    def forward(self, addresses: Tensor, scores: Tensor, x: Tensor) -> Pausing:
+    def forward(self, addresses: Tensor, scores: Tensor, x: Tensor | None = None) -> Pausing:
+        assert x is not None
         pooled = yield from super().forward(addresses, scores, x)
         return pooled * x.flatten(0, -2).mean(-1)[:, None, None]
 

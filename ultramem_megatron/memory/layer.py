@@ -185,6 +185,11 @@ class UltraMemLayer(nn.Module):
                 f"--premultiply-values: values of the kind {self.config.values} are not pooled by "
                 f"their scores alone. Decode without it."
             )
+        if self.value_proj.bias is not None:
+            raise UltraMemError(
+                "--premultiply-values: the value projection of this model has a bias "
+                "(--ultramem-projection-bias). Decode without it."
+            )
         ranks = self.values.layout.size
         if ranks > 1:
             raise UltraMemError(

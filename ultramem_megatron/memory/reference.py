@@ -127,10 +127,10 @@ def _retrieve(
     """Virtual addresses (T, m) and scores (T, m, C) of one head."""
     row = _rank_scores(query[:, 0], _keys(head, 0, state, config, eps), config)
     column = _rank_scores(query[:, 1], _keys(head, 1, state, config, eps), config)
-    side, topk = config.keys_per_side, config.topk
+    side, short = config.keys_per_side, config.shortlist
     kind = RETRIEVALS[config.retrieval]
     rows, columns, grids = kind.reference(row, column, head, state, config)
-    best = torch.stack(grids).sum(0).flatten(1).topk(topk).indices
-    addresses = rows.gather(1, best // topk) * side + columns.gather(1, best % topk)
+    best = torch.stack(grids).sum(0).flatten(1).topk(config.topk).indices
+    addresses = rows.gather(1, best // short) * side + columns.gather(1, best % short)
     scores = torch.stack([grid.flatten(1).gather(1, best) for grid in grids], dim=2)
     return addresses, scores

@@ -23,6 +23,11 @@ from torch import Tensor
 from ultramem_megatron.communication.branch import Branch
 from ultramem_megatron.communication.pausing import Pausing, run
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.checkpoint.shared_tables import (
+    StoredPlace,
+    shared_key,
+    stored_place,
+)
 from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std
 from ultramem_megatron.megatron.layer.query_history import (
     decoding_history,
@@ -178,23 +183,34 @@ class TransformerMemory(UltraMemLayer):
         )
         if self.groups is not None:
             assert not sharded_offsets, "layers with memory are not homogeneous"
+            place = stored_place(self.config, self.table_number)
             for name, table in value_tables(self).items():
                 key = f"{prefix}{name}.weight"
-                state[key] = _sharded_table(table, key, self.groups)
+                stored = key if place is None else shared_key(name)
+                owns = self.table_number == self.layer_number
+                state[key] = _sharded_table(table, stored, self.groups, place, owns)
         return state
 
 
-def _sharded_table(table: ValueTable, key: str, groups: TableGroups) -> ShardedTensor:
-    layout, weight = table.layout, table.weight
+def _sharded_table(
+    table: ValueTable, key: str, groups: TableGroups, place: StoredPlace | None, owns: bool
+) -> ShardedTensor:
+    """place: in the checkpoint's table of all memories, None: it is one of its own.
+
+    owns: another memory of this rank's has named the table already; it is read, not written, here.
+    """
+    layout = table.layout
+    weight = table.weight if owns else table.weight.detach()  # the optimizer finds it once
+    first, rows = (0, layout.num_values) if place is None else place
     return ShardedTensor(
         key,
         weight,
         weight.dtype,
         tuple(weight.shape),
-        (layout.num_values, layout.value_dim),
-        (layout.rows().start, layout.columns().start),
+        (rows, layout.value_dim),
+        (first + layout.rows().start, layout.columns().start),
         None,  # parts may differ in size by a row: no regular grid
-        replica_id=(0, 0, groups.replicas.rank()),
+        replica_id=(0 if owns else 1, 0, groups.replicas.rank()),
     )
 
 

@@ -50,18 +50,13 @@ class ValueTable(nn.Module):
         """How often a read pauses for other ranks."""
         return self._reader.pauses
 
+    def forward(self, addresses: Tensor, scores: Tensor) -> Pausing:
+        """As read. Who reads calls the module, for which Megatron's parameter gather waits."""
+        return self.read(addresses, scores)
+
     def read(self, addresses: Tensor, scores: Tensor) -> Pausing:
-        """Pooled values (T, E, Dv) for shuffled virtual addresses (T, P) and scores (T, P, C)."""
+        """Pooled values (T, E, Dv) for addresses (T, P), group * N + row, and scores (T, P, C)."""
         return self._reader.read(self.weight, addresses, scores)
-
-    @property
-    def dot_pauses(self) -> int:
-        """How often a `dot` pauses for other ranks."""
-        return self._reader.dot_pauses
-
-    def dot(self, addresses: Tensor, x: Tensor) -> Pausing:
-        """Products (T, P) of the rows at addresses (T, P) with their token's vector (T, width)."""
-        return self._reader.dot(self.weight, addresses, x)
 
     @torch.no_grad()
     def draw(self, draw: Draw, std: float, name: str) -> None:
@@ -83,8 +78,21 @@ class ValueTable(nn.Module):
         config = self._config
         return self._reader.serve(self.weight, config.picks, config.cores)
 
-    def serve_dot(self) -> bool:
-        """As serve, of one dot."""
+
+class PreValueTable(ValueTable):
+    """N pre-values: rows to multiply with, not to add up."""
+
+    @property
+    def pauses(self) -> int:
+        """How often a product pauses for other ranks."""
+        return self._reader.dot_pauses
+
+    def forward(self, addresses: Tensor, x: Tensor) -> Pausing:
+        """Products (T, P) of the rows at addresses (T, P) with their token's vector (T, width)."""
+        return self._reader.dot(self.weight, addresses, x)
+
+    def serve(self) -> bool:
+        """See ValueTable.serve."""
         assert isinstance(self._reader, LockstepReader)
         return self._reader.serve_dot(self.weight, self._config.picks, self.layout.value_dim)
 

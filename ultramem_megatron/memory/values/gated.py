@@ -38,7 +38,7 @@ class GatedValues(nn.Module):
 
     def forward(self, addresses: Tensor, scores: Tensor, x: Tensor) -> Pausing:
         """See Values."""
-        pooled = yield from self.table.read(addresses, scores)
+        pooled = yield from self.table(addresses, scores)
         return pooled * F.silu(self.gate(x.flatten(0, -2))).unsqueeze(1)
 
     def serve(self) -> bool:

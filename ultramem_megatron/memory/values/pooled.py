@@ -17,7 +17,7 @@ from ultramem_megatron.memory.values.contract import Site, ValuesKind
 class PooledValues(ValueTable):
     """Sums of scores times values, one for each expansion group."""
 
-    def forward(self, addresses: Tensor, scores: Tensor, x: Tensor) -> Pausing:
+    def forward(self, addresses: Tensor, scores: Tensor, x: Tensor | None = None) -> Pausing:
         """See Values; x is not looked at."""
         return self.read(addresses, scores)
 

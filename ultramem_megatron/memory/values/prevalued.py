@@ -5,19 +5,18 @@ d = act(<P[row], W_p x>), and what is read is the sum of s * d * V[row] (UltraMe
 (arXiv 2407.04153).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultramem_megatron.communication.pausing import Pausing
-from ultramem_megatron.memory.config import Activation, UltraMemConfig
+from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
-from ultramem_megatron.memory.modules import Linear
-from ultramem_megatron.memory.tables.value_table import ValueTable
+from ultramem_megatron.memory.modules import Linear, activation
+from ultramem_megatron.memory.tables.value_table import PreValueTable, ValueTable
 from ultramem_megatron.memory.values.contract import Site, ValuesKind
 from ultramem_megatron.memory.values.pooled import pooled_reference
 
@@ -31,7 +30,7 @@ class PreValuedValues(nn.Module):
         shared = site.shared
         self.table = shared.table if shared else ValueTable(*cut)
         self.pre_table = (
-            shared.pre_table if shared else ValueTable(*cut, width=config.pre_dim, cores=1)
+            shared.pre_table if shared else PreValueTable(*cut, width=config.pre_dim, cores=1)
         )
         self.pre_proj: nn.Module = (
             Linear(site.hidden_size, config.pre_dim, bias=False)
@@ -48,34 +47,29 @@ class PreValuedValues(nn.Module):
     @property
     def pauses(self) -> int:
         """See Values."""
-        return self.pre_table.dot_pauses + self.table.pauses
+        return self.pre_table.pauses + self.table.pauses
 
     def forward(self, addresses: Tensor, scores: Tensor, x: Tensor) -> Pausing:
         """See Values."""
         projected = self.pre_proj(x.flatten(0, -2))
-        dots = yield from self.pre_table.dot(addresses, projected)  # (T, P)
+        dots = yield from self.pre_table(addresses, projected)  # (T, P)
         gates = self.activation(dots).unsqueeze(2)
-        return (yield from self.table.read(addresses, scores * gates))
+        return (yield from self.table(addresses, scores * gates))
 
     def serve(self) -> bool:
         """See Values."""
-        return self.pre_table.serve_dot() and self.table.serve()
+        return self.pre_table.serve() and self.table.serve()
 
     def reset(self, draw: Draw, scales: Scales) -> None:
         """See Values."""
         self.table.draw(draw, scales.values, "values")
-        self.pre_table.draw(draw, scales.values, "pre_values")
+        self.pre_table.draw(draw, scales.pre_values, "pre_values")
 
     @torch.no_grad()
     def reset_own(self, draw: Draw, scales: Scales) -> None:
         """See Values."""
         if isinstance(self.pre_proj, Linear):
             draw.normal_(self.pre_proj.weight, scales.pre_projection, "pre_proj")
-
-
-def activation(name: Activation) -> Callable[[Tensor], Tensor]:
-    """The function of this name."""
-    return (lambda dots: dots) if name == "none" else getattr(F, name)
 
 
 def _reference(
