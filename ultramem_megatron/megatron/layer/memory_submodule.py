@@ -65,8 +65,13 @@ class TransformerMemory(UltraMemLayer):
         """
         groups = table_groups(pg_collection)
         with _parameter_dtype(config.params_dtype), _parameter_device(config):
-            owns_table = placement.table == placement.reads
-            if not owns_table and placement.table not in values_by_table:
+            owns_tables = placement.table == placement.reads
+            if not owns_tables and groups is None:
+                raise UltraMemError(
+                    "Memories that share values (--ultramem-share-values) need table groups: "
+                    "initialise Megatron with expert_tensor_parallel_size=1."
+                )
+            if not owns_tables and placement.table not in values_by_table:
                 raise UltraMemError(
                     f"The memory of layer {placement.reads} reads the values of layer "
                     f"{placement.table}, which is on another pipeline stage. Choose a pipeline "
@@ -89,6 +94,9 @@ class TransformerMemory(UltraMemLayer):
                 first_value=placement.first_value,
             )
         self.groups = groups
+        self.owns_tables = owns_tables
+        if not owns_tables:
+            self.register_load_state_dict_pre_hook(_tables_come_with_their_owner)
         self.tensor_group = pg_collection.tp
         self.context_group = pg_collection.cp
         # Under sequence parallelism tensor-parallel ranks, too, see other tokens.
@@ -96,7 +104,7 @@ class TransformerMemory(UltraMemLayer):
         self.token_group = pg_collection.tp_dp_cp if sequence_parallel else pg_collection.dp_cp
         self.sequence_parallel = config.sequence_parallel
         shares_tokens = not self.sequence_parallel and self.tensor_group.size() > 1
-        if groups is not None and shares_tokens and owns_table:
+        if groups is not None and shares_tokens and owns_tables:
             for table in value_tables(self).values():
                 table.share_tokens(self.tensor_group)
         self._tag_parameters()
@@ -187,20 +195,26 @@ class TransformerMemory(UltraMemLayer):
             for name, table in value_tables(self).items():
                 key = f"{prefix}{name}.weight"
                 stored = key if place is None else shared_key(name)
-                owns = self.table_number == self.layer_number
-                state[key] = _sharded_table(table, stored, self.groups, place, owns)
+                if self.owns_tables:
+                    state[key] = _sharded_table(table, stored, self.groups, place)
+                else:  # named by its owner; twice, it would be written twice
+                    del state[key]
         return state
 
 
-def _sharded_table(
-    table: ValueTable, key: str, groups: TableGroups, place: StoredPlace | None, owns: bool
-) -> ShardedTensor:
-    """place: in the checkpoint's table of all memories, None: it is one of its own.
+def _tables_come_with_their_owner(
+    memory: torch.nn.Module, state: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Tables that another memory loads are not missed here; a hook before loading."""
+    for name, table in value_tables(memory).items():
+        state.setdefault(f"{prefix}{name}.weight", table.weight.detach())
 
-    owns: another memory of this rank's has named the table already; it is read, not written, here.
-    """
-    layout = table.layout
-    weight = table.weight if owns else table.weight.detach()  # the optimizer finds it once
+
+def _sharded_table(
+    table: ValueTable, key: str, groups: TableGroups, place: StoredPlace | None
+) -> ShardedTensor:
+    """place: in the checkpoint's table of all memories, None: it is one of its own."""
+    layout, weight = table.layout, table.weight
     first, rows = (0, layout.num_values) if place is None else place
     return ShardedTensor(
         key,
@@ -210,7 +224,7 @@ def _sharded_table(
         (rows, layout.value_dim),
         (first + layout.rows().start, layout.columns().start),
         None,  # parts may differ in size by a row: no regular grid
-        replica_id=(0 if owns else 1, 0, groups.replicas.rank()),
+        replica_id=(0, 0, groups.replicas.rank()),
     )
 
 
