@@ -69,3 +69,15 @@ def test_the_container_keeps_a_torch_that_is_no_release(tmp_path: Path) -> None:
     found = {package["metadata"]["name"] for package in report["install"]}
     assert {"megatron-core", "transformers", "ultramem-megatron"} <= found
     assert "torch" not in found
+
+
+def test_it_resolves_beside_what_megatron_bridge_asks_for(tmp_path: Path) -> None:
+    """Of megatron-bridge 0.6.2; itself it asks for packages of NVIDIA's containers alone."""
+    commands, source = _environment(tmp_path)
+    (tmp_path / "own.txt").write_text("torch==2.11.0\ntransformers<=5.12.1\n")
+    resolve = ["install", "--dry-run", "--report", "found.json", "--constraint", "own.txt"]
+    _run(commands / "pip", *resolve, f"{source}[train,plots,export,data]", cwd=tmp_path)
+    report = json.loads((tmp_path / "found.json").read_text())
+    found = {one["metadata"]["name"]: one["metadata"]["version"] for one in report["install"]}
+    assert found["torch"] == "2.11.0"
+    assert tuple(map(int, found["transformers"].split("."))) <= (5, 12, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ultramem_megatron.kernels.dispatch import implementation
-from ultramem_megatron.kernels.lookup_reduce import torch_path
+from ultramem_megatron.kernels.lookup_reduce import native_path, torch_path
 from ultramem_megatron.kernels.lookup_reduce.main_grad import (
     added_to_main_grad,
     main_grad_of,
@@ -82,17 +82,22 @@ def _target(table: Tensor) -> Tensor | None:
 
 def pool_kernel(table: Tensor) -> Any:
     """`pool` of the path for this table's device."""
-    if implementation(table.device) == "torch":
-        return torch_path.pool
-    from ultramem_megatron.kernels.lookup_reduce import triton_forward  # needs Triton installed
+    if implementation(table.device) == "triton":
+        from ultramem_megatron.kernels.lookup_reduce import triton_forward  # needs Triton installed
 
-    return triton_forward.pool
+        return triton_forward.pool
+    return _path(table).pool
 
 
 def backward_kernel(table: Tensor) -> Any:
     """`backward` of the path for this table's device."""
-    if implementation(table.device) == "torch":
-        return torch_path.backward
-    from ultramem_megatron.kernels.lookup_reduce import triton_backward
+    if implementation(table.device) == "triton":
+        from ultramem_megatron.kernels.lookup_reduce import triton_backward
 
-    return triton_backward.backward
+        return triton_backward.backward
+    return _path(table).backward
+
+
+def _path(table: Tensor) -> Any:
+    native = implementation(table.device) == "native" and native_path.serves(table)
+    return native_path if native else torch_path

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.kernels.dispatch import implementation
+from ultramem_megatron.kernels.tucker_topk import native_path
 from ultramem_megatron.kernels.tucker_topk.eager import tucker_topk_eager
 from ultramem_megatron.kernels.tucker_topk.reference import tucker_topk_reference
 from ultramem_megatron.kernels.tucker_topk.shapes import tucker_topk_shapes
@@ -14,8 +15,8 @@ def tucker_topk(
 ) -> tuple[Tensor, Tensor]:
     """Addresses (T, H, best) and scores (T, H, best, C); see `tucker_topk_reference`.
 
-    float64, and another number of pairs than of keys a side, are computed by PyTorch's kernels
-    where Triton is chosen.
+    What an implementation has no kernels for (float64; another number of pairs than of keys a side)
+    PyTorch's own compute.
     """
     chosen = implementation(scores.device)
     if chosen == "shapes":
@@ -27,5 +28,8 @@ def tucker_topk(
         from ultramem_megatron.kernels.tucker_topk.fused import FusedTuckerTopk  # needs Triton
 
         addresses, found = FusedTuckerTopk.apply(scores, keys, cores, keys_per_side)
+        return addresses, found
+    if chosen == "native" and square and native_path.serves(scores):
+        addresses, found = native_path.NativeTuckerTopk.apply(scores, keys, cores, keys_per_side)
         return addresses, found
     return tucker_topk_eager(scores, keys, cores, keys_per_side, best)

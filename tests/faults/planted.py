@@ -104,6 +104,8 @@ KINDS = {
     "flag that names a quantizer": _flags(fp8_quantizer_factory="planted_module.x"),
 }
 """What is planted -> how."""
+TRUSTING = "flags that trust a tokenizer"
+_TRUST = _flags(trust_remote_code=True, tokenizer_type="HuggingFaceTokenizer")
 
 
 def planted(whole: Path, folder: Path, kind: str) -> Path:
@@ -125,4 +127,4 @@ def planted(whole: Path, folder: Path, kind: str) -> Path:
 
 
 def _plant(latest: Path, kind: str, mark: Path) -> None:
-    KINDS[kind](latest, mark)
+    (_TRUST if kind == TRUSTING else KINDS[kind])(latest, mark)

@@ -1,6 +1,7 @@
 """A checkpoint is data: whatever is planted into its files, no command runs it."""
 
 import contextlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.planted import KINDS, planted
+from tests.faults.planted import KINDS, TRUSTING, planted
 from tests.ranks import run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron.faults.trust import TRUST
@@ -132,3 +133,36 @@ def test_files_of_ones_own_may_be_trusted(whole, tmp_path):
     load = planted(whole, tmp_path, "flags")
     export = {"export": _decoders(load, tmp_path)["export"]}
     assert run_on_ranks(1, _try, tmp_path, export, env={TRUST: "1"})[0]["export"][2]
+
+
+def _tokenizer_with_code(folder: Path) -> str:
+    """A tokenizer's folder in which every file that may name a class names one that makes MARK."""
+    names = folder / "tokenizer"
+    names.mkdir()
+    mark = f"open({str(folder / 'MARK')!r}, 'w').close()"
+    (names / "planted_class.py").write_text(mark)
+    (folder / "planted_module.py").write_text(mark)
+    of_class = {"AutoTokenizer": ["planted_class.T", "planted_class.T"], "AutoConfig": "x.T"}
+    asked = {"auto_map": of_class, "tokenizer_class": "T", "model_type": "planted"}
+    for file in ("tokenizer_config.json", "config.json"):
+        (names / file).write_text(json.dumps(asked))
+    asked = {"tokenizer_class": "planted_module.T", "class_path": "planted_module"}
+    (names / "tokenizer_metadata.json").write_text(json.dumps(asked))
+    return str(names)
+
+
+def test_no_command_runs_what_a_tokenizer_names(whole, tmp_path):
+    """Nor where the checkpoint's own flags ask for it."""
+    load = planted(whole, tmp_path, TRUSTING)
+    flags = ["--tokenizer-model", _tokenizer_with_code(tmp_path)]
+    commands = _decoders(load, tmp_path)
+    trainings = _trainings(load)
+    for name, argv in {
+        "generate": [*commands["generate"], *flags],
+        "train": [*trainings["train"], "--tokenizer-type", "HuggingFaceTokenizer", *flags],
+        "train with its flags": [*trainings["train with its flags"], *flags],
+    }.items():
+        status, messages, ran = run_on_ranks(1, _try, tmp_path, {name: argv})[0][name]
+        assert not ran, f"{name} ran what the tokenizer names"
+        assert status == 2, (name, messages)
+        assert messages.splitlines()[-1].startswith("error: "), (name, messages)

@@ -27,7 +27,7 @@ KEYS_PER_SIDE = 1000
 TRITON = ["triton"] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") else []
 
 
-@pytest.fixture(params=["reference", "torch", *TRITON])
+@pytest.fixture(params=["reference", "torch", "native", *TRITON])
 def forced(request, monkeypatch):
     """Each implementation in turn."""
     monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)

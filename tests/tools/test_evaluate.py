@@ -133,10 +133,13 @@ def test_continuations_are_scored(files):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--data", "nowhere"], r"--data nowhere: nowhere\.idx is not there"),
+        (["--data", "nowhere"], r"nowhere\.idx: No such file or directory"),
         (["--data", "{data}", "--window", "33"], r"--window 33 exceeds the model's 32 positions"),
-        (["--data", "{large}"], r"holds token 600, but the model knows 512 tokens"),
-        (["--data", "{mixed}"], r"101 tokens in .*mixed\.bin, 3 in .*mixed\.idx"),
+        (["--data", "{large}"], r"holds token 600, the model's vocabulary has 512 entries"),
+        (["--data", "{mixed}"], r"mixed\.bin has 202 bytes, its index mixed\.idx describes 6"),
+        (["--data", "{empty}"], r"empty\.idx holds no documents"),
+        (["--data", "{blank}"], r"blank\.bin is empty: all its documents are"),
+        (["--data", "{single}"], r"--data \S*single: 1 token; give 2 at least"),
         ([], r"Give --data PREFIX for perplexity, or --tasks TASK"),
         (["--data", "x", "--batch-size", "0"], r"--batch-size is 0; it must be a whole number"),
     ],
@@ -145,7 +148,10 @@ def test_what_cannot_be_evaluated_is_refused(files, words, message):
     folder = files[0]
     indexed.write(folder / "large", [[1, 600]], 1000)
     indexed.write(folder / "mixed", [[1, 2, 3]], 512)
+    for name, documents in (("empty", []), ("blank", [[]]), ("single", [[1]])):
+        indexed.write(folder / name, documents, 512)
     (folder / "mixed.bin").write_bytes((folder / "data.bin").read_bytes())
-    paths = {name: str(folder / name) for name in ("data", "large", "mixed")}
+    names = ("data", "large", "mixed", "empty", "blank", "single")
+    paths = {name: str(folder / name) for name in names}
     with pytest.raises(RanksFailed, match=message):
         run_on_ranks(1, _evaluate, folder, *(word.format(**paths) for word in words))

@@ -60,7 +60,7 @@ def load_for_inference(
     )
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
-    return LoadedModel(model, _tokenizer(args), args)
+    return LoadedModel(model, open_model_tokenizer(args), args)
 
 
 def load_model(
@@ -180,8 +180,9 @@ def _load_weights(model: Any, folder: str) -> None:
     model.load_state_dict(dist_checkpointing.load(sharded, folder, verify_integrity=True)["model"])
 
 
-def _tokenizer(args: Namespace) -> Any:
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+def open_model_tokenizer(args: Namespace) -> Any:
+    """The tokenizer of a model's flags. Raises UltraMemError where it cannot be opened."""
+    from ultramem_megatron.data.open_tokenizer import open_tokenizer
 
     path = args.tokenizer_model
     if path is not None and args.tokenizer_type == "HuggingFaceTokenizer":
@@ -191,4 +192,4 @@ def _tokenizer(args: Namespace) -> Any:
                 f"trained in, or say where it is: --tokenizer-model DIR."
             )
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the files are local
-    return build_tokenizer(args)
+    return open_tokenizer(args)

@@ -107,6 +107,8 @@ class UltraMemConfig:
     """k: the table's learning rate starts at k times the base rate..."""
     value_lr_decay: float = 1.0
     """...and falls linearly to 1x over this fraction of training."""
+    value_wd_mult: float = 1.0
+    """The table's weight decay is this multiple of the matrices'; 0 is none."""
     lazy_adam: bool = False
     """Adam leaves rows of the tables without gradient alone (lazy_adam.py)."""
     seed: int = 1234

@@ -105,13 +105,17 @@ class UltraMemLayer(nn.Module):
                 )
             )
 
-    def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
-        """x: (..., D); with a query convolution (S, B, D) and its `history` (see query.py)."""
-        return run(self.steps(x, history))
+    def forward(
+        self, x: Tensor, history: Tensor | None = None, reach: Tensor | None = None
+    ) -> Tensor:
+        """x: (..., D); with a query convolution (S, B, D), its `history` and `reach` (query.py)."""
+        return run(self.steps(x, history, reach))
 
-    def steps(self, x: Tensor, history: Tensor | None = None) -> Pausing:
+    def steps(
+        self, x: Tensor, history: Tensor | None = None, reach: Tensor | None = None
+    ) -> Pausing:
         """As forward, pausing whenever other ranks have to answer."""
-        query = self.query(x, history)
+        query = self.query(x, history, reach)
         retrieved = self.retrieve(query)
         addresses = self.locate(retrieved.addresses)
         if self.premultiplied is not None:

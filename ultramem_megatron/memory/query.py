@@ -20,10 +20,13 @@ class CausalConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size, kernel))
 
-    def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, history: Tensor | None = None, reach: Tensor | None = None
+    ) -> Tensor:
         """x: (S, B, D), P pieces of equal length, each without gaps in time, one after the other.
 
         history: the (P, kernel-1, B, D) inputs before each piece; None: x is one, zeros before it.
+        reach: (S, B), how many inputs before a token are of its document; None: all.
         """
         kernel = self.weight.shape[1]
         if history is None:
@@ -35,6 +38,9 @@ class CausalConvolution(nn.Module):
         out = at_least_float32(x.new_zeros(1, 1, 1, 1))
         for tap in range(kernel):
             seen = padded[:, tap : tap + pieces.shape[1]]
+            if reach is not None:
+                own = reach >= kernel - 1 - tap
+                seen = seen.where(own.view(*pieces.shape[:3], 1), 0)
             out = torch.addcmul(out, seen, self.weight[:, tap])
         return out.to(x.dtype).flatten(0, 1)
 
@@ -64,13 +70,15 @@ class QueryProjection(nn.Module):
             self.conv.weight.zero_()
             self.conv.weight[:, -1] = 1
 
-    def forward(self, x: Tensor, history: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, history: Tensor | None = None, reach: Tensor | None = None
+    ) -> Tensor:
         """x: (..., D), with a convolution (S, B, D). Returns (T, Q, 2, Dk).
 
         With queries per rank those of one side follow each other: (T, Q, 2, R*Dk).
         """
         if self.conv is not None:
-            x = self.conv(x, history)
+            x = self.conv(x, history, reach)
         if self.common is not None:
             x = self.common(x)
         return self.norm(self.proj(x).reshape(-1, *self.shape)).flatten(3)

@@ -33,6 +33,7 @@ _NUMBERS = {
     "aux_loss_weight": (0, 1e4, "a number (0: no penalty)"),
     "aux_loss_margin": (0, 1e4, "a number"),
     "value_lr_mult": (1e-4, 1e4, "a number (1: the base rate)"),
+    "value_wd_mult": (0, 1e4, "a number (0: no decay, 1: as matrices)"),
     "value_lr_decay": (1e-6, 1, "a fraction of training"),
 }
 """Far beyond what anybody trained with; a loss, a rate or a step within them stays finite."""

@@ -150,17 +150,11 @@ def _data(run: Any) -> str:
 
 
 def _tokenizer(run: Any) -> str:
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from ultramem_megatron.data.open_tokenizer import open_tokenizer
 
     args = run.args
-    try:
-        tokenizer = build_tokenizer(args)
-    except Exception as error:  # each library has its own
-        raise UltraMemError(
-            f"--tokenizer-type {args.tokenizer_type} --tokenizer-model {args.tokenizer_model}: "
-            f"{' '.join(str(error).split()) or type(error).__name__}"
-        ) from error
-    return f"{args.tokenizer_type}, {tokenizer.vocab_size} tokens, padded {args.padded_vocab_size}"
+    tokens = open_tokenizer(args).vocab_size
+    return f"{args.tokenizer_type}, {tokens} tokens, padded {args.padded_vocab_size}"
 
 
 def _checkpoint(run: Any) -> str:

@@ -36,6 +36,8 @@ _NUMBER_HELP = {
     "aux_loss_margin": "Margin tau below which a singular value is not penalised.",
     "value_lr_mult": "The value tables' learning rate starts at this multiple of the base rate...",
     "value_lr_decay": "...and falls linearly to 1x over this fraction of training.",
+    "value_wd_mult": "The value tables' weight decay is this multiple of that of matrices, at any "
+    "point of its schedule (0: none).",
 }
 _CHOICE_HELP = {
     "retrieval": f"How queries find values: {RETRIEVALS.described()}.",

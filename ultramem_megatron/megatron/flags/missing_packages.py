@@ -8,11 +8,6 @@ import torch
 from ultramem_megatron.errors import UltraMemError
 
 _OWN_OPTIMIZERS = ("adam", "sgd")
-_OF_TRANSFORMER_ENGINE = {
-    "multi_latent_attention": "--multi-latent-attention",
-    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
-}
-"""Megatron's own layers (--transformer-impl local) do not have these."""
 
 
 def refuse_missing_packages(args: Namespace) -> None:
@@ -23,12 +18,6 @@ def refuse_missing_packages(args: Namespace) -> None:
             "--transformer-impl transformer_engine: Transformer Engine is not installed here. "
             "Install it, or use --transformer-impl local."
         )
-    for name, flag in _OF_TRANSFORMER_ENGINE.items():
-        if args.transformer_impl == "local" and getattr(args, name, False):
-            raise UltraMemError(
-                f"{flag} needs --transformer-impl transformer_engine: Megatron's own layers do not "
-                f"have it."
-            )
     if args.transformer_impl == "local" and args.num_experts and args.add_bias_linear:
         raise UltraMemError(
             "--num-experts: experts of Megatron's own layers (--transformer-impl local) do not "

@@ -6,7 +6,7 @@ S sequence, B batch, D hidden; under sequence and context parallelism S is this 
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,12 +28,14 @@ from ultramem_megatron.megatron.checkpoint.shared_tables import (
     shared_key,
     stored_place,
 )
+from ultramem_megatron.megatron.layer.document_reach import masked_reach, packed_reach
 from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std
 from ultramem_megatron.megatron.layer.query_history import (
     decoding_history,
     neighbours_history,
     paged_history,
 )
+from ultramem_megatron.megatron.optimizer.scalar_parameters import keep_base_rate
 from ultramem_megatron.megatron.table_groups import TableGroups, table_groups
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import UltraMemLayer
@@ -41,6 +43,20 @@ from ultramem_megatron.memory.placement import Placement
 from ultramem_megatron.memory.tables.value_table import ValueTable, value_tables
 from ultramem_megatron.memory.values import VALUES
 from ultramem_megatron.memory.values.contract import Site
+
+
+class Surroundings(NamedTuple):
+    """What a transformer layer is told beside its input, all of it None in plain training.
+
+    mask: (B or 1, 1, queries, S of the whole sequence), True where attention is forbidden.
+    """
+
+    inference_context: Any = None
+    packed: Any = None
+    mask: Tensor | None = None
+
+
+_NOTHING = Surroundings()
 
 
 class TransformerMemory(UltraMemLayer):
@@ -110,7 +126,8 @@ class TransformerMemory(UltraMemLayer):
         self._tag_parameters()
 
     def _tag_parameters(self) -> None:
-        """Tell Megatron how each parameter's gradient is to be reduced."""
+        """Tell Megatron how each parameter's gradient is to be reduced, and its rate scaled."""
+        keep_base_rate(self)
         for parameter in self.parameters():
             # Seen by each tensor-parallel rank with other tokens: summed over them.
             parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]  # Megatron's tag
@@ -122,26 +139,25 @@ class TransformerMemory(UltraMemLayer):
             # An "expert" parameter: reduced over the ranks that hold the same part.
             weight.allreduce = False  # type: ignore[attr-defined]  # Megatron's tag
 
-    def forward(
-        self, x: Tensor, inference_context: Any = None, packed_seq_params: Any = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, surroundings: Surroundings = _NOTHING) -> Tensor:  # type: ignore[override]  # a host's
         """x: (S, B, D), the output of the pre-MLP norm; returns the same shape and dtype."""
-        return run(self.steps(x, inference_context, packed_seq_params))
+        return run(self.steps(x, surroundings))
 
-    def steps(
-        self, x: Tensor, inference_context: Any = None, packed_seq_params: Any = None
-    ) -> Pausing:
+    def steps(self, x: Tensor, surroundings: Surroundings = _NOTHING) -> Pausing:  # type: ignore[override]  # a host's
         """As forward, pausing whenever other ranks have to answer."""
-        return (yield from super().steps(x, self._history(x, inference_context, packed_seq_params)))
+        if self.config.query_conv_kernel < 2:
+            return (yield from super().steps(x))
+        history = self._history(x, surroundings.inference_context)
+        return (yield from super().steps(x, history, self._reach(x, surroundings)))
 
     def end_batch(self, reduce: Callable[[Tensor], object] | None = None) -> None:
         """As UltraMemLayer.end_batch; by default over all ranks that see other tokens."""
         super().end_batch(reduce or partial(dist.all_reduce, group=self.token_group))
 
-    def branch(self, x: Tensor, *args: Any, layers: int) -> Branch:
-        """Start `steps(x, *args)` beside so many layers, each with two boundaries."""
+    def branch(self, x: Tensor, surroundings: Surroundings, *, layers: int) -> Branch:
+        """Start `steps` beside so many layers, each with two boundaries."""
         self._await_parameters()
-        return Branch(self.steps(x, *args), x, pauses=self.pauses, boundaries=2 * layers)
+        return Branch(self.steps(x, surroundings), x, pauses=self.pauses, boundaries=2 * layers)
 
     def _await_parameters(self) -> None:
         """Let Megatron's overlapped gather bring all of the memory's parameters here, now.
@@ -154,16 +170,21 @@ class TransformerMemory(UltraMemLayer):
                 if getattr(hook, "__module__", "").startswith("megatron."):
                     hook(module, ())
 
-    def _history(self, x: Tensor, inference_context: Any, packed_seq_params: Any) -> Tensor | None:
+    def _reach(self, x: Tensor, surroundings: Surroundings) -> Tensor | None:
+        """How far back the query convolution sees, where a sequence holds several documents."""
+        if surroundings.inference_context is not None:
+            return None
+        taps = self.config.query_conv_kernel
+        shares = self.tensor_group if self.sequence_parallel else None
+        if surroundings.packed is not None:
+            return packed_reach(len(x), taps, shares, self.context_group, surroundings.packed)
+        if surroundings.mask is not None:
+            return masked_reach(x, taps, shares, self.context_group, surroundings.mask)
+        return None
+
+    def _history(self, x: Tensor, inference_context: Any) -> Tensor | None:
         """What the query convolution sees before x."""
         taps = self.config.query_conv_kernel
-        if taps < 2:
-            return None
-        if packed_seq_params is not None:
-            raise UltraMemError(
-                f"--ultramem-query-conv-kernel {taps} would mix packed "
-                f"documents; it must be 0 with packed sequences."
-            )
         if inference_context is not None:
             is_static = inference_context.is_static_batching()
             history = decoding_history if is_static else paged_history

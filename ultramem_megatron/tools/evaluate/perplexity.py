@@ -6,12 +6,13 @@ window have little context, so longer windows give lower perplexities.
 """
 
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from ultramem_megatron.data.check import check_prefixes
+from ultramem_megatron.data.index_file import Index
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.tools.evaluate.windows import batches
 
@@ -29,29 +30,23 @@ class Perplexity(NamedTuple):
 
 
 def read_stream(prefix: str, vocab_size: int) -> np.ndarray:
-    """All tokens of PREFIX.bin in order, mapped, not read. Raises UltraMemError."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    """All tokens of PREFIX.bin in order, mapped, not read.
 
-    for ending in (".idx", ".bin"):
-        if not Path(prefix + ending).is_file():
+    vocab_size: entries of the model's vocabulary; every token is compared with it.
+
+    Raises:
+        UltraMemError: files that are missing, damaged, of different data, or of another tokenizer.
+    """
+    check_prefixes([prefix], vocab_size)
+    stream = np.memmap(f"{prefix}.bin", dtype=Index.read(prefix).tokens, mode="r")
+    if len(stream) < 2:
+        raise UltraMemError(f"--data {prefix}: {len(stream)} token; give 2 at least.")
+    for token in (int(stream.max()), int(stream.min())):
+        if not 0 <= token < vocab_size:
             raise UltraMemError(
-                f"--data {prefix}: {prefix}{ending} is not there. Give the path of an indexed data "
-                f"set without its ending."
+                f"--data {prefix} holds token {token}, but the model knows {vocab_size} tokens. It "
+                f"was made with another tokenizer."
             )
-    index = IndexedDataset(prefix).index
-    stream = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
-    if len(stream) != int(index.sequence_lengths.sum()) or len(stream) < 2:
-        raise UltraMemError(
-            f"--data {prefix}: {len(stream)} tokens in {prefix}.bin, "
-            f"{int(index.sequence_lengths.sum())} in {prefix}.idx; they must agree, and be 2 at "
-            f"least. The files do not belong together, or one of them is damaged."
-        )
-    largest = int(stream.max())
-    if largest >= vocab_size:
-        raise UltraMemError(
-            f"--data {prefix} holds token {largest}, but the model knows {vocab_size} tokens. It "
-            f"was made with another tokenizer."
-        )
     return stream
 
 

@@ -1,8 +1,10 @@
 """Between a Megatron GPT in one process and a PlainGPT: what it is, names, and the same logits."""
 
 import dataclasses
+import math
 import re
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -190,21 +192,32 @@ def _tensors(model: Any) -> dict[str, Tensor]:
     return {name: t for name, t in state.items() if not name.endswith("_extra_state")}
 
 
-@torch.no_grad()
 def check_same_logits(model: Any, plain: PlainGPT) -> None:
     """Raise UltraMemError unless both give the same logits for a few random tokens."""
+
+    def megatron(tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        positions = torch.arange(length, device=tokens.device).expand(len(tokens), -1)
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).triu(1)
+        logits: Tensor = model(tokens, positions, mask, runtime_gather_output=True)
+        return logits
+
+    check_same(plain, megatron, "Megatron's")
+
+
+@torch.no_grad()
+def check_same(plain: PlainGPT, logits: Callable[[Tensor], Tensor], whose: str) -> None:
+    """Raise UltraMemError unless `logits` of a few random tokens (B, S) are the plain model's."""
     device = plain.embedding.weight.device
     sequences, length = _PROBE
     length = min(length, plain.config.max_positions)
     tokens = torch.randint(plain.config.vocab_size, (sequences, length), device=device)
-    positions = torch.arange(length, device=device).expand(sequences, -1)
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
-    wanted = model(tokens, positions, mask, runtime_gather_output=True).double()
+    wanted = logits(tokens).double()
     difference = (plain(tokens).double() - wanted).norm() / wanted.norm()
     allowed = _TOLERANCE[plain.embedding.weight.dtype]
     if not difference <= allowed:
         raise UltraMemError(
-            f"The plain model's logits differ from Megatron's by {difference:.1e} (relative; "
+            f"The plain model's logits differ from {whose} by {difference:.1e} (relative; "
             f"allowed {allowed:.0e}): the model uses something that the plain model has not."
         )
 
@@ -213,6 +226,7 @@ def flags_of(config: PlainConfig) -> list[str]:
     """Megatron's and our flags for a model of that design."""
     flags: dict[str, Any] = {
         "vocab-size": config.vocab_size,
+        "make-vocab-size-divisible-by": math.gcd(config.vocab_size, 128),  # no more padding
         "num-layers": config.num_layers,
         "hidden-size": config.hidden_size,
         "ffn-hidden-size": config.ffn_hidden_size,
