@@ -156,6 +156,11 @@ class UltraMemConfig:
         return self.pre_value_dim or self.value_dim
 
     @property
+    def row_widths(self) -> tuple[int, ...]:
+        """Of the tables that a memory reads at each address: Dv, and Dp of pre-values."""
+        return (self.value_dim, *((self.pre_dim,) if self.values == "prevalued" else ()))
+
+    @property
     def num_queries(self) -> int:
         """Query sets: one per pair of heads when shared, else one per head."""
         return (self.heads + 1) // 2 if self.share_query else self.heads

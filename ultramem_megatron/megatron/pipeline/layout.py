@@ -1,7 +1,7 @@
 """Which pipeline stages spans lie in, what cannot be carried over, and which layout would do."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from megatron.core.transformer.enums import LayerType
@@ -95,11 +95,15 @@ def _obstacle(config: TransformerConfig, chunks: list[Chunk]) -> str | None:
     return None
 
 
-def most_on_one_stage(spans: tuple[Span, ...], config: TransformerConfig) -> int:
-    """Number of memories on the pipeline stage that holds the most."""
+def most_on_one_stage(layers: Iterable[int], config: TransformerConfig) -> int:
+    """Number of memories, or of their tables, on the pipeline stage that holds the most.
+
+    layers: where they are.
+    """
+    numbers = tuple(layers)
     held = [0] * config.pipeline_model_parallel_size
     for chunk in pipeline_chunks(config):
-        held[chunk.pp_rank] += sum(chunk.first <= span.start <= chunk.last for span in spans)
+        held[chunk.pp_rank] += sum(chunk.first <= number <= chunk.last for number in numbers)
     return max(held)
 
 

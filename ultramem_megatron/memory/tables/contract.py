@@ -72,6 +72,8 @@ class Partition:
         """Whether a table of these sizes can be cut so."""
         try:
             self.check(self.layout(num_values, x.value_dim, x.cores, x.size))
+            if x.pre_dim:
+                self.check(self.layout(num_values, x.pre_dim, 1, x.size))
         except UltraMemError:
             return False
         return True

@@ -22,7 +22,7 @@ from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.memory.tables.contract import Partition
 from ultramem_megatron.memory.tables.layout import TableLayout
-from ultramem_megatron.memory.tables.traffic import ADDRESS_BYTES, Exchange, Volume
+from ultramem_megatron.memory.tables.traffic import ADDRESS_BYTES, PRODUCT_BYTES, Exchange, Volume
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,16 @@ def volume(x: Exchange) -> Volume:
     addresses = ADDRESS_BYTES * x.picks * others
     scores = x.number_bytes * cores * x.picks * others
     pooled = x.number_bytes * x.expansion * x.value_dim * others / x.size
-    return Volume(addresses + scores + pooled, scores + pooled)
+    dots = _volume_of_dots(x) if x.pre_dim else Volume(0.0, 0.0)
+    return Volume(addresses + scores + pooled + dots.forward, scores + pooled + dots.backward)
+
+
+def _volume_of_dots(x: Exchange) -> Volume:
+    """Of pre-values: addresses once more, slices of the inputs, partial products."""
+    others = x.size - 1
+    inputs = x.number_bytes * x.pre_dim * others / x.size
+    products = PRODUCT_BYTES * x.picks * others
+    return Volume(ADDRESS_BYTES * x.picks * others + inputs + products, inputs + products)
 
 
 def _check(layout: TableLayout) -> None:

@@ -28,7 +28,13 @@ from ultramem_megatron.kernels.shapes import kept_for_backward
 from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.memory.tables.contract import Partition
 from ultramem_megatron.memory.tables.layout import TableLayout
-from ultramem_megatron.memory.tables.traffic import ADDRESS_BYTES, Exchange, Volume, distinct
+from ultramem_megatron.memory.tables.traffic import (
+    ADDRESS_BYTES,
+    PRODUCT_BYTES,
+    Exchange,
+    Volume,
+    distinct,
+)
 
 
 class _Picks(NamedTuple):
@@ -219,7 +225,18 @@ def volume_of_sums(x: Exchange) -> Volume:
 
 def volume(x: Exchange) -> Volume:
     """The cheaper of the two ways to bring values home."""
-    return min(volume_of_rows(x), volume_of_sums(x), key=lambda way: way.total)
+    values = min(volume_of_rows(x), volume_of_sums(x), key=lambda way: way.total)
+    dots = _volume_of_dots(x) if x.pre_dim else Volume(0.0, 0.0)
+    return Volume(values.forward + dots.forward, values.backward + dots.backward)
+
+
+def _volume_of_dots(x: Exchange) -> Volume:
+    """Of pre-values: indices, an input for each owner that a token asks, products."""
+    away = (x.size - 1) / x.size
+    indices = 2 * ADDRESS_BYTES * x.picks * away
+    inputs = x.number_bytes * x.pre_dim * distinct(x.size, x.picks) * away
+    products = PRODUCT_BYTES * x.picks * away
+    return Volume(indices + inputs + products, inputs + products)
 
 
 def pools_at_owner(x: Exchange) -> bool:
