@@ -120,7 +120,7 @@ def test_others_train_like_one_rank(design: dict[str, Any], tmp_path: Path) -> N
 def test_windows_of_one_table_train_like_one_rank(order: str, tmp_path: Path) -> None:
     start = _Start(tmp_path, **{**_V2, "ultramem_share_order": order})
     _check(start, 4, **_TP, **_NUMBER)
-    with pytest.raises(RanksFailed, match="on another pipeline stage"):
+    with pytest.raises(RanksFailed, match="share a table, but pipeline stage 0"):
         _check(start, 2, **_PP)
 
 
@@ -153,7 +153,24 @@ def test_a_checkpoint_of_shared_tables_continues_in_another_layout(
     assert_same_training(resumed, uninterrupted, gradients=False)
 
 
-def test_groups_that_straddle_a_stage_are_refused_by_name() -> None:
-    flags = tiny_gpt(**{**_V2, **_PP, "ultramem_share_values": 4, "train_iters": 1})
-    with pytest.raises(RanksFailed, match="reads the values of layer 1, which is on another"):
-        run_pretrain(2, flags)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({**_PP, "ultramem_share_values": 4}, "layers 1 to 4 share a table, but pipeline stage 0"),
+        (
+            {**_PP, "pipeline_model_parallel_layout": "Ettt|tL"},
+            "layers 3 to 4 share a table, .* Use --pipeline-model-parallel-layout .Et.2.t.2L",
+        ),
+        (
+            {**_RECOMPUTE, "overlap_grad_reduce": True},
+            "--overlap-grad-reduce with --recompute-granularity full cannot be combined",
+        ),
+        (
+            {**_DIMENSION, "ultramem_pre_value_dim": 7},
+            "--ultramem-pre-value-dim 7 is not divisible by --ultramem-parallel-size 2",
+        ),
+    ],
+)
+def test_what_shared_tables_cannot_is_refused(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(RanksFailed, match=message):
+        run_pretrain(2, tiny_gpt(**{**_V2, **flags, "train_iters": 1}))

@@ -10,6 +10,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.config import UltraMemConfig, flag
+from ultramem_megatron.memory.placement import table_groups, uncut
 from ultramem_megatron.memory.spans import Span
 
 
@@ -83,6 +85,20 @@ def check_pipeline(spans: tuple[Span, ...], config: TransformerConfig) -> None:
         f"--ultramem-spans: span {span} starts in pipeline {start} and ends in {end}; its result "
         f"cannot be carried over, because {reason}. "
         + _advice(spans, config.num_layers, config.pipeline_model_parallel_size, chunks)
+    )
+
+
+def check_shared_tables(ultramem: UltraMemConfig, config: TransformerConfig) -> None:
+    """Raise UltraMemError if memories that share a table are on several stages or chunks."""
+    chunks = pipeline_chunks(config)
+    crossing = _first_crossing(table_groups(ultramem), chunks)
+    if crossing is None:
+        return
+    group, start, end = crossing
+    raise UltraMemError(
+        f"{flag('share_values')} {ultramem.share_values:g}: the memories of layers {group.start} "
+        f"to {group.end} share a table, but pipeline {start} and {end} would both read it. "
+        + _advice(uncut(ultramem), config.num_layers, config.pipeline_model_parallel_size, chunks)
     )
 
 
