@@ -6,6 +6,7 @@ from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig, flag
+from ultramem_megatron.memory.placement import placements
 
 _MEMORIES_REFUSE = {
     "cuda_graph_impl": "graphs capture a layer without its memory branch",
@@ -62,6 +63,13 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
             f"other layouts go unnoticed. Use --ckpt-format torch_dist, without conversion."
         )
     _check_log_tables_interval(args)
+    if args.overlap_grad_reduce and args.recompute_granularity == "full" and _share(ultramem):
+        raise UltraMemError(
+            f"--overlap-grad-reduce with --recompute-granularity full cannot be combined with "
+            f"{flag('share_values')} {ultramem.share_values:g}: recomputed layers give their parts "
+            f"of a shared table's gradient one by one, and the first would be reduced alone. Drop "
+            f"one of the two."
+        )
     if args.optimizer == "sgd" and args.save and not args.no_save_optim:
         raise UltraMemError(
             "--optimizer sgd: Megatron cannot load its state from a checkpoint again. Use adam, or "
@@ -97,6 +105,11 @@ def _check_documents(args: Namespace, convolution: str) -> None:
             f"{_flag(packed[0])} with --context-parallel-size {args.context_parallel_size} cannot "
             f"be combined with {convolution}: each document is cut. Drop one of the three."
         )
+
+
+def _share(ultramem: UltraMemConfig) -> bool:
+    places = placements(ultramem)
+    return len({place.table for place in places}) < len(places)
 
 
 def _check_log_tables_interval(args: Namespace) -> None:
