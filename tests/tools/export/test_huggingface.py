@@ -147,6 +147,11 @@ def test_the_folder_writes_what_the_checkpoint_made_of_it_writes(exported, opene
     found, ours = opened["text"], exported[2]
     assert found["texts"][0] + "\n" == ours
     assert len(ours) > len(_PROMPT) + 12
+    kept = exported[0] / "text/back/tokenizer"
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert found["padding"] == 0
     assert found["eos"] == (0, 0)
     assert found["room"] == 32
