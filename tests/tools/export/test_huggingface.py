@@ -18,14 +18,8 @@ from tests.tools.export.models import MODELS, TOLERANCES, flags, shaken, tokens
 from tests.training_runs import make_saving_fast
 
 _MODELS = {
-    **MODELS,
-    "convolution, learned": {
-        **MODELS["learned"],
-        "ultramem_retrieval": "tdqkr",
-        "ultramem_query_conv_kernel": 5,
-        "ultramem_init": "matched",
-        "ultramem_spans": "1:4",
-    },
+    **{name: changes for name, changes in MODELS.items() if name not in ("dense bf16", "learned")},
+    "convolution, learned": {**MODELS["learned"], "ultramem_query_conv_kernel": 5},
     "ranks": {
         "ultramem_spans": "3:4",
         "ultramem_num_keys": 9,
