@@ -119,6 +119,9 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
+# --profile starts and stops a profiler of CUDA's that runs beside the process.
+_RUNTIME = SimpleNamespace(cudaProfilerStart=lambda: 0, cudaProfilerStop=lambda: 0)
+
 CALLS: dict[str, Any] = {
     "current_device": lambda: 0,
     "device_count": lambda: 1,
@@ -148,6 +151,8 @@ CALLS: dict[str, Any] = {
     "random.get_rng_state": _get_rng_state,
     "random.set_rng_state": _set_rng_state,
     "manual_seed": _manual_seed,
+    "cudart": lambda: _RUNTIME,
+    "check_error": _nothing,
     "nvtx.range_push": _nothing,
     "nvtx.range_pop": _nothing,
 }

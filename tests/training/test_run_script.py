@@ -56,7 +56,7 @@ def _write(folder: Path, script: str = _SCRIPT) -> Path:
     return folder / "pretrain_gpt.py"
 
 
-def _run(argv: list[str]) -> list[float]:
+def run_script(argv: list[str]) -> list[float]:
     """Losses of a script run through `ultramem_megatron.training.run_script`."""
     from megatron.training import training
 
@@ -67,7 +67,8 @@ def _run(argv: list[str]) -> list[float]:
     losses, log = [], training.training_log
 
     def training_log(loss_dict, *args, **kwargs):
-        losses.append(float(loss_dict["lm loss"]))
+        if "lm loss" in loss_dict:  # on the last stage only
+            losses.append(float(loss_dict["lm loss"]))
         return log(loss_dict, *args, **kwargs)
 
     training.training_log = training_log
@@ -81,7 +82,7 @@ def test_a_script_trains_what_our_command_trains(memory, tmp_path):
     if not memory:
         flags = {name: v for name, v in flags.items() if not name.startswith("ultramem")}
     argv = [str(_write(tmp_path)), *tiny_gpt(**flags, of_the_script=7)]
-    (losses,) = run_on_ranks(1, _run, argv)
+    (losses,) = run_on_ranks(1, run_script, argv)
     assert losses == run_pretrain(1, tiny_gpt(**flags)).losses
 
 
@@ -102,7 +103,7 @@ def test_a_script_without_place_for_memories_is_refused(before, after, message, 
         *tiny_gpt(**_FLAGS, of_the_script=7),
     ]
     with pytest.raises(RanksFailed, match=message):
-        run_on_ranks(1, _run, argv)
+        run_on_ranks(1, run_script, argv)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ _needs_checkout = pytest.mark.skipif(
 )
 
 
-def _checkout_scripts(folder: Path) -> Path:
+def checkout_scripts(folder: Path) -> Path:
     """The checkout's top-level scripts; its megatron package is the installed one."""
     for script in Path(str(_CHECKOUT)).glob("*.py"):
         shutil.copy(script, folder)
@@ -141,8 +142,8 @@ def _checkout_scripts(folder: Path) -> Path:
 
 @_needs_checkout
 def test_upstreams_script_unedited(tmp_path):
-    argv = [str(_checkout_scripts(tmp_path)), *tiny_gpt(**_FLAGS)]
-    (losses,) = run_on_ranks(1, _run, argv)
+    argv = [str(checkout_scripts(tmp_path)), *tiny_gpt(**_FLAGS)]
+    (losses,) = run_on_ranks(1, run_script, argv)
     assert losses == run_pretrain(1, tiny_gpt(**_FLAGS)).losses
 
 
@@ -162,7 +163,7 @@ def _run_patched(argv: list[str]) -> None:
 
 @_needs_checkout
 def test_the_patch_makes_a_fork_train_memories(tmp_path, capfd):
-    script = _checkout_scripts(tmp_path)
+    script = checkout_scripts(tmp_path)
     patch = fitting_patch(tmp_path)
     subprocess.run(["git", "apply", "-C1", str(patch.resolve())], cwd=tmp_path, check=True)
     run_on_ranks(1, _run_patched, [str(script), *tiny_gpt(**_FLAGS)], print_output=True)

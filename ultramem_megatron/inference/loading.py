@@ -129,10 +129,10 @@ def build_model(
     _initialize(args, tables)
     model = _build(args, ultramem, tables)
     if tables.size > args.tensor_model_parallel_size:
-        from ultramem_megatron.memory.layer import memory_layers
+        from ultramem_megatron.memory.tables.value_table import value_tables
 
-        for layer in memory_layers(model):
-            layer.values.read_in_lockstep()
+        for table in value_tables(model).values():
+            table.read_in_lockstep()
     return model
 
 

@@ -1,5 +1,6 @@
 """Wrong flags end a run before training, with one message; the exit status is 2."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -38,15 +39,21 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
         ),
         (1, {"eval_interval": None}, "--eval-interval is None; Megatron counts by it"),
         (1, {"cuda_graph_impl": "local"}, "cuda"),
+        (1, {"optimizer": "muon", "fp16": True}, "--optimizer muon does not train in --fp16"),
+        (1, {"optimizer": "dist_muon"}, "dist_muon. trains in bf16 only"),
+        (1, {"optimizer": "adaptive_muon"}, "adaptive_muon: Megatron builds it for emerging"),
+        (1, {"optimizer": "muon", "ultramem_lazy_adam": True}, "--optimizer muon cannot be comb"),
+        (1, {"dataloader_type": "external"}, "--dataloader-type external is for scripts"),
+        (1, {"use_torch_fsdp2": True}, "--use-torch-fsdp2 cannot be combined with memory layers"),
+        (
+            2,
+            {"use_tp_pp_dp_mapping": True},
+            "2 ranks that share a value table .the default.. Add --ultramem-parallel-size 1",
+        ),
         (
             1,
             {"ultramem_lazy_adam": True, "use_distributed_optimizer": True},
             "--use-distributed-optimizer cannot be combined",
-        ),
-        (
-            1,
-            {"reset_attention_mask": True, "ultramem_query_conv_kernel": 3},
-            "--reset-attention-mask cannot be combined with --ultramem-query-conv-kernel 3",
         ),
         (2, {"context_parallel_size": 2, "window_size": "8,0"}, "--window-size .* needs Transform"),
     ],
@@ -83,6 +90,10 @@ _DESIGN = UltraMemConfig(spans=(), num_keys=4, key_dim=4, value_dim=4, lazy_adam
         ("use_megatron_fsdp", True, "--use-megatron-fsdp"),
         ("use_torch_fsdp2", True, "--use-torch-fsdp2"),
         ("hybrid_layer_pattern", "M*M*", "--hybrid-layer-pattern M*M*"),
+        ("freeze_all_layers", True, "--freeze-all-layers"),
+        ("inprocess_restart", True, "--inprocess-restart"),
+        ("non_persistent_ckpt_type", "local", "--non-persistent-ckpt-type local"),
+        ("fp4", "e2m1", "--fp4-format e2m1"),
         ("fp8", "e4m3", "--fp8-format e4m3"),
     ],
 )
@@ -99,7 +110,29 @@ def test_a_flag_and_the_field_of_that_name_are_refused_for_one_reason(name, valu
     assert same.removesuffix(" Leave it out.") == reason.removesuffix(" Drop the flag.")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pipeline_model_parallel_size": 4}, "to the first and last of two pipeline stages only"),
+        ({"create_attention_mask_in_dataloader": False}, "in-dataloader to none"),
+        ({"sft": True, "context_parallel_size": 2}, "--sft with --context-parallel-size 2 cannot"),
+    ],
+)
+def test_the_convolution_is_refused_where_it_cannot_know_of_documents(changes, message):
+    design = dataclasses.replace(_DESIGN, query_conv_kernel=3, lazy_adam=False)
+    given = {**_OTHERS, "reset_attention_mask": "sft" not in changes}
+    with pytest.raises(UltraMemError, match=message):
+        refuse_unsupported_flags(Namespace(**{**given, **changes}), design)
+    refuse_unsupported_flags(Namespace(**given), design)
+
+
 _OTHERS = {
+    "pipeline_model_parallel_size": 2,
+    "virtual_pipeline_model_parallel_size": None,
+    "create_attention_mask_in_dataloader": True,
+    "context_parallel_size": 1,
+    "dataloader_inter_document_masking": False,
+    "sft": False,
     "reset_attention_mask": False,
     "optimizer": "adam",
     "use_distributed_optimizer": False,

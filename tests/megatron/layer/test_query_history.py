@@ -1,5 +1,7 @@
 """The query convolution on a sequence cut over ranks: results of the whole sequence."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -70,3 +72,48 @@ def test_like_the_whole_sequence(tp, cp, length, taps):
         tolerance = rounding(torch.float64, taps)
         assert_close(out, expected.detach()[positions], tolerance)
         assert_close(own_grad, x.grad[positions], tolerance)
+
+
+_ENDS = [0, 3, 4, 11, 16]  # of documents; one of a single token
+
+
+def _causal_mask():
+    """(1, 1, S, S), True where attention is forbidden: causal, and within documents."""
+    document = torch.searchsorted(torch.tensor(_ENDS), torch.arange(_ENDS[-1]), right=True)
+    return ((document[:, None] != document) | torch.ones(16, 16).triu(1).bool())[None, None]
+
+
+def _documents_on_rank(tp, cp, taps):
+    from types import SimpleNamespace
+
+    from megatron.core import parallel_state
+
+    from ultramem_megatron.communication.sequence_chunks import own_chunks
+    from ultramem_megatron.megatron.layer.document_reach import masked_reach, packed_reach
+    from ultramem_megatron.megatron.layer.query_history import neighbours_history
+    from ultramem_megatron.patches import registry
+
+    registry.apply_all()
+    init_gloo()
+    parallel_state.initialize_model_parallel(tp, context_parallel_size=cp)
+    tensor = parallel_state.get_tensor_model_parallel_group()
+    context = parallel_state.get_context_parallel_group()
+    x, _, weight = _whole(_ENDS[-1], taps)
+    own = _own(x, tensor, context)
+    mask = own_chunks(_causal_mask(), context, dim=2) if cp > 1 else _causal_mask()
+    reach = masked_reach(own, taps, tensor, context, mask)
+    if cp == 1:
+        packed = SimpleNamespace(cu_seqlens_q=torch.tensor(_ENDS), cu_seqlens_q_padded=None)
+        of_packed = packed_reach(len(own), taps, tensor, context, packed)
+        assert torch.equal(of_packed.expand_as(reach), reach)
+    out = _convolution(weight)(own, neighbours_history(own, taps, tensor, context), reach)
+    return _own(torch.arange(_ENDS[-1]), tensor, context), out.detach()
+
+
+@pytest.mark.parametrize(("tp", "cp", "taps"), [(1, 1, 4), (2, 1, 3), (1, 2, 4), (2, 2, 6)])
+def test_documents_in_one_sequence_are_as_each_alone(tp, cp, taps):
+    x, _, weight = _whole(_ENDS[-1], taps)
+    pairs = itertools.pairwise(_ENDS)
+    expected = torch.cat([_convolution(weight)(x[a:b]).detach() for a, b in pairs])
+    for positions, out in run_on_ranks(tp * cp, _documents_on_rank, tp, cp, taps):
+        assert_close(out, expected[positions], rounding(torch.float64, taps))

@@ -65,6 +65,8 @@ def test_no_group_of_its_own_at_the_base_rate():
     assert value_overrides(small_config(value_lr_mult=1.0)) == {}
     (override,) = value_overrides(small_config(value_lr_mult=4.0)).values()
     assert override == {"lr_mult": 4.0}
+    (override,) = value_overrides(small_config(value_lr_mult=1.0, value_wd_mult=0.0)).values()
+    assert override == {"wd_mult": 0.0}
 
 
 def test_a_rate_that_would_throw_the_tables_is_warned_of():

@@ -117,10 +117,12 @@ def _refuse_other_memories(
 ) -> None:
     if saved is None or ultramem is None:
         if saved is not ultramem:
-            has, wants = ("has no", "asks for") if saved is None else ("has", "asks for no")
             raise UltraMemError(
-                f"{source}: the checkpoint {has} memory layers, this run {wants} them. "
-                f"Give the --ultramem-* flags it was made with, or load another checkpoint."
+                f"{source}: the checkpoint has no memory layers, this run asks for them. Start "
+                f"from it with --ultramem-upcycle {source.folder}, or drop the --ultramem-* flags."
+                if saved is None
+                else f"{source}: the checkpoint has memory layers, this run asks for none. Give "
+                f"the --ultramem-* flags it was made with, or load another checkpoint."
             )
         return
     differences = [

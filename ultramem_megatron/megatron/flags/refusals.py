@@ -6,6 +6,7 @@ from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig, flag
+from ultramem_megatron.memory.placement import placements
 
 _MEMORIES_REFUSE = {
     "cuda_graph_impl": "graphs capture a layer without its memory branch",
@@ -14,17 +15,33 @@ _MEMORIES_REFUSE = {
     "use_torch_fsdp2": "value tables need Megatron's DDP, also with its distributed optimizer",
     "hybrid_layer_pattern": "memory layers attach to GPT models only",
     "fp8": "memory layers compute in fp32, fp16 or bf16",
+    "fp4": "memory layers compute in fp32, fp16 or bf16",
+    "kitchen_config_file": "memory layers compute in fp32, fp16 or bf16",
+    "freeze_all_layers": "Megatron's model builders freeze nothing, and all weights would be "
+    "trained (--ultramem-train-only memory freezes all but the memories)",
+    "inprocess_restart": "a restart would leave the tables' process groups behind; let torchrun "
+    "restart (--max-restarts), from the last checkpoint",
+    "non_persistent_ckpt_type": "design, table cut and sums of such a checkpoint are not checked",
+    "moe_use_upcycling": "it builds a second model, for which memories have no weights",
+    "perform_rl_step": "memory layers are trained on text alone",
+    "apply_residual_connection_post_layernorm": "nothing in Megatron reads it any more",
 }
 """By the name that it has in Megatron's parsed flags and in its configs."""
 _TRAIN_REFUSES = (
+    "apply_residual_connection_post_layernorm",
+    "freeze_all_layers",
+    "inprocess_restart",
+    "perform_rl_step",
     "sft",
     "fim_data",
     "hybrid_layer_pattern",
     "hybrid_context_parallel",
     "logits_load_dir",
 )
+_PACKED = ("dataloader_inter_document_masking", "sft")
+"""Flags whose sequences hold several documents side by side."""
 _OFF = (None, False, "none")
-_FLAGS = {"fp8": "--fp8-format"}  # the others are named as what they set
+_FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}  # the others are named as what they set
 
 
 def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -> None:
@@ -46,22 +63,53 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
             f"other layouts go unnoticed. Use --ckpt-format torch_dist, without conversion."
         )
     _check_log_tables_interval(args)
+    if args.overlap_grad_reduce and args.recompute_granularity == "full" and _share(ultramem):
+        raise UltraMemError(
+            f"--overlap-grad-reduce with --recompute-granularity full cannot be combined with "
+            f"{flag('share_values')} {ultramem.share_values:g}: recomputed layers give their parts "
+            f"of a shared table's gradient one by one, and the first would be reduced alone. Drop "
+            f"one of the two."
+        )
     if args.optimizer == "sgd" and args.save and not args.no_save_optim:
         raise UltraMemError(
             "--optimizer sgd: Megatron cannot load its state from a checkpoint again. Use adam, or "
             "add --no-save-optim, and --no-load-optim to go on."
         )
-    if args.reset_attention_mask and ultramem.query_conv_kernel > 1:
+    if ultramem.query_conv_kernel > 1:
+        _check_documents(args, f"{flag('query_conv_kernel')} {ultramem.query_conv_kernel}")
+    if ultramem.lazy_adam and args.optimizer != "adam":
         raise UltraMemError(
-            f"--reset-attention-mask cannot be combined with {flag('query_conv_kernel')} "
-            f"{ultramem.query_conv_kernel}: the convolution looks over the end of a document. Drop "
-            f"one of the two."
+            f"--optimizer {args.optimizer} cannot be combined with {flag('lazy_adam')}, which is a "
+            f"form of adam. Drop one of the two."
         )
     if ultramem.lazy_adam and args.use_distributed_optimizer:
         raise UltraMemError(
             f"--use-distributed-optimizer cannot be combined with {flag('lazy_adam')}: it cuts "
             f"tables into pieces that are no rows. Drop one of the two."
         )
+
+
+def _check_documents(args: Namespace, convolution: str) -> None:
+    """Every stage with a memory must be told where documents end."""
+    stages = args.pipeline_model_parallel_size > 2 or args.virtual_pipeline_model_parallel_size
+    if args.reset_attention_mask and (stages or not args.create_attention_mask_in_dataloader):
+        raise UltraMemError(
+            f"--reset-attention-mask cannot be combined with {convolution} here: Megatron gives "
+            f"attention masks to the first and last of two pipeline stages only, and with "
+            f"--no-create-attention-mask-in-dataloader to none, so the convolution would look over "
+            f"the ends of documents. Drop one of them."
+        )
+    packed = [name for name in _PACKED if getattr(args, name)]
+    if packed and args.context_parallel_size > 1:
+        raise UltraMemError(
+            f"{_flag(packed[0])} with --context-parallel-size {args.context_parallel_size} cannot "
+            f"be combined with {convolution}: each document is cut. Drop one of the three."
+        )
+
+
+def _share(ultramem: UltraMemConfig) -> bool:
+    places = placements(ultramem)
+    return len({place.table for place in places}) < len(places)
 
 
 def _check_log_tables_interval(args: Namespace) -> None:
@@ -107,6 +155,11 @@ def refuse_other_tasks(args: Namespace) -> None:
                 f"{_flag(name)} is not supported by ultramem train (plain GPT pre-training); "
                 f"remove the flag."
             )
+    if args.dataloader_type == "external":
+        raise UltraMemError(
+            "--dataloader-type external is for scripts that bring their own loader (energon); "
+            "ultramem train reads Megatron's data sets. Drop the flag, or use ultramem run."
+        )
 
 
 def require_eval_interval(args: Namespace) -> None:

@@ -47,18 +47,25 @@ def _check_size(size: int, stage: int, args: Namespace) -> None:
         and (args.expert_tensor_parallel_size != 1)
     ):
         raise UltraMemError(
-            f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size}: with memory layers "
-            f"it must be 1, because tables are read with each tensor-parallel rank's own tokens."
+            f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size} (by default "
+            f"--tensor-model-parallel-size): with memory layers it must be 1, because tables are "
+            f"read with each tensor-parallel rank's own tokens. Add --expert-tensor-parallel-size "
+            f"1."
         )
     if size == 1:
         return
     if args.use_tp_pp_dp_mapping:
         raise UltraMemError(
-            f"{given} needs the ranks of a stage to be neighbours; --use-tp-pp-dp-mapping puts "
-            f"pipeline stages between them. Drop one of the two flags."
+            f"--use-tp-pp-dp-mapping puts pipeline stages between the {size} ranks that share a "
+            f"value table{_by_default(args)}. Add --ultramem-parallel-size 1, or drop the flag."
         )
     if args.num_distributed_optimizer_instances > 1:
         raise UltraMemError(
-            f"{given} cannot be combined with --num-distributed-optimizer-instances "
-            f"{args.num_distributed_optimizer_instances}. Use 1."
+            f"--num-distributed-optimizer-instances {args.num_distributed_optimizer_instances} "
+            f"leaves no group for value tables shared by {size} ranks{_by_default(args)}. Add "
+            f"--ultramem-parallel-size 1, or drop the flag."
         )
+
+
+def _by_default(args: Namespace) -> str:
+    return " (the default)" if args.ultramem_parallel_size is None else ""

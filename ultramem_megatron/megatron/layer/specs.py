@@ -20,14 +20,17 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from ultramem_megatron.megatron.layer.memory_submodule import TransformerMemory
 from ultramem_megatron.megatron.layer.overlap import branch_end
-from ultramem_megatron.megatron.layer.sequence_parallel_norm import allowed_norm
 from ultramem_megatron.megatron.layer.transformer_layer import (
     LayerRole,
     UltraMemTransformerLayerSubmodules,
     with_memory_branch,
 )
 from ultramem_megatron.megatron.optimizer.scalar_parameters import leave_to_scalar_optimizer
-from ultramem_megatron.megatron.pipeline.layout import check_pipeline, spans_cross_stages
+from ultramem_megatron.megatron.pipeline.layout import (
+    check_pipeline,
+    check_shared_tables,
+    spans_cross_stages,
+)
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.placement import placements
 from ultramem_megatron.memory.spans import span_covering
@@ -52,6 +55,7 @@ def with_memory(
     UltraMemError when a span cannot cross into another stage.
     """
     check_pipeline(ultramem.spans, config)
+    check_shared_tables(ultramem, config)
     leave_to_scalar_optimizer()  # here, as every model with memories comes by
     if pp_rank is None:
         pp_rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -67,11 +71,9 @@ def with_memory(
         role = _role(number, offset, len(layers), ultramem, config)
         if overlap:
             role = _overlapped(role, config)
-        with_memories.append(_with_role(layer, memories.get(number), role, config))
+        with_memories.append(_with_role(layer, memories.get(number), role))
     final_norm = spec.layer_norm if isinstance(spec, TransformerBlockSubmodules) else LayerNormImpl
-    return TransformerBlockSubmodules(
-        layer_specs=with_memories, layer_norm=allowed_norm(final_norm, config)
-    )
+    return TransformerBlockSubmodules(layer_specs=with_memories, layer_norm=final_norm)
 
 
 def _layer_specs(
@@ -102,18 +104,13 @@ def _overlapped(role: LayerRole, config: TransformerConfig) -> LayerRole:
     return dataclasses.replace(role, branch_end=branch_end(role.span, config))
 
 
-def _with_role(
-    layer: ModuleSpec, memory: ModuleSpec | None, role: LayerRole, config: TransformerConfig
-) -> ModuleSpec:
+def _with_role(layer: ModuleSpec, memory: ModuleSpec | None, role: LayerRole) -> ModuleSpec:
     fields = {
         field.name: getattr(layer.submodules, field.name)
         for field in dataclasses.fields(layer.submodules)
     }
-    for norm in ("input_layernorm", "pre_mlp_layernorm"):
-        fields[norm] = allowed_norm(fields[norm], config)
     if role == LayerRole():
-        submodules = dataclasses.replace(layer.submodules, **fields)
-        return ModuleSpec(module=layer.module, params=layer.params, submodules=submodules)
+        return layer
     if memory is not None:
         fields |= {"memory": memory} | _separate_pre_mlp_norm(fields)
     return ModuleSpec(

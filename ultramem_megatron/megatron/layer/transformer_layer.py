@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ultramem_megatron.communication.branch import Branch
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.layer.memory_submodule import TransformerMemory
+from ultramem_megatron.megatron.layer.memory_submodule import Surroundings, TransformerMemory
 from ultramem_megatron.memory.spans import Span
 
 
@@ -130,7 +130,7 @@ class MemoryLayerMixin:
         self._branch = context if isinstance(context, Branch) else None
         output, _ = super().forward(hidden_states, *args, context=None, **kwargs)  # type: ignore[misc]  # the same
         if self.memory is not None:
-            context = self._read_memory(kwargs)
+            context = self._read_memory(args[0] if args else kwargs.get("attention_mask"), kwargs)
         elif self._branch is not None:
             context, self._branch = self._end_of_layer(self._branch), None
         if self.role.span is not None and self.layer_number == self.role.span.end:
@@ -153,14 +153,17 @@ class MemoryLayerMixin:
         branch.go_on()
         return branch
 
-    def _read_memory(self, kwargs: dict[str, Any]) -> Tensor | Branch:
+    def _read_memory(self, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | Branch:
         assert self.memory is not None
         memory_input, self._memory_input = self._memory_input, None
         assert memory_input is not None, "the pre-MLP norm did not run"
         if self.training:
             # Once per optimizer step would do; with unchanged cores repeating it changes nothing.
             self.memory.after_step()
-        inputs = memory_input, kwargs.get("inference_context"), kwargs.get("packed_seq_params")
+        surroundings = Surroundings(
+            kwargs.get("inference_context"), kwargs.get("packed_seq_params"), mask
+        )
+        inputs = memory_input, surroundings
         if self.role.branch_end is None:
             return self.memory(*inputs)
         return self.memory.branch(*inputs, layers=self.role.branch_end - self.layer_number)

@@ -1,7 +1,7 @@
 """Learning rate of the value tables: k times the base rate, falling linearly to 1x (paper 3.2).
 
 The factor multiplies whatever Megatron's schedule gives (warm-up, decay, minimum), as in the
-authors' code; weight decay applies to the tables as to all matrices.
+authors' code; weight decay applies to the tables as to all matrices, times `value_wd_mult`.
 """
 
 from typing import Any
@@ -15,9 +15,9 @@ from ultramem_megatron.memory.tables.value_table import VALUES_TAG
 
 def value_overrides(config: UltraMemConfig) -> dict[ParamKey, dict[str, Any]]:
     """Optimizer overrides that put the value tables into a parameter group with lr_mult = k."""
-    if config.value_lr_mult == 1.0:
-        return {}
-    return {ParamKey(attr=VALUES_TAG): {"lr_mult": config.value_lr_mult}}
+    own = {"lr_mult": config.value_lr_mult, "wd_mult": config.value_wd_mult}
+    own = {name: multiple for name, multiple in own.items() if multiple != 1.0}
+    return {ParamKey(attr=VALUES_TAG): own} if own else {}
 
 
 def value_lr_factor(start: float, progress: float, decay: float) -> float:

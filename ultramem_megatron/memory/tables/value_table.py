@@ -21,13 +21,22 @@ class ValueTable(nn.Module):
     """N values of width Dv, of which this rank allocates its part only; tagged `VALUES_TAG`."""
 
     def __init__(
-        self, config: UltraMemConfig, partition: str = "replicated", group: Any = None
+        self,
+        config: UltraMemConfig,
+        partition: str = "replicated",
+        group: Any = None,
+        *,
+        width: int | None = None,
+        cores: int | None = None,
     ) -> None:
-        """group: ranks that share the table, None: this one. partition: how, of PARTITIONS."""
+        """group: ranks that share the table, None: this one. partition: how, of PARTITIONS.
+
+        width, cores: of a row, and scores for it; by default Dv and those of the config.
+        """
         super().__init__()
         size, rank = (1, 0) if group is None else (group.size(), group.rank())
         settings = TableSettings(size, partition)
-        self.layout = settings.layout(config, rank)
+        self.layout = settings.layout(config, rank, width=width, cores=cores)
         self.weight = nn.Parameter(torch.empty(self.layout.shape))
         mark_as_values(self.weight)
         self._config, self._group = config, group
@@ -41,8 +50,12 @@ class ValueTable(nn.Module):
         """How often a read pauses for other ranks."""
         return self._reader.pauses
 
+    def forward(self, addresses: Tensor, scores: Tensor) -> Pausing:
+        """As read. Who reads calls the module, for which Megatron's parameter gather waits."""
+        return self.read(addresses, scores)
+
     def read(self, addresses: Tensor, scores: Tensor) -> Pausing:
-        """Pooled values (T, E, Dv) for shuffled virtual addresses (T, P) and scores (T, P, C)."""
+        """Pooled values (T, E, Dv) for addresses (T, P), group * N + row, and scores (T, P, C)."""
         return self._reader.read(self.weight, addresses, scores)
 
     @torch.no_grad()
@@ -64,6 +77,24 @@ class ValueTable(nn.Module):
         assert isinstance(self._reader, LockstepReader)
         config = self._config
         return self._reader.serve(self.weight, config.picks, config.cores)
+
+
+class PreValueTable(ValueTable):
+    """N pre-values: rows to multiply with, not to add up."""
+
+    @property
+    def pauses(self) -> int:
+        """How often a product pauses for other ranks."""
+        return self._reader.dot_pauses
+
+    def forward(self, addresses: Tensor, x: Tensor) -> Pausing:
+        """Products (T, P) of the rows at addresses (T, P) with their token's vector (T, width)."""
+        return self._reader.dot(self.weight, addresses, x)
+
+    def serve(self) -> bool:
+        """See ValueTable.serve."""
+        assert isinstance(self._reader, LockstepReader)
+        return self._reader.serve_dot(self.weight, self._config.picks, self.layout.value_dim)
 
 
 def mark_as_values(parameter: nn.Parameter) -> None:

@@ -111,7 +111,7 @@ def _value_overrides(ultramem: UltraMemConfig) -> Any:
             overrides = super().build_config_overrides(context) or {}
             optimizer = context.optimizer_config
             for key, override in value_overrides(ultramem).items():
-                times = override["lr_mult"]
+                times = override.get("lr_mult", 1.0)
                 rates = {"max_lr": times * optimizer.lr, "min_lr": times * (optimizer.min_lr or 0)}
                 overrides = {**overrides, key: {**override, **rates}}
             return overrides or None
