@@ -48,7 +48,7 @@ def written(folder, prompt):
     """What a model of text writes, from the folder alone; how its tokenizer pads."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     batch = tokenizer([prompt, prompt[:5]], return_tensors="pt", padding=True)
     ids = model.generate(**batch, max_new_tokens=12, do_sample=False)

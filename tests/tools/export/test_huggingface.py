@@ -15,17 +15,12 @@ from tests.closeness import assert_close
 from tests.decoding import LOGITS, full_logits
 from tests.ranks import run_on_ranks
 from tests.tools.export.models import MODELS, TOLERANCES, flags, shaken, tokens
-from tests.training_runs import make_saving_fast
+from tests.training_runs import make_saving_fast, run_pretrain, tiny_gpt
+from ultramem_megatron.tools.export.hf_folder import load_hf
 
 _MODELS = {
-    **MODELS,
-    "convolution, learned": {
-        **MODELS["learned"],
-        "ultramem_retrieval": "tdqkr",
-        "ultramem_query_conv_kernel": 5,
-        "ultramem_init": "matched",
-        "ultramem_spans": "1:4",
-    },
+    **{name: changes for name, changes in MODELS.items() if name not in ("dense bf16", "learned")},
+    "convolution, learned": {**MODELS["learned"], "ultramem_query_conv_kernel": 5},
     "ranks": {
         "ultramem_spans": "3:4",
         "ultramem_num_keys": 9,
@@ -147,6 +142,11 @@ def test_the_folder_writes_what_the_checkpoint_made_of_it_writes(exported, opene
     found, ours = opened["text"], exported[2]
     assert found["texts"][0] + "\n" == ours
     assert len(ours) > len(_PROMPT) + 12
+    kept = exported[0] / "text/back/tokenizer"
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert found["padding"] == 0
     assert found["eos"] == (0, 0)
     assert found["room"] == 32
@@ -175,3 +175,21 @@ def test_the_folder_is_whole_and_may_be_read_by_the_group(exported):
     assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
     listed = {line.split()[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
     assert listed == {path.name for path in files} - {"SHA256SUMS"}
+
+
+@pytest.mark.long
+def test_two_ranks_train_on_from_a_checkpoint_made_of_a_folder(exported):
+    back, wanted = exported[0] / "convolution/back", load_hf(exported[0] / "convolution/hf")[0]
+    changes = {**_MODELS["convolution"], "num_layers": 4, "train_iters": 2, "lr": 1e-9, "min_lr": 0}
+    layout = {"tensor_model_parallel_size": 2, "ultramem_parallel_size": 2}
+    start = {"load": back, "ckpt_format": "torch_dist", "finetune": True, **layout}
+    run = run_pretrain(2, tiny_gpt(**changes, **start), initial_parameters=True)
+    assert len(run.losses) == 2
+    name = "layers.0.memory.value_proj.weight"
+    ours = run.ranks[0].initial_parameters[f"module.decoder.{name}"]
+    assert torch.equal(ours, wanted.state_dict()[name])
+    tables = [
+        rank.initial_parameters["module.decoder.layers.0.memory.values.weight"]
+        for rank in run.ranks
+    ]
+    assert torch.equal(torch.cat(tables, 1), wanted.state_dict()["layers.0.memory.values.weight"])

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
@@ -120,9 +121,21 @@ def to_megatron(export: str, folder: str, kind: str = "plain") -> None:
     plain, tokenizer = _read(export, kind, "cuda" if has_cuda() else "cpu")
     model, args = untrained_model(flags_of(plain.config), local_layers=True)
     load_into(model, plain)
-    for name in ("tokenizer_type", "tokenizer_model"):
-        setattr(args, name, tokenizer.get(name))
+    args.tokenizer_type = tokenizer.get("tokenizer_type")
+    args.tokenizer_model = tokenizer.get("tokenizer_model")
+    if kind == "hf":
+        _keep_tokenizer(args, Path(export), Path(folder))
     save_weights(model, args, folder)
+
+
+def _keep_tokenizer(args: argparse.Namespace, export: Path, folder: Path) -> None:
+    """The folder's tokenizer, if it has one, in the checkpoint's own."""
+    from ultramem_megatron.tools.export.hf_tokenizer import copy_tokenizer, has_tokenizer
+
+    if has_tokenizer(export):
+        kept = folder.resolve() / "tokenizer"
+        copy_tokenizer(export, kept)
+        args.tokenizer_model = str(kept)
 
 
 def _read(export: str, kind: str, device: str) -> tuple["PlainGPT", dict[str, Any]]:

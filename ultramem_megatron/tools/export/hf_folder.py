@@ -17,7 +17,7 @@ from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.tools.export import hf
 from ultramem_megatron.tools.export.hf.configuration_ultramem import UltraMemGPTConfig
 from ultramem_megatron.tools.export.hf.modeling_ultramem import UltraMemGPTForCausalLM
-from ultramem_megatron.tools.export.hf_tokenizer import HFTokenizer
+from ultramem_megatron.tools.export.hf_tokenizer import HFTokenizer, has_tokenizer
 from ultramem_megatron.tools.export.huggingface import (
     hf_config,
     hf_state,
@@ -151,9 +151,8 @@ def _read_weights(folder: Path, device: str) -> dict[str, Tensor]:
 
 def _tokenizer_flags(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Megatron's flags of the folder's own tokenizer, or of the one the model was trained with."""
-    if (folder / "tokenizer_config.json").exists():
-        path = str(folder.resolve())
-        return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": path}
+    if has_tokenizer(folder):
+        return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder)}
     kept = content.get(_TRAINED_WITH)
     flags = kept if isinstance(kept, dict) else {}
     return {name: flags.get(name) for name in ("tokenizer_type", "tokenizer_model")}

@@ -1,9 +1,12 @@
 """The tokenizer a model was trained with, as transformers has it; or why there is none."""
 
+import shutil
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ultramem_megatron.errors import UltraMemError
 
 _SAMPLES = (
     "A memory layer reads few values.",
@@ -13,6 +16,19 @@ _SAMPLES = (
 )
 """Texts whose ids two tokenizers must agree on to count as one."""
 _FLAGS = ("tokenizer_type", "tokenizer_model")
+
+
+_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""What a tokenizer consists of, in a folder of transformers; never code."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,24 @@ def tokenizer_of(args: Namespace) -> HFTokenizer:
     if args.tokenizer_model is not None:  # not where it was on the machine that trained
         flags["tokenizer_model"] = Path(args.tokenizer_model).name
     return HFTokenizer(found, why, None if eod is None else int(eod), ids, flags)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether transformers finds a tokenizer in a folder."""
+    return (folder / _FILES[0]).is_file()
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """The tokenizer's files alone, in a new folder: beside a model, transformers asks for its code.
+
+    Raises UltraMemError if there is something already.
+    """
+    if target.exists():
+        raise UltraMemError(f"{target} is there already. Choose another folder.")
+    target.mkdir(parents=True)
+    for name in _FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
 
 
 def _as_transformers(library: Any, args: Namespace) -> tuple[Any, str | None]:

@@ -23,12 +23,13 @@ trained with NVIDIA Megatron and `ultramem_megatron`, exported by `ultramem expo
 ```python
 from transformers import {imports}
 
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True){tokenizer}
 ```
 
 `trust_remote_code=True` runs the five `*_ultramem.py` files of this folder: read them first. They
 need torch and transformers (5.9 or later) only.
 """
+_TOKENIZER = "\ntokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)"
 _LIMITS = """
 ## Limits
 
@@ -46,6 +47,7 @@ def model_card(plain: PlainGPT, args: Namespace, iteration: str, tokenizer: HFTo
     head = _HEAD.format(
         memories=memories if config.ultramem else "",
         imports="AutoModelForCausalLM" + ("" if tokenizer.missing else ", AutoTokenizer"),
+        tokenizer="" if tokenizer.missing else _TOKENIZER,
     )
     missing = "" if tokenizer.missing is None else f"\n- No tokenizer: {tokenizer.missing}."
     limits = _LIMITS.format(positions=config.max_positions, tokenizer=missing)
