@@ -18,6 +18,7 @@ BENCHMARKS = {
     "training": "tokens per second of dense, MoE, product keys and UltraMem",
     "decode": "latency and weight bytes of a decode step (figures 1b, 1c, 6c and 7)",
     "overlap": "exchanges between ranks with and without --ultramem-overlap",
+    "recipes": "every case of the matrix of Megatron's flags, with memories and without",
 }
 """By the name of their module in launch/benchmarks."""
 

@@ -127,8 +127,9 @@ def _checked(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
         if _asks_for_memories(get_args()) and not isinstance(model, UltraMemGPTModelConfig):
             raise UltraMemError(
                 f"{script.name} asks for memory layers, but does not build its GPT from "
-                f"gpt_config_from_args, as pretrain_gpt.py of Megatron-LM 0.19 does. See 'With a "
-                f"script of your own' in README.md."
+                f"gpt_config_from_args, as pretrain_gpt.py of Megatron-LM 0.19 does; a HybridModel "
+                f"(--hybrid-layer-pattern) has no place for them yet. See 'With a script of your "
+                f"own' in README.md."
             )
         check_data(get_args())
         if isinstance(model, UltraMemGPTModelConfig):

@@ -61,8 +61,9 @@ _SLIPS = {
     ),
     "async": (
         {"async_save": True, "use_persistent_ckpt_worker": True},
-        "--async-save needs the package nvidia-resiliency-ext",
+        "--async-save: Megatron does it through CUDA, and torch sees no GPU here",
     ),
+    "parallel load": ({"ckpt_fully_parallel_load": True}, "--ckpt-fully-parallel-load: Megatron d"),
     "yaml": ({"yaml_cfg": "gpt.yaml"}, "--yaml-cfg: Megatron reads no other flag beside it"),
     "nccl": ({"distributed_backend": "nccl"}, "--distributed-backend nccl: torch sees no GPU"),
     "optimizer": ({"optimizer": "muon"}, "--optimizer muon needs the package emerging-optimizers"),

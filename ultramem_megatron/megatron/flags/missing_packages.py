@@ -96,6 +96,11 @@ def _of_optimizer(args: Namespace) -> Iterator[str]:
             f"{given}: Megatron builds it for emerging-optimizers before 0.3, but here is "
             f"{_emerging_version()}. Install an older one, or use --optimizer muon."
         )
+    if args.optimizer == "soap" and args.save and not args.no_save_optim:
+        yield (
+            f"{given}: Megatron cannot save its state, whose matrices have other shapes than the "
+            f"weights. Use muon or adam, or add --no-save-optim."
+        )
     if args.fp16:
         yield f"{given} does not train in --fp16. Use --bf16."
     if args.use_layer_wise_distributed_optimizer and not args.bf16:
@@ -120,6 +125,12 @@ def _others(args: Namespace) -> Iterator[str]:
             "--moe-token-dispatcher-type flex needs the package deep_ep, which is not installed. "
             "Use alltoall."
         )
+    for name in ("async_save", "ckpt_fully_parallel_load"):
+        if getattr(args, name) and not torch.cuda.is_available():
+            yield (
+                f"--{name.replace('_', '-')}: Megatron does it through CUDA, and torch sees no GPU "
+                f"here. Drop the flag."
+            )
     nvrx = args.async_save and args.async_strategy == "nvrx"
     if nvrx and not _has("nvidia_resiliency_ext"):
         yield (
