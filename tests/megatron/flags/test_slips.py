@@ -45,8 +45,25 @@ _SLIPS = {
     "vocabulary": ({"vocab_size": None}, "--tokenizer-type NullTokenizer needs --vocab-size"),
     "warm-up": ({"lr_warmup_iters": 10}, "--lr-warmup-iters 10: must be less than the 3 of --lr-"),
     "engine": ({"transformer_impl": "transformer_engine"}, "Transformer Engine is not installed"),
-    "latent": ({"multi_latent_attention": True}, "--multi-latent-attention needs --transformer-i"),
-    "norm": ({"apply_layernorm_1p": True}, "--apply-layernorm-1p needs --transformer-impl tran"),
+    "packed": (
+        {"dataloader_inter_document_masking": True},
+        "--dataloader-inter-document-masking needs --transformer-impl transformer_engine",
+    ),
+    "activations": ({"save_activations_interval": 1}, "-interval needs Transformer Engine, which"),
+    "no norm": ({"qk_l2_norm": True}, "--qk-l2-norm does nothing in Megatron's own dense layers"),
+    "recomputed biases": (
+        {"recompute_granularity": "selective", "recompute_modules": "mlp"},
+        "--recompute-modules mlp: MLPs of Megatron's own layers",
+    ),
+    "deep_ep": (
+        {"num_experts": 2, "disable_bias_linear": True, "moe_token_dispatcher_type": "flex"},
+        "--moe-token-dispatcher-type flex needs the package deep_ep",
+    ),
+    "async": (
+        {"async_save": True, "use_persistent_ckpt_worker": True},
+        "--async-save needs the package nvidia-resiliency-ext",
+    ),
+    "yaml": ({"yaml_cfg": "gpt.yaml"}, "--yaml-cfg: Megatron reads no other flag beside it"),
     "nccl": ({"distributed_backend": "nccl"}, "--distributed-backend nccl: torch sees no GPU"),
     "optimizer": ({"optimizer": "muon"}, "--optimizer muon needs the package emerging-optimizers"),
     "length": ({"seq_length": 64}, "max_position_embeddings (32) must be greater than or equal to"),

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from tests.closeness import assert_close, rounding
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import memory_layers
 from ultramem_megatron.memory.spans import Span
-from ultramem_megatron.tools.export.hf_folder import hf_model
+from ultramem_megatron.tools.export.hf_folder import hf_model, load_hf, save_hf
+from ultramem_megatron.tools.export.hf_tokenizer import HFTokenizer
 from ultramem_megatron.tools.export.huggingface import hf_state
 from ultramem_megatron.tools.export.plain_model import PlainConfig, PlainGPT
 
@@ -120,6 +122,24 @@ def test_the_loss_is_of_the_next_tokens_and_in_training_has_the_penalty():
     tolerance = rounding(torch.float32, 1000)
     assert_close(model(texts, labels=texts).loss, loss, tolerance)
     assert_close(model.train()(texts, labels=texts).loss, loss + penalty, tolerance)
+    # As Trainer asks where several batches make a step: one of two, of 22 tokens each.
+    half = model(texts, labels=texts, num_items_in_batch=44).loss
+    assert_close(half, (loss + penalty) / 2, tolerance)
+
+
+def test_what_transformers_saves_after_training_comes_back(tmp_path):
+    plain = small_model("tdqkr")
+    save_hf(plain, tmp_path / "out", HFTokenizer(), "card")
+    model = hf_model(plain)
+    _train_theirs(model)
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(UltraMemError, match="is not as SHA256SUMS says: damaged, or written since"):
+        load_hf(tmp_path / "out")
+    (tmp_path / "out/SHA256SUMS").unlink()
+    back, _ = load_hf(tmp_path / "out")
+    texts = _texts()[0, 0]
+    assert back.config == plain.config
+    assert_close(back(texts), model(texts).logits, rounding(torch.float32, 1000))
 
 
 def test_padding_leaves_no_trace_in_the_mean_of_queries():

@@ -8,6 +8,11 @@ import importlib.util
 import os
 from collections.abc import Sequence
 
+from ultramem_megatron.errors import UltraMemError
+
+_FSDP = {"--use-torch-fsdp2", "--use-megatron-fsdp"}
+"""They ask for more than one connection."""
+
 
 def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
@@ -52,7 +57,12 @@ def complete(argv: Sequence[str]) -> list[str]:
     given = {argument.split("=", 1)[0] for argument in argv}
     missing = {flag: values for flag, values in needed_flags().items() if flag not in given}
     added = [word for flag, values in missing.items() for word in (flag, *values)]
-    if not torch.cuda.is_available():
+    if "--yaml-cfg" in given:
+        raise UltraMemError(
+            "--yaml-cfg: Megatron reads no other flag beside it, so memory layers would be left "
+            "out. Give what it says as flags."
+        )
+    if not (torch.cuda.is_available() or given & _FSDP):
         # Asked for with tensor parallelism on GPUs before Blackwell; a CPU has no queues to order.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if added and os.environ.get("RANK", "0") == "0":

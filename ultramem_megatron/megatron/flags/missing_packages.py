@@ -1,37 +1,128 @@
-"""Flags that need what is not here: Transformer Engine, a GPU, an optimizer's package."""
+"""Flags that need what is not here: Transformer Engine, a GPU, an optimizer's package.
+
+Megatron ends such runs too, but in an import error, an AttributeError or endless recursion, after
+it has built the model.
+"""
 
 import importlib.util
 from argparse import Namespace
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from packaging.version import Version
 
 from ultramem_megatron.errors import UltraMemError
 
 _OWN_OPTIMIZERS = ("adam", "sgd")
+_OF_TRANSFORMER_ENGINE = {
+    "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
+    "optimizer_cpu_offload": "--optimizer-cpu-offload",
+    "save_activations_interval": "--save-activations-interval",
+    "moe_latent_size": "--moe-latent-size",
+    "tp_comm_overlap": "--tp-comm-overlap",
+    "delay_wgrad_compute": "--delay-wgrad-compute",
+}
+"""Whatever the layers are made of."""
+_OF_ITS_LAYERS = {
+    "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
+    "sft": "--sft",
+    "qk_clip": "--qk-clip",
+    "log_max_attention_logit": "--log-max-attention-logit",
+}
+"""Megatron's own layers (--transformer-impl local) do not have these."""
 
 
 def refuse_missing_packages(args: Namespace) -> None:
     """Raise UltraMemError, naming the flag and what is missing. args: Megatron's."""
-    has_engine = importlib.util.find_spec("transformer_engine") is not None
-    if args.transformer_impl == "transformer_engine" and not has_engine:
-        raise UltraMemError(
+    for message in (*_of_engine(args), *_of_own_layers(args), *_of_optimizer(args), *_others(args)):
+        raise UltraMemError(message)
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _of_engine(args: Namespace) -> Iterator[str]:
+    if _has("transformer_engine"):
+        return
+    if args.transformer_impl == "transformer_engine":
+        yield (
             "--transformer-impl transformer_engine: Transformer Engine is not installed here. "
             "Install it, or use --transformer-impl local."
         )
-    if args.transformer_impl == "local" and args.num_experts and args.add_bias_linear:
-        raise UltraMemError(
+    for name, flag in _OF_TRANSFORMER_ENGINE.items():
+        if getattr(args, name, None):
+            yield f"{flag} needs Transformer Engine, which is not installed. Drop the flag."
+
+
+def _of_own_layers(args: Namespace) -> Iterator[str]:
+    if args.transformer_impl != "local":
+        return
+    for name, flag in _OF_ITS_LAYERS.items():
+        if getattr(args, name, False):
+            yield (
+                f"{flag} needs --transformer-impl transformer_engine: Megatron's own layers do not "
+                f"have it."
+            )
+    if args.qk_l2_norm and not args.num_experts:
+        yield (
+            "--qk-l2-norm does nothing in Megatron's own dense layers (--transformer-impl local). "
+            "Drop the flag, or use --qk-layernorm."
+        )
+    if args.num_experts and args.add_bias_linear:
+        yield (
             "--num-experts: experts of Megatron's own layers (--transformer-impl local) do not "
             "train with biases. Add --disable-bias-linear."
         )
-    if args.distributed_backend == "nccl" and not torch.cuda.is_available():
-        raise UltraMemError(
-            "--distributed-backend nccl: torch sees no GPU here. Use --distributed-backend gloo."
+    if args.recompute_modules and "mlp" in args.recompute_modules and args.add_bias_linear:
+        yield (
+            "--recompute-modules mlp: MLPs of Megatron's own layers (--transformer-impl local) are "
+            "not recomputed with biases. Add --disable-bias-linear, or leave mlp out."
         )
-    if (
-        args.optimizer not in _OWN_OPTIMIZERS
-        and importlib.util.find_spec("emerging_optimizers") is None
-    ):
-        raise UltraMemError(
-            f"--optimizer {args.optimizer} needs the package emerging-optimizers, which is not "
-            f"installed. Install it, or use --optimizer adam."
+
+
+def _of_optimizer(args: Namespace) -> Iterator[str]:
+    if args.optimizer in _OWN_OPTIMIZERS:
+        return
+    given = f"--optimizer {args.optimizer}"
+    if not _has("emerging_optimizers"):
+        yield (
+            f"{given} needs the package emerging-optimizers, which is not installed. Install it, "
+            f"or use --optimizer adam."
+        )
+    if args.optimizer == "adaptive_muon" and _emerging_version() >= Version("0.3"):
+        yield (
+            f"{given}: Megatron builds it for emerging-optimizers before 0.3, but here is "
+            f"{_emerging_version()}. Install an older one, or use --optimizer muon."
+        )
+    if args.fp16:
+        yield f"{given} does not train in --fp16. Use --bf16."
+    if args.use_layer_wise_distributed_optimizer and not args.bf16:
+        yield (
+            f"{given} with --use-distributed-optimizer (dist_muon) trains in bf16 only. Add "
+            f"--bf16, or drop --use-distributed-optimizer."
+        )
+
+
+def _emerging_version() -> Version:
+    try:
+        return Version(version("emerging-optimizers"))
+    except PackageNotFoundError:
+        return Version("0")
+
+
+def _others(args: Namespace) -> Iterator[str]:
+    if args.distributed_backend == "nccl" and not torch.cuda.is_available():
+        yield "--distributed-backend nccl: torch sees no GPU here. Use --distributed-backend gloo."
+    if args.num_experts and args.moe_token_dispatcher_type == "flex" and not _has("deep_ep"):
+        yield (
+            "--moe-token-dispatcher-type flex needs the package deep_ep, which is not installed. "
+            "Use alltoall."
+        )
+    nvrx = args.async_save and args.async_strategy == "nvrx"
+    if nvrx and not _has("nvidia_resiliency_ext"):
+        yield (
+            "--async-save needs the package nvidia-resiliency-ext, which is not installed. Install "
+            "it, or add --async-strategy mcore."
         )

@@ -24,9 +24,11 @@ _MEMORIES_REFUSE = {
     "non_persistent_ckpt_type": "design, table cut and sums of such a checkpoint are not checked",
     "moe_use_upcycling": "it builds a second model, for which memories have no weights",
     "perform_rl_step": "memory layers are trained on text alone",
+    "apply_residual_connection_post_layernorm": "nothing in Megatron reads it any more",
 }
 """By the name that it has in Megatron's parsed flags and in its configs."""
 _TRAIN_REFUSES = (
+    "apply_residual_connection_post_layernorm",
     "freeze_all_layers",
     "inprocess_restart",
     "perform_rl_step",
@@ -75,6 +77,11 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
         )
     if ultramem.query_conv_kernel > 1:
         _check_documents(args, f"{flag('query_conv_kernel')} {ultramem.query_conv_kernel}")
+    if ultramem.lazy_adam and args.optimizer != "adam":
+        raise UltraMemError(
+            f"--optimizer {args.optimizer} cannot be combined with {flag('lazy_adam')}, which is a "
+            f"form of adam. Drop one of the two."
+        )
     if ultramem.lazy_adam and args.use_distributed_optimizer:
         raise UltraMemError(
             f"--use-distributed-optimizer cannot be combined with {flag('lazy_adam')}: it cuts "
@@ -148,6 +155,11 @@ def refuse_other_tasks(args: Namespace) -> None:
                 f"{_flag(name)} is not supported by ultramem train (plain GPT pre-training); "
                 f"remove the flag."
             )
+    if args.dataloader_type == "external":
+        raise UltraMemError(
+            "--dataloader-type external is for scripts that bring their own loader (energon); "
+            "ultramem train reads Megatron's data sets. Drop the flag, or use ultramem run."
+        )
 
 
 def require_eval_interval(args: Namespace) -> None:

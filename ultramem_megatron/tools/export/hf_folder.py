@@ -73,7 +73,13 @@ def hf_model(plain: PlainGPT) -> UltraMemGPTForCausalLM:
     """The same model for transformers, on the same tensors where they need not be cut."""
     with torch.device("meta"):
         model = UltraMemGPTForCausalLM(hf_config(plain.config))
-    model.load_state_dict(hf_state(plain), assign=True, strict=False)
+    given = model.load_state_dict(hf_state(plain), assign=True, strict=False)
+    missing = set(given.missing_keys) - set(model.all_tied_weights_keys)
+    if missing or given.unexpected_keys:
+        raise UltraMemError(
+            f"The model for transformers has not the tensors of this one: "
+            f"{', '.join(sorted([*missing, *given.unexpected_keys])[:3])}. Export it without hf."
+        )
     model.tie_weights()
     model.eval()
     check_same(plain, lambda tokens: model(tokens).logits, "those of the model for transformers")

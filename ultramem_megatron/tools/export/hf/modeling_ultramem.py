@@ -180,9 +180,7 @@ class UltraMemGPTForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.vocab_size, **kwargs)
             if self.training:
-                memories = (m for m in self.modules() if isinstance(m, UltraMemMemory))
-                penalties = (memory.penalty() for memory in memories)
-                loss = loss + sum(p.to(loss) for p in penalties if p is not None)
+                loss = loss + self._penalty(labels, kwargs.get("num_items_in_batch")).to(loss)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -190,6 +188,18 @@ class UltraMemGPTForCausalLM(UltraMemPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _penalty(self, labels: Tensor, items: Tensor | int | None) -> Tensor:
+        """What memories add to the loss; once for all batches that have so many `items` together.
+
+        items: None where the loss is the mean over this batch alone.
+        """
+        memories = (module for module in self.modules() if isinstance(module, UltraMemMemory))
+        found = (memory.penalty() for memory in memories)
+        penalty = sum(
+            (p for p in found if p is not None), start=labels.new_zeros((), dtype=torch.float32)
+        )
+        return penalty if items is None else penalty * (labels[:, 1:] != -100).sum() / items
 
 
 def _positions(hidden: Tensor, padding: Tensor | None, cache: Cache | None) -> Tensor:
