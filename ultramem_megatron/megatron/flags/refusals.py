@@ -70,11 +70,7 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
             f"of a shared table's gradient one by one, and the first would be reduced alone. Drop "
             f"one of the two."
         )
-    if args.optimizer == "sgd" and args.save and not args.no_save_optim:
-        raise UltraMemError(
-            "--optimizer sgd: Megatron cannot load its state from a checkpoint again. Use adam, or "
-            "add --no-save-optim, and --no-load-optim to go on."
-        )
+    _check_sgd(args)
     if ultramem.query_conv_kernel > 1:
         _check_documents(args, f"{flag('query_conv_kernel')} {ultramem.query_conv_kernel}")
     if ultramem.lazy_adam and args.optimizer != "adam":
@@ -86,6 +82,22 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
         raise UltraMemError(
             f"--use-distributed-optimizer cannot be combined with {flag('lazy_adam')}: it cuts "
             f"tables into pieces that are no rows. Drop one of the two."
+        )
+
+
+def _check_sgd(args: Namespace) -> None:
+    """Megatron's plain SGD has no state of the form that its checkpoints ask for."""
+    if args.optimizer != "sgd":
+        return
+    if args.save and not args.no_save_optim:
+        raise UltraMemError(
+            "--optimizer sgd: Megatron cannot load its state from a checkpoint again. Use adam, or "
+            "add --no-save-optim, and --no-load-optim to go on."
+        )
+    if args.load and not (args.no_load_optim or args.finetune):
+        raise UltraMemError(
+            "--optimizer sgd: Megatron cannot load an optimizer's state into it. Use adam, or add "
+            "--no-load-optim: weights alone."
         )
 
 
