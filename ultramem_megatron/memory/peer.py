@@ -95,8 +95,9 @@ def _config(sizes: Sizes) -> UltraMemConfig:
 
 
 def _activation(sizes: Sizes) -> Activation:
-    """Ours of the name of a class of torch.nn, `LeakyReLU` as `leaky_relu`."""
-    asked = str(sizes.get("activation", "gelu")).lower().replace("_", "")
+    """Ours of a class of torch.nn or of its name, `LeakyReLU` as `leaky_relu`."""
+    given = sizes.get("activation", "gelu")
+    asked = str(getattr(given, "__name__", given)).lower().replace("_", "")
     known = {name.replace("_", ""): name for name in get_args(Activation)} | {"identity": "none"}
     sizes.require(asked in known, "activation", f"one of {', '.join(get_args(Activation))}")
     found: Activation = known[asked]

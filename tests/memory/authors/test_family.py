@@ -161,6 +161,15 @@ def test_peer_is_its_formulas(changes: dict[str, Any]) -> None:
     _agree(convert.load_peer(state, cfg), state, lambda x, s, n: slow.peer_token(x, s, cfg), 1)
 
 
+def test_an_activation_may_be_given_as_its_class() -> None:
+    state = slow.peer_weights(PEER)
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    by_class, by_name = (
+        convert.load_peer(state, PEER | {"activation": one}) for one in (torch.nn.SiLU, "SiLU")
+    )
+    assert torch.equal(by_class.layers[0](x), by_name.layers[0](x))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -63,7 +63,7 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
             f"other layouts go unnoticed. Use --ckpt-format torch_dist, without conversion."
         )
     _check_log_tables_interval(args)
-    if args.overlap_grad_reduce and args.recompute_granularity == "full" and _share(ultramem):
+    if _share(ultramem) and args.overlap_grad_reduce and args.recompute_granularity == "full":
         raise UltraMemError(
             f"--overlap-grad-reduce with --recompute-granularity full cannot be combined with "
             f"{flag('share_values')} {ultramem.share_values:g}: recomputed layers give their parts "

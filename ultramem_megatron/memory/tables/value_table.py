@@ -1,5 +1,6 @@
 """The physical value table: this rank's part of it, and reading it."""
 
+import re
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from ultramem_megatron.memory.tables.shared_tokens import SharedTokensReader
 
 VALUES_TAG = "ultramem_values"
 """Attribute of a value table's parameter, by which the optimizer gives it a rate of its own."""
+
+_TABLE_NAME = re.compile(r"\bvalues\.((pre_)?table\.)?weight$|^decoder\.ultramem\.(pre_)?values$")
 
 
 class ValueTable(nn.Module):
@@ -105,6 +108,11 @@ def mark_as_values(parameter: nn.Parameter) -> None:
 def is_value_table(parameter: Tensor) -> bool:
     """Whether a parameter is (a part of) a value table."""
     return bool(getattr(parameter, VALUES_TAG, False))
+
+
+def names_a_table(name: str) -> bool:
+    """Whether this is the name of a value table in a model, or in a checkpoint."""
+    return _TABLE_NAME.search(name) is not None
 
 
 def value_tables(module: nn.Module) -> dict[str, ValueTable]:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from argparse import Namespace
 
+from ultramem_megatron.memory.tables.value_table import names_a_table
 from ultramem_megatron.tools.export.hf_tokenizer import HFTokenizer
 from ultramem_megatron.tools.export.plain_model import PlainConfig, PlainGPT
 
@@ -80,7 +81,7 @@ def _sizes(plain: PlainGPT) -> str:
 
 
 def _kind(name: str, dimensions: int) -> str:
-    if name.endswith("memory.values.weight"):
+    if names_a_table(name):
         return "values"
     if ".mlp.experts." in name:
         return "experts"
