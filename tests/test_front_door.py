@@ -88,10 +88,10 @@ def test_an_old_command_runs_and_says_its_new_name_once(old: str) -> None:
 
 def test_an_old_module_is_the_new_one_and_says_so_once() -> None:
     code = (
-        "from ultramem_megatron.convert import load_official_v1\n"
-        "import ultramem_megatron.convert, ultramem_megatron.memory.convert as new\n"
-        "assert load_official_v1 is new.load_official_v1\n"
+        "from ultramem_megatron.config import UltraMemConfig\n"
+        "import ultramem_megatron.config, ultramem_megatron.memory.config as new\n"
+        "assert UltraMemConfig is new.UltraMemConfig\n"
     )
     done = _python("-c", code)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("is now ultramem_megatron.memory.convert") == 1
+    assert done.stderr.count("is now ultramem_megatron.memory.config") == 1

@@ -20,7 +20,7 @@ def tucker_topk(
     """
     chosen = implementation(scores.device)
     if chosen == "shapes":
-        return tucker_topk_shapes(scores, keys, cores, keys_per_side, best)
+        return tucker_topk_shapes(scores, keys, cores, best)
     if chosen == "reference":
         return tucker_topk_reference(scores, keys, cores, keys_per_side, best)
     square = best is None or best == keys.shape[-1]

@@ -29,7 +29,7 @@ class NativeTuckerTopk(torch.autograd.Function):
         given = (scores, keys.contiguous(), cores_f, cores_f.sum(0))
         sizes = (tokens, heads, ranks, topk, len(cores), keys_per_side)
         call_native("grid_select", *given, positions, addresses, best, *sizes)
-        ctx.save_for_backward(scores, cores, positions)
+        ctx.save_for_backward(scores, cores, positions.int())
         ctx.mark_non_differentiable(addresses)
         return addresses, best
 
@@ -40,7 +40,7 @@ class NativeTuckerTopk(torch.autograd.Function):
         tokens, heads, _, ranks, topk = scores.shape
         grad_scores = torch.zeros_like(scores)
         by_token = scores.new_zeros(tokens, heads, len(cores), ranks, ranks)
-        given = (grad_best.contiguous(), scores, cores.float().contiguous(), positions)
+        given = (grad_best.contiguous(), scores, cores.float().contiguous(), positions.long())
         sizes = (tokens, heads, ranks, topk, len(cores))
         call_native("grid_backward", *given, grad_scores, by_token, *sizes)
         return grad_scores, None, by_token.sum(0).transpose(0, 1).to(cores.dtype), None

@@ -3,15 +3,18 @@
 import torch
 from torch import Tensor
 
-from ultramem_megatron.kernels.tucker_topk.eager import scored_pairs
+from ultramem_megatron.kernels.shapes import kept_for_backward
 
 
 def tucker_topk_shapes(
-    scores: Tensor, keys: Tensor, cores: Tensor, keys_per_side: int, best: int | None = None
+    scores: Tensor, keys: Tensor, cores: Tensor, best: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Addresses (T, H, best) and scores (T, H, best, C); see `tucker_topk_reference`."""
+    """Addresses (T, H, best) and scores (T, H, best, C), and what compiled kernels keep.
+
+    See `tucker_topk_reference`.
+    """
     tokens, heads, _, topk = keys.shape
-    positions = torch.empty(
-        tokens, heads, topk if best is None else best, dtype=torch.int64, device=scores.device
-    )
-    return scored_pairs(positions, scores, keys, cores.to(scores.dtype), keys_per_side)
+    shape = (tokens, heads, topk if best is None else best)
+    positions = keys.new_empty(shape, dtype=torch.int32)
+    picked = kept_for_backward((*shape, len(cores)), scores.dtype, scores, cores, positions)
+    return keys.new_empty(shape), picked

@@ -1,7 +1,7 @@
 """Names that modules had up to 0.1, kept for one release: this folder is on the package's path.
 
 A file here stands for the module of its name: run with -m it is the command, imported it is the
-module at its new place.
+module at its new place. `convert` alone is a name that stays.
 """
 
 import importlib

@@ -1,5 +1,6 @@
-"""Old name of `ultramem_megatron.memory.convert`."""
+"""`ultramem_megatron.convert`, a short name that stays: the loaders of authors' weights."""
 
-from ultramem_megatron.tools.old_names import stand_in
+import importlib
+import sys
 
-stand_in(__name__, "memory.convert")
+sys.modules[__name__] = importlib.import_module("ultramem_megatron.memory.convert")
