@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.closeness import assert_close
+from tests.kernels.compiler import NATIVE
 from tests.kernels.lookup_cases import (
     ODD_SIZES,
     Sizes,
@@ -20,7 +21,7 @@ from tests.kernels.lookup_cases import (
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference
 
 
-@pytest.fixture(autouse=True, params=["torch", "native"])
+@pytest.fixture(autouse=True, params=["torch", NATIVE])
 def forced(request, monkeypatch):
     monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)
 

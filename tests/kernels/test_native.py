@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests import ROOT
+from tests.kernels.compiler import needs_compiler
 from tests.kernels.lookup_cases import Sizes, inputs, results
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels import dispatch
@@ -16,6 +17,8 @@ from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.kernels.native.library import command, native_library
 from ultramem_megatron.kernels.side_topk import side_topk
 from ultramem_megatron.kernels.tucker_topk import tucker_topk
+
+pytestmark = needs_compiler
 
 _ASK = """
 import logging, torch

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close, assert_rounds_no_worse, relative_error, rounding
+from tests.kernels.compiler import NATIVE
 from ultramem_megatron.kernels import precision
 from ultramem_megatron.kernels.side_topk import side_topk, side_topk_reference
 from ultramem_megatron.kernels.side_topk.eager import EagerSideTopk
@@ -26,7 +27,7 @@ SIZES = [
 TRITON = ["triton"] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") else []
 
 
-@pytest.fixture(params=["reference", "torch", "native", *TRITON])
+@pytest.fixture(params=["reference", "torch", NATIVE, *TRITON])
 def forced(request, monkeypatch):
     """Each implementation in turn."""
     monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)

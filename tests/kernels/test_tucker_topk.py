@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close, assert_rounds_no_worse, rounding
+from tests.kernels.compiler import NATIVE
 from ultramem_megatron.kernels.tucker_topk import tucker_topk, tucker_topk_reference
 from ultramem_megatron.kernels.tucker_topk.eager import tucker_topk_eager
 
@@ -27,7 +28,7 @@ KEYS_PER_SIDE = 1000
 TRITON = ["triton"] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") else []
 
 
-@pytest.fixture(params=["reference", "torch", "native", *TRITON])
+@pytest.fixture(params=["reference", "torch", NATIVE, *TRITON])
 def forced(request, monkeypatch):
     """Each implementation in turn."""
     monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)

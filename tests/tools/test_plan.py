@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 
+from tests.kernels.compiler import needs_compiler
 from tests.ranks import run_on_ranks
 from tests.training_runs import run_pretrain
 
@@ -281,6 +282,7 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_recomputation(fla
     assert six - five == 32 * 2 * 64 * 2  # its input is all that such a layer keeps
 
 
+@needs_compiler  # the plan is that of compiled kernels
 def test_kept_activations_are_those_of_a_real_forward_pass():
     """A step on real data keeps what the plan says, but for scores of attention."""
     flags = (_TINY.replace("--bf16", "") + _MEMORY).split()
