@@ -16,7 +16,6 @@ from ultramem_megatron.tools.pictures import picture
 
 LOSS, VALIDATION_LOSS = "lm loss", "lm loss validation"  # Megatron's tags
 _WINDOW = 10  # steps of the running mean
-VALUE_TABLE = ".values."  # in the name of every value table's parameter
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,16 @@ def count_parameters(checkpoint: Path) -> dict[str, int]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+    from ultramem_megatron.memory.tables.value_table import names_a_table
+
     counts = {"dense": 0, "sparse": 0}
     entries = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
     for name, entry in entries.items():
         # Megatron's parameters and ours are all called so, buffers are not.
-        trained = name.endswith(("weight", "bias")) and not name.startswith("optimizer.")
+        own = name.endswith(("weight", "bias")) or names_a_table(name)
+        trained = own and not name.startswith("optimizer.")
         if trained and isinstance(entry, TensorStorageMetadata):
-            counts["sparse" if VALUE_TABLE in name else "dense"] += entry.size.numel()
+            counts["sparse" if names_a_table(name) else "dense"] += entry.size.numel()
     return {**counts, "total": sum(counts.values())}
 
 

@@ -44,6 +44,7 @@ PATCH_MODULES = (
     "doors.training_log",
     "doors.flops",
     "doors.footprint",
+    "doors.common_keys",
     "defects.distopt_initial_state",
     "defects.distopt_missing_step",
     "defects.distopt_shared_step",

@@ -89,9 +89,9 @@ def test_an_old_command_runs_and_says_its_new_name_once(old: str) -> None:
 def test_an_old_module_is_the_new_one_and_says_so_once() -> None:
     code = (
         "from ultramem_megatron.convert import load_official_v1\n"
-        "import ultramem_megatron.convert, ultramem_megatron.memory.official_v1 as new\n"
+        "import ultramem_megatron.convert, ultramem_megatron.memory.convert as new\n"
         "assert load_official_v1 is new.load_official_v1\n"
     )
     done = _python("-c", code)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("is now ultramem_megatron.memory.official_v1") == 1
+    assert done.stderr.count("is now ultramem_megatron.memory.convert") == 1

@@ -40,6 +40,7 @@ COMMANDS = {
     "traffic": Command("tools.traffic", "bytes that each partition of a table moves"),
     "verify": Command("tools.verify_parallel.__main__", "do two layouts train the same model?"),
     "bench": Command("tools.bench", "the benchmarks of a checkout: kernels, training, decoding"),
+    "gpu-report": Command("tools.gpu_report", "a checkout on a GPU: what is right, how fast"),
     "integrity": Command("faults.integrity", "which checkpoints of a folder are whole"),
     "data prepare": Command("data.prepare", "text to tokenizer and Megatron's datasets"),
     "data corpora": Command("data.corpora", "public texts to try things on"),

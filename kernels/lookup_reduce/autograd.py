@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ultramem_megatron.kernels.dispatch import implementation
-from ultramem_megatron.kernels.lookup_reduce import torch_path
+from ultramem_megatron.kernels.lookup_reduce import native_path, torch_path
 from ultramem_megatron.kernels.lookup_reduce.main_grad import (
     added_to_main_grad,
     main_grad_of,
@@ -43,22 +43,33 @@ class _LookupReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table, rows, groups, scores, num_groups):
         ctx.save_for_backward(table, rows, groups, scores)
-        return _pool(table)(table, rows, groups, scores, num_groups)
+        return pool_kernel(table)(table, rows, groups, scores, num_groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         table, rows, groups, scores = ctx.saved_tensors
         wants_table, _, _, wants_scores, _ = ctx.needs_input_grad
-        target = _target(table) if wants_table else None
-        score_grad = _backward(table)(grad, table, rows, groups, scores, target, wants_scores)
-        table_grad = target
-        if wants_table and target is None:
-            pieces = torch_path.row_gradients(grad, rows, groups, scores)
-            table_grad = sparse_gradient(table, pieces)
-        elif target is not None and target is main_grad_of(table):
-            table_grad = added_to_main_grad(table)
+        table_grad = score_grad = None
+        if wants_table:
+            table_grad, score_grad = table_gradient(grad, table, rows, groups, scores, wants_scores)
+        elif wants_scores:
+            score_grad = backward_kernel(table)(grad, table, rows, groups, scores, None, True)
         return table_grad, None, None, score_grad, None
+
+
+def table_gradient(
+    grad: Tensor, table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, with_scores: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What backward returns for the table, and for the scores if asked; grad: (T, E, V)."""
+    target = _target(table)
+    score_grad = backward_kernel(table)(grad, table, rows, groups, scores, target, with_scores)
+    if target is None:
+        pieces = torch_path.row_gradients(grad, rows, groups, scores)
+        return sparse_gradient(table, pieces), score_grad
+    if target is main_grad_of(table):
+        return added_to_main_grad(table), score_grad
+    return target, score_grad
 
 
 def _target(table: Tensor) -> Tensor | None:
@@ -69,17 +80,24 @@ def _target(table: Tensor) -> Tensor | None:
     return torch.zeros_like(table) if main_grad is None else main_grad
 
 
-def _pool(table: Tensor) -> Any:
-    if implementation(table.device) == "torch":
-        return torch_path.pool
-    from ultramem_megatron.kernels.lookup_reduce import triton_forward  # needs Triton installed
+def pool_kernel(table: Tensor) -> Any:
+    """`pool` of the path for this table's device."""
+    if implementation(table.device) == "triton":
+        from ultramem_megatron.kernels.lookup_reduce import triton_forward  # needs Triton installed
 
-    return triton_forward.pool
+        return triton_forward.pool
+    return _path(table).pool
 
 
-def _backward(table: Tensor) -> Any:
-    if implementation(table.device) == "torch":
-        return torch_path.backward
-    from ultramem_megatron.kernels.lookup_reduce import triton_backward
+def backward_kernel(table: Tensor) -> Any:
+    """`backward` of the path for this table's device."""
+    if implementation(table.device) == "triton":
+        from ultramem_megatron.kernels.lookup_reduce import triton_backward
 
-    return triton_backward.backward
+        return triton_backward.backward
+    return _path(table).backward
+
+
+def _path(table: Tensor) -> Any:
+    native = implementation(table.device) == "native" and native_path.serves(table)
+    return native_path if native else torch_path

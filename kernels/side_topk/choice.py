@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.kernels.dispatch import implementation
+from ultramem_megatron.kernels.side_topk import native_path
 from ultramem_megatron.kernels.side_topk.eager import EagerSideTopk
 from ultramem_megatron.kernels.side_topk.reference import side_topk_reference
 from ultramem_megatron.kernels.side_topk.shapes import side_topk_shapes
@@ -12,7 +13,7 @@ from ultramem_megatron.kernels.side_topk.shapes import side_topk_shapes
 def side_topk(query: Tensor, keys: Tensor, directions: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Indices (T, H, S, m) and scores (T, H, S, R, m); see `side_topk_reference`.
 
-    float64 is computed by PyTorch's kernels where Triton is chosen.
+    What an implementation has no kernels for (float64; native: float16) PyTorch's own compute.
     """
     chosen = implementation(query.device)
     if chosen == "shapes":
@@ -23,6 +24,8 @@ def side_topk(query: Tensor, keys: Tensor, directions: Tensor, topk: int) -> tup
         from ultramem_megatron.kernels.side_topk.fused import FusedSideTopk  # needs Triton
 
         indices, scores = FusedSideTopk.apply(query, keys, directions, topk)
+    elif chosen == "native" and native_path.serves(query, keys):
+        indices, scores = native_path.NativeSideTopk.apply(query, keys, directions, topk)
     else:
         indices, scores = EagerSideTopk.apply(query, keys, directions, topk)
     return indices, scores

@@ -4,26 +4,32 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.kernels.dispatch import implementation
+from ultramem_megatron.kernels.tucker_topk import native_path
 from ultramem_megatron.kernels.tucker_topk.eager import tucker_topk_eager
 from ultramem_megatron.kernels.tucker_topk.reference import tucker_topk_reference
 from ultramem_megatron.kernels.tucker_topk.shapes import tucker_topk_shapes
 
 
 def tucker_topk(
-    scores: Tensor, keys: Tensor, cores: Tensor, keys_per_side: int
+    scores: Tensor, keys: Tensor, cores: Tensor, keys_per_side: int, best: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Addresses (T, H, m) and scores (T, H, m, C); see `tucker_topk_reference`.
+    """Addresses (T, H, best) and scores (T, H, best, C); see `tucker_topk_reference`.
 
-    float64 is computed by PyTorch's kernels where Triton is chosen.
+    What an implementation has no kernels for (float64; another number of pairs than of keys a side)
+    PyTorch's own compute.
     """
     chosen = implementation(scores.device)
     if chosen == "shapes":
-        return tucker_topk_shapes(scores, keys, cores, keys_per_side)
+        return tucker_topk_shapes(scores, keys, cores, keys_per_side, best)
     if chosen == "reference":
-        return tucker_topk_reference(scores, keys, cores, keys_per_side)
-    if chosen == "triton" and scores.dtype != torch.float64:
+        return tucker_topk_reference(scores, keys, cores, keys_per_side, best)
+    square = best is None or best == keys.shape[-1]
+    if chosen == "triton" and square and scores.dtype != torch.float64:
         from ultramem_megatron.kernels.tucker_topk.fused import FusedTuckerTopk  # needs Triton
 
-        addresses, best = FusedTuckerTopk.apply(scores, keys, cores, keys_per_side)
-        return addresses, best
-    return tucker_topk_eager(scores, keys, cores, keys_per_side)
+        addresses, found = FusedTuckerTopk.apply(scores, keys, cores, keys_per_side)
+        return addresses, found
+    if chosen == "native" and square and native_path.serves(scores):
+        addresses, found = native_path.NativeTuckerTopk.apply(scores, keys, cores, keys_per_side)
+        return addresses, found
+    return tucker_topk_eager(scores, keys, cores, keys_per_side, best)

@@ -16,35 +16,36 @@ CACHED_SCORES = 2**18
 
 
 def tucker_topk_eager(
-    scores: Tensor, keys: Tensor, cores: Tensor, keys_per_side: int
+    scores: Tensor, keys: Tensor, cores: Tensor, keys_per_side: int, best: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `tucker_topk_reference`."""
     cores = cores.to(scores.dtype)
-    positions = _best_positions(scores.detach(), cores.detach().sum(0))
+    chosen = keys.shape[-1] if best is None else best
+    positions = _best_positions(scores.detach(), cores.detach().sum(0), chosen)
     return scored_pairs(positions, scores, keys, cores, keys_per_side)
 
 
 def scored_pairs(
     positions: Tensor, scores: Tensor, keys: Tensor, cores: Tensor, keys_per_side: int
 ) -> tuple[Tensor, Tensor]:
-    """Addresses (T, H, m) and scores (T, H, m, C) of the pairs at these positions (T, H, m)."""
+    """Addresses (T, H, best) and scores (T, H, best, C) of the pairs at positions (T, H, best)."""
     topk, ranks = keys.shape[-1], scores.shape[3]
-    index = torch.stack([positions // topk, positions % topk], dim=2)  # (T, H, S, m)
-    picked = scores.gather(4, index.unsqueeze(3).expand(*index.shape[:3], ranks, topk))
-    row, column = picked.unbind(2)  # (T, H, R, m)
-    products = (row.unsqueeze(3) * column.unsqueeze(2)).flatten(2, 3)  # (T, H, R*R, m)
+    index = torch.stack([positions // topk, positions % topk], dim=2)  # (T, H, S, best)
+    by_rank = index.unsqueeze(3).expand(-1, -1, -1, ranks, -1)
+    row, column = scores.gather(4, by_rank).unbind(2)  # (T, H, R, best)
+    products = (row.unsqueeze(3) * column.unsqueeze(2)).flatten(2, 3)  # (T, H, R*R, best)
     by_core = products.transpose(2, 3) @ cores.permute(1, 2, 3, 0).flatten(1, 2)
     return pair_addresses(keys, positions, keys_per_side), by_core
 
 
 @torch.no_grad()
-def _best_positions(scores: Tensor, total: Tensor) -> Tensor:
-    """Positions (T, H, m) of the best pairs; total (H, R, R): the cores' sum."""
+def _best_positions(scores: Tensor, total: Tensor, best: int) -> Tensor:
+    """Positions (T, H, best) of the best pairs; total (H, R, R): the cores' sum."""
     tokens, heads, _, _, topk = scores.shape
-    positions = torch.empty(tokens, heads, topk, dtype=torch.int64, device=scores.device)
+    positions = torch.empty(tokens, heads, best, dtype=torch.int64, device=scores.device)
     step = max(1, torch.get_num_threads() * CACHED_SCORES // (heads * topk * topk))
     for start in range(0, tokens, step):
         row, column = scores[start : start + step].unbind(2)  # (t, H, R, m)
         grid = (total.mT @ row).mT @ column  # (t, H, m, m)
-        positions[start : start + step] = largest(grid.flatten(2), topk)
+        positions[start : start + step] = largest(grid.flatten(2), best)
     return positions

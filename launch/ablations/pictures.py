@@ -33,16 +33,16 @@ def draw(results: Results, file: Path) -> None:
 
 def _draw_models(axes: Any, results: Results, column: str) -> None:
     """Seeds as points, mean and deviation as a bar, one model a line."""
-    for place, model in enumerate(results.models):
-        _draw_spread(axes, list(results.of(model, column).values()), place)
+    for place, (model, colour) in enumerate(colours(results.models).items()):
+        _draw_spread(axes, list(results.of(model, column).values()), place, colour)
     axes.set_yticks(range(len(results.models)), results.models)
     axes.set_ylim(len(results.models) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
 
 
-def _draw_spread(axes: Any, values: Sequence[float], place: float) -> None:
+def _draw_spread(axes: Any, values: Sequence[float], place: float, colour: str) -> None:
     mean, deviation = spread(values)
-    axes.errorbar(mean, place, xerr=deviation, fmt="D", color="tab:blue", capsize=4)
+    axes.errorbar(mean, place, xerr=deviation, fmt="D", color=colour, capsize=4)
     axes.plot(values, [place] * len(values), ".", color="black", alpha=0.5)
 
 
@@ -52,10 +52,10 @@ def _draw_table(results: Results, figure: Any) -> None:
     _draw_models(losses, results, "valid_loss")
     losses.set(xlabel="validation loss, nats per token")
     baseline, paper = results.experiment.baseline, results.experiment.printed_losses
-    for place, model in enumerate(results.models):
+    for place, (model, colour) in enumerate(colours(results.models).items()):
         values = results.differences(model, baseline, "valid_loss")
-        _draw_spread(differences, values, place)
-        hollow = {"mfc": "white", "color": "tab:orange", "label": "" if place else "the paper's"}
+        _draw_spread(differences, values, place, colour)
+        hollow = {"mfc": "white", "color": "black", "label": "" if place else "the paper's"}
         differences.plot(paper[model] - paper[baseline], place, "s", **hollow)
     differences.grid(axis="x", alpha=0.3)
     differences.legend()
@@ -66,12 +66,13 @@ def _draw_table(results: Results, figure: Any) -> None:
 def _draw_recall(results: Results, figure: Any) -> None:
     for axes, (column, label) in zip(
         figure.subplots(1, 2, sharey=True),
-        (("recall", "definitions reproduced, share"), ("recall_tokens", "their tokens, share")),
+        (("recall", "share of the definitions"), ("recall_tokens", "share of their tokens")),
         strict=True,
     ):
         _draw_models(axes, results, column)
         axes.set(xlabel=label)
-    figure.suptitle("Definitions of the training text, given the headword")
+    figure.get_layout_engine().set(wspace=0.1)  # so that the panels' last and first ticks part
+    figure.suptitle("Definitions of the training text, reproduced when given the headword")
 
 
 def _draw_curves(axes: Any, results: Results, metric: str) -> None:
@@ -111,6 +112,8 @@ def _draw_figure10(results: Results, figure: Any) -> None:
     for axes, (metric, label) in zip(others, panels, strict=True):
         _draw_curves(axes, results, metric)
         axes.set(ylabel=label)
+        axes.get_legend().remove()  # the first panel's serves all
+    figure.suptitle(results.experiment.about)
 
 
 def _draw_start(results: Results, figure: Any) -> None:

@@ -139,7 +139,7 @@ def _options(tokens, layout, batching):
     )
 
 
-def _generate(folder, prompt_lists, layouts, batching="static"):
+def _generate(folder, prompt_lists, layouts, batching="static", kind="ultramem-conv"):
     from ultramem_megatron.inference.layout_flags import layout_from
     from ultramem_megatron.inference.loading import load_for_inference
     from ultramem_megatron.inference.sampling import generate
@@ -147,7 +147,7 @@ def _generate(folder, prompt_lists, layouts, batching="static"):
     results = []
     for layout in layouts:
         options = _options(9, layout, batching)
-        loaded = load_for_inference(str(folder / "ultramem-conv"), layout=layout_from(options))
+        loaded = load_for_inference(str(folder / kind), layout=layout_from(options))
         loaded = loaded._replace(tokenizer=NumberTokenizer())
         texts = [generate(loaded, prompts, options) for prompts in prompt_lists]
         results.append([[text.strip() for text in batch] for batch in texts])
@@ -174,6 +174,17 @@ def test_ranks_with_prompts_of_their_own_may_share_tables(saved):
     for rank in [*two, *four, *dynamic]:
         for texts in rank:
             assert texts == expected
+
+
+def test_ranks_with_prompts_of_their_own_may_share_pre_values(saved):
+    folder, prompt_lists = saved[0], [["3 5 7", "8", "40 41 42 43"], ["9 8 7"]]
+    one, two = (
+        run_on_ranks(size, _generate, folder, prompt_lists, layouts, "static", "ultramemv2")
+        for size, layouts in ((1, [(1, 1, "auto")]), (2, [(1, 2, "number"), (1, 2, "dimension")]))
+    )
+    for rank in two:
+        for texts in rank:
+            assert texts == one[0][0]
 
 
 @pytest.mark.parametrize(

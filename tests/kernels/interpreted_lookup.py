@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close
+from tests.kernels import dot_cases
 from tests.kernels.lookup_cases import (
     ODD_SIZES,
     Sizes,
@@ -39,6 +40,12 @@ def order_of_sums(request):
 def test_equals_the_reference(sizes, few_programs, monkeypatch):
     monkeypatch.setattr(triton_forward, "FEW_PROGRAMS", few_programs)
     assert_equals_reference(lookup_reduce, sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", dot_cases.SIZES, ids=str)
+def test_the_transposed_lookup_equals_its_reference(sizes, dtype):
+    dot_cases.assert_equals_reference(sizes, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -20,9 +20,9 @@ from tests.kernels.lookup_cases import (
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference
 
 
-@pytest.fixture(autouse=True)
-def torch_path(monkeypatch):
-    monkeypatch.setenv("ULTRAMEM_KERNELS", "torch")
+@pytest.fixture(autouse=True, params=["torch", "native"])
+def forced(request, monkeypatch):
+    monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)
 
 
 @pytest.mark.parametrize("read", [lookup_reduce, lookup_reduce_reference])

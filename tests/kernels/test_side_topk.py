@@ -26,7 +26,7 @@ SIZES = [
 TRITON = ["triton"] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") else []
 
 
-@pytest.fixture(params=["reference", "torch", *TRITON])
+@pytest.fixture(params=["reference", "torch", "native", *TRITON])
 def forced(request, monkeypatch):
     """Each implementation in turn."""
     monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)

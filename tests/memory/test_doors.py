@@ -46,7 +46,8 @@ def _doubled_reference(*args: Any) -> Any:
 
 
 class _Gated(PooledValues):
-    def forward(self, addresses: Tensor, scores: Tensor, x: Tensor) -> Pausing:
+    def forward(self, addresses: Tensor, scores: Tensor, x: Tensor | None = None) -> Pausing:
+        assert x is not None
         pooled = yield from super().forward(addresses, scores, x)
         return pooled * x.flatten(0, -2).mean(-1)[:, None, None]
 
@@ -85,10 +86,13 @@ def test_a_retrieval(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_values(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = dataclasses.replace(
-        VALUES["pooled"], name="gated", build=_Gated, reference=_gated_reference
+        VALUES["pooled"],
+        name="halved",
+        build=lambda config, site: _Gated(config, site.partition, site.group),
+        reference=_gated_reference,
     )
     _add(monkeypatch, VALUES, "values", kind)
-    _assert_as_reference(_layer(values="gated"))
+    _assert_as_reference(_layer(values="halved"))
 
 
 def test_an_initialisation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,6 +114,11 @@ def test_a_partition(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
             return (yield from self.whole.read(part.flip(0), addresses, scores))
+
+        dot_pauses = 0
+
+        def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
+            return (yield from self.whole.dot(part.flip(0), addresses, x))
 
     whole = PARTITIONS["replicated"]
     kind = dataclasses.replace(

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from tests.layers import VARIANTS, small_config, small_layer
 from ultramem_megatron.memory.initialization.draws import ROWS_PER_BLOCK, normal_part
 from ultramem_megatron.memory.initialization.feed_forward import default_std, mlp_std
-from ultramem_megatron.memory.initialization.paper import output_std, value_std
+from ultramem_megatron.memory.initialization.paper import output_std
+from ultramem_megatron.memory.initialization.read_std import value_std
 from ultramem_megatron.memory.layer import UltraMemLayer
 
 
@@ -26,7 +27,8 @@ def _layer(hidden_size=64, num_layers=12, layer_number=1, **changes):
     [(42, 2, 4, 12, 0.0445), (42, 2, 4, 24, 0.0315), (42, 2, 4, 32, 0.0273)],
 )
 def test_value_std_of_the_papers_models(topk, heads, expansion, layers, expected):
-    assert value_std(topk * heads, expansion, layers) == pytest.approx(expected, abs=5e-5)
+    config = small_config(topk=topk, heads=heads, value_expansion=expansion)
+    assert value_std(config, output_std(layers)) == pytest.approx(expected, abs=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,9 @@ _SHAPES = [
     {"retrieval": "pkm", "tucker_rank": 1, "cores": 1},
     {"value_projection": False, "value_expansion": 1, "value_dim": 64},
     {"qk_norm": "none", "heads": 1},
+    {"values": "prevalued", "pre_value_dim": 24},
+    {"values": "prevalued", "pre_value_activation": "gelu", "value_expansion": 1},
+    {"values": "gated", "projection_bias": True},
 ]
 
 
@@ -257,7 +262,7 @@ def test_every_parameter_is_initialised(variant, nan_filled_empty):
     layer = small_layer(torch.float32, **VARIANTS[variant])
     for name, tensor in layer.state_dict().items():
         assert torch.isfinite(tensor).all(), name
-        if not name.startswith(("shuffle.", "query.common.")):
+        if not name.startswith(("shuffle.", "query.common.")) and not name.endswith("bias"):
             assert tensor.abs().sum() > 0, name
 
 

@@ -212,6 +212,10 @@ def test_values_multiplied_beforehand_give_the_same_output(variant):
         with pytest.raises(UltraMemError, match="values of this model have no projection"):
             layer.prepare_for_inference(premultiply=True)
         return
+    if layer.config.values != "pooled":
+        with pytest.raises(UltraMemError, match="are not pooled by their scores alone"):
+            layer.prepare_for_inference(premultiply=True)
+        return
     layer.prepare_for_inference(premultiply=True)
     assert set(layer.state_dict()) == names
     with torch.no_grad():

@@ -5,7 +5,11 @@ import shlex
 import pytest
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.presets import PRESETS
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.size import memory_size
+from ultramem_megatron.memory.spans import parse_spans
+from ultramem_megatron.memory.validation import validate
+from ultramem_megatron.presets import PRESETS, preset_fields
 from ultramem_megatron.presets.__main__ import main
 from ultramem_megatron.presets.flags import as_words, flags
 from ultramem_megatron.presets.preset import Source
@@ -78,3 +82,14 @@ def test_names_are_listed_and_wrong_ones_refused(capsys):
     assert len(_printed(capsys).splitlines()) == len(PRESETS)
     with pytest.raises(UltraMemError, match=r"'ultramem' is unknown\. Known presets: dense-151m, "):
         main(["ultramem"])
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden_size", "layers", "sparse"),
+    [("ultramemv2-227m-1.2b", 768, 20, 0.995e9), ("ultramemv2-1b-7b", 2048, 16, 5.138e9)],
+)
+def test_tables_of_ultramem_v2_are_those_of_its_papers_table_10(name, hidden_size, layers, sparse):
+    fields = preset_fields(name)
+    config = UltraMemConfig(**fields | {"spans": parse_spans(fields["spans"], layers)})
+    validate(config, hidden_size=hidden_size, num_layers=layers)
+    assert memory_size(config, hidden_size).sparse == pytest.approx(sparse, rel=1e-3)

@@ -60,7 +60,7 @@ def load_for_inference(
     )
     if tokenizer_model is not None:
         args.tokenizer_model = tokenizer_model
-    return LoadedModel(model, _tokenizer(args), args)
+    return LoadedModel(model, open_model_tokenizer(args), args)
 
 
 def load_model(
@@ -129,10 +129,10 @@ def build_model(
     _initialize(args, tables)
     model = _build(args, ultramem, tables)
     if tables.size > args.tensor_model_parallel_size:
-        from ultramem_megatron.memory.layer import memory_layers
+        from ultramem_megatron.memory.tables.value_table import value_tables
 
-        for layer in memory_layers(model):
-            layer.values.read_in_lockstep()
+        for table in value_tables(model).values():
+            table.read_in_lockstep()
     return model
 
 
@@ -180,7 +180,8 @@ def _load_weights(model: Any, folder: str) -> None:
     model.load_state_dict(dist_checkpointing.load(sharded, folder, verify_integrity=True)["model"])
 
 
-def _tokenizer(args: Namespace) -> Any:
+def open_model_tokenizer(args: Namespace) -> Any:
+    """The tokenizer of a model's flags. Raises UltraMemError where it cannot be opened."""
     from ultramem_megatron.data.open_tokenizer import open_tokenizer
 
     path = args.tokenizer_model

@@ -120,7 +120,7 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
             ultramem,
             transformer.hidden_size,
             table_ranks=_table_ranks(groups),
-            fullest_stage=most_on_one_stage(ultramem.spans, transformer),
+            fullest_stage=most_on_one_stage((span.start for span in ultramem.spans), transformer),
             monitor=monitor,
             table_log=self._table_log(monitor.layers, ultramem, groups),
         ).hang()
@@ -147,7 +147,7 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
         storage = Storage(
             parameter_bytes, 4 if in_fp32 else parameter_bytes, replicas if sharded else 1
         )
-        tables = most_on_one_stage(ultramem.spans, transformer)
+        tables = most_on_one_stage({place.table for place in placements(ultramem)}, transformer)
         print_rank_0(describe_memories(ultramem, transformer.hidden_size))
         stds = [feed_forward_std(transformer, place.adds) for place in placements(ultramem)]
         print_rank_0(describe_start(ultramem, transformer.num_layers, stds))

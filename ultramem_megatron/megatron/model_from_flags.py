@@ -20,7 +20,7 @@ from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuse
 from ultramem_megatron.megatron.flags.slips import refuse_slips_of_training
 from ultramem_megatron.megatron.flags.table_flags import settings_from_args
 from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
-from ultramem_megatron.megatron.pipeline.layout import check_pipeline
+from ultramem_megatron.megatron.pipeline.layout import check_pipeline, check_shared_tables
 from ultramem_megatron.megatron.table_groups import initialize_model_parallel
 from ultramem_megatron.megatron.upcycle import dense_checkpoint
 from ultramem_megatron.memory.config import UltraMemConfig
@@ -45,6 +45,7 @@ def model_config_from_args(
         transformer: Any = core_transformer_config_from_args(args)
     if ultramem is not None:
         check_pipeline(ultramem.spans, transformer)
+        check_shared_tables(ultramem, transformer)
     source = None
     if os.environ["RANK"] == "0":  # one reader; its failure ends the others
         source = source_of_weights(args)

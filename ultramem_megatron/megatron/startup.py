@@ -61,7 +61,10 @@ def describe_start(ultramem: UltraMemConfig, num_layers: int, mlp_stds: Sequence
 def describe_tables(
     config: UltraMemConfig, settings: TableSettings, storage: Storage, tables_per_rank: int
 ) -> str:
-    """Several lines for the log. tables_per_rank: memory layers on the fullest pipeline stage."""
+    """Several lines for the log. tables_per_rank: those on the fullest pipeline stage.
+
+    A table is one of values, with its pre-values.
+    """
     if settings.size == 1:
         lines = [" > value tables: whole on every rank"]
     else:
@@ -70,7 +73,10 @@ def describe_tables(
             *_parts(config, settings),
             *_traffic(config, settings, storage.parameter_bytes),
         ]
-    elements = max(_elements(settings.layout(config, rank)) for rank in range(settings.size))
+    elements = max(
+        sum(_elements(settings.layout(config, rank, width=width)) for width in config.row_widths)
+        for rank in range(settings.size)
+    )
     gigabytes = [
         tables_per_rank * elements * per_element / _GIGABYTE
         for per_element in (

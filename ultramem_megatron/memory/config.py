@@ -13,6 +13,26 @@ from ultramem_megatron.memory.spans import Span
 
 RankLayout = Literal["split", "full"]
 Norm = Literal["layernorm", "rmsnorm", "none"]
+ShareOrder = Literal["block", "ring", "noring", "same"]
+Activation = Literal[
+    "none",
+    "gelu",
+    "relu",
+    "silu",
+    "tanh",
+    "sigmoid",
+    "elu",
+    "celu",
+    "selu",
+    "relu6",
+    "leaky_relu",
+    "mish",
+    "softplus",
+    "softsign",
+    "hardswish",
+    "hardsigmoid",
+]
+"""Functions of torch.nn.functional, with torch's own constants."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +49,14 @@ class UltraMemConfig:
     """Dv: width of one value; the paper takes D/2."""
     topk: int = 42
     """m: values read per token and head."""
+    side_topk: int = 0
+    """Keys of each side whose pairs are scored exactly; 0: m of them."""
     heads: int = 2
     """H: key sets, each with its own top-m, reading one table."""
     share_query: bool = True
     """Two heads use one query (section 3.2, bag of tricks 3)."""
+    query_per_rank: bool = False
+    """Each Tucker rank has queries of its own (UltraMemV2)."""
     retrieval: str = "tdqkr"
     """A name of memory/retrieval: how queries find values (section 3.3)."""
     tucker_rank: int = 2
@@ -43,12 +67,30 @@ class UltraMemConfig:
     """h: multi-core scoring, one core and one score per slice of Dv/h (section 3.5); 1 with pkm."""
     values: str = "pooled"
     """A name of memory/values: what is read for the addresses (eq. 3)."""
+    pre_value_dim: int = 0
+    """Dp: width of a pre-value; 0: Dv."""
+    pre_value_activation: Activation = "none"
+    """Of the product of a pre-value and the input."""
     value_expansion: int = 4
     """E: virtual values per physical value, a square (implicit value expansion, section 3.4)."""
+    key_expansion: int | None = None
+    """e: the key grid has e*e addresses for each value; None: sqrt(E). With E=1 what the addresses
+    of a value bring is added up without projections of their own (UltraMemV2)."""
+    share_values: float = 1
+    """g: so many memories share their values (UltraMemV2, Memory+)."""
+    share_order: ShareOrder = "block"
+    """block: g neighbours read one table of g*n*n values; same: one of n*n; ring, noring: all
+    memories have one table, of which each reads g*n*n values, around its end or stopping there."""
+    values_per_head: bool = False
+    """Every head reads a table of its own (PEER)."""
     value_projection: bool = True
     """Project the pooled values (E*Dv) to D; without it Dv is D and E is 1."""
+    projection_bias: bool = False
+    """The projections of queries and values, and gates, have a bias (Memory+)."""
     softmax: bool = False
     """Softmax over each head's m scores (PKM); the paper removes it."""
+    relu_scores: bool = False
+    """ReLU of the scores (PEER, non-competing)."""
     qk_norm: Norm = "layernorm"
     """Norm of queries and keys over Dk: LayerNorm (paper), RMSNorm (official) or none."""
     query_conv_kernel: int = 0
@@ -76,6 +118,8 @@ class UltraMemConfig:
         """`query_centering` belongs to our initialisation, not to other people's."""
         if self.query_centering is None:
             object.__setattr__(self, "query_centering", self.init == "matched")
+        if self.key_expansion is None:
+            object.__setattr__(self, "key_expansion", math.isqrt(max(self.value_expansion, 0)))
 
     @property
     def picks(self) -> int:
@@ -83,19 +127,38 @@ class UltraMemConfig:
         return self.topk * self.heads
 
     @property
-    def key_expansion(self) -> int:
-        """e = sqrt(E)."""
-        return math.isqrt(self.value_expansion)
+    def window_keys(self) -> int:
+        """w: keys a side before expansion, the root of the values that a memory can read."""
+        together = 1 if self.share_order == "same" else self.share_values
+        return math.isqrt(round(together * self.num_keys**2))
 
     @property
     def keys_per_side(self) -> int:
-        """e*n: keys on each side of the grid that addresses the virtual values."""
-        return self.key_expansion * self.num_keys
+        """e*w: keys on each side of the grid that addresses the virtual values."""
+        assert self.key_expansion is not None
+        return self.key_expansion * self.window_keys
 
     @property
     def num_values(self) -> int:
-        """N = n*n: rows of the physical table."""
-        return self.num_keys**2
+        """N: rows of the table that a memory reads, n*n for each of those that share it."""
+        memories = {"block": self.share_values, "same": 1}.get(self.share_order, len(self.spans))
+        tables = self.heads if self.values_per_head else 1
+        return tables * round(memories * self.num_keys**2)
+
+    @property
+    def shortlist(self) -> int:
+        """Keys of each side whose pairs are scored exactly."""
+        return self.side_topk or self.topk
+
+    @property
+    def pre_dim(self) -> int:
+        """Dp."""
+        return self.pre_value_dim or self.value_dim
+
+    @property
+    def row_widths(self) -> tuple[int, ...]:
+        """Of the tables that a memory reads at each address: Dv, and Dp of pre-values."""
+        return (self.value_dim, *((self.pre_dim,) if self.values == "prevalued" else ()))
 
     @property
     def num_queries(self) -> int:

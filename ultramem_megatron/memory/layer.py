@@ -21,15 +21,17 @@ from ultramem_megatron.memory.initialization import INITIALISATIONS
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.feed_forward import default_std
 from ultramem_megatron.memory.initialization.scales import Host
-from ultramem_megatron.memory.modules import Linear
+from ultramem_megatron.memory.modules import Linear, zero_bias
 from ultramem_megatron.memory.observations import MemoryStatistics
 from ultramem_megatron.memory.premultiplied import PremultipliedValues
 from ultramem_megatron.memory.query import QueryProjection
 from ultramem_megatron.memory.retrieval import RETRIEVALS
-from ultramem_megatron.memory.retrieval.addresses import GridShuffle, split_address
+from ultramem_megatron.memory.retrieval.addresses import GridShuffle, shuffles, split_address
 from ultramem_megatron.memory.retrieval.retrieved import Retrieved
+from ultramem_megatron.memory.retrieval.window import window_module
 from ultramem_megatron.memory.validation import validate
 from ultramem_megatron.memory.values import VALUES
+from ultramem_megatron.memory.values.contract import Site
 from ultramem_megatron.memory.values.pooled import PooledValues
 
 _CALIBRATION_TOKENS = 256
@@ -54,6 +56,7 @@ class UltraMemLayer(nn.Module):
         feed_forward_std: float | None = None,
         values: nn.Module | None = None,
         table_number: int | None = None,
+        first_value: int = 0,
     ) -> None:
         """Build and initialise in the default dtype and on the default device.
 
@@ -64,7 +67,8 @@ class UltraMemLayer(nn.Module):
         with weights of 0.02, as Megatron has it. values: built by a kind of
         VALUES, whole or this rank's part; by default the layer has its own. table_number: the
         layer after which the values it reads are named, by default this one; layers that read the
-        same values agree on it. Raises UltraMemError.
+        same values agree on it, and that layer draws them. first_value: row of the table at which
+        this memory's values begin. Raises UltraMemError.
         """
         super().__init__()
         validate(config, hidden_size=hidden_size, num_layers=num_layers)
@@ -74,13 +78,16 @@ class UltraMemLayer(nn.Module):
         self.query = QueryProjection(config, hidden_size, eps)
         self.retrieval = RETRIEVALS[config.retrieval].build(config, eps)
         self.shuffle: nn.Module = (
-            GridShuffle(config.keys_per_side) if config.value_expansion > 1 else nn.Identity()
+            GridShuffle(config.keys_per_side) if shuffles(config) else nn.Identity()
         )
+        self.window = window_module(config, first_value)
         if values is None:
-            values = VALUES[config.values].build(config, "replicated", None)
+            values = VALUES[config.values].build(config, Site(hidden_size))
         self.values: Any = values
         self.value_proj: nn.Module = (
-            Linear(config.value_expansion * config.value_dim, hidden_size, bias=False)
+            Linear(
+                config.value_expansion * config.value_dim, hidden_size, bias=config.projection_bias
+            )
             if config.value_projection
             else nn.Identity()
         )
@@ -110,7 +117,7 @@ class UltraMemLayer(nn.Module):
         """As forward, pausing whenever other ranks have to answer."""
         query = self.query(x, history, reach)
         retrieved = self.retrieve(query)
-        addresses = self.shuffle(retrieved.addresses)
+        addresses = self.locate(retrieved.addresses)
         if self.premultiplied is not None:
             return self.premultiplied(addresses, retrieved.scores).view(x.shape)
         pooled = yield from self.values(addresses, retrieved.scores, x)
@@ -125,9 +132,16 @@ class UltraMemLayer(nn.Module):
         """How often `steps` pauses."""
         return self.values.pauses
 
+    def locate(self, addresses: Tensor) -> Tensor:
+        """Addresses of the table, group * N + row, for those of the key grid (T, H*m)."""
+        located: Tensor = self.window(self.shuffle(addresses))
+        return located
+
     def retrieve(self, query: Tensor) -> Retrieved:
         """Addresses and scores for normalised queries (T, Q, 2, Dk)."""
         retrieved = self.retrieval(query)
+        if self.config.relu_scores:
+            return retrieved._replace(scores=retrieved.scores.relu())
         if not self.config.softmax:
             return retrieved
         tokens, _, cores = retrieved.scores.shape
@@ -175,6 +189,11 @@ class UltraMemLayer(nn.Module):
                 f"--premultiply-values: values of the kind {self.config.values} are not pooled by "
                 f"their scores alone. Decode without it."
             )
+        if self.value_proj.bias is not None:
+            raise UltraMemError(
+                "--premultiply-values: the value projection of this model has a bias "
+                "(--ultramem-projection-bias). Decode without it."
+            )
         ranks = self.values.layout.size
         if ranks > 1:
             raise UltraMemError(
@@ -205,6 +224,7 @@ class UltraMemLayer(nn.Module):
         self.retrieval.reset(draw, scales)
         if isinstance(self.value_proj, Linear):
             draw.normal_(self.value_proj.weight, scales.value_projection, "value_proj")
+            zero_bias(self.value_proj)
         if isinstance(self.shuffle, GridShuffle):
             self.shuffle.reset(draw.generator("shuffle", torch.device("cpu")))
         self.after_step()
@@ -213,7 +233,9 @@ class UltraMemLayer(nn.Module):
             ratio = scales.mean_square / self.calibrate(generator, scales.mean_square)
             if config.softmax:  # the weights add up to 1 whatever the queries: the values give way
                 scales = replace(scales, values=scales.values * math.sqrt(ratio))
-        self.values.reset(Draw(config.seed, self.table_number), scales)
+        self.values.reset_own(draw, scales)
+        if self.table_number == self.layer_number:
+            self.values.reset(draw, scales)
 
     @torch.no_grad()
     def calibrate(self, generator: torch.Generator, mean_square: float = 1.0) -> float:

@@ -1,9 +1,12 @@
 """Modules of torch's as a memory layer needs them: construction draws no random numbers."""
 
-import torch
-from torch import nn
+from collections.abc import Callable
 
-from ultramem_megatron.memory.config import Norm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ultramem_megatron.memory.config import Activation, Norm
 
 
 class Linear(nn.Linear):
@@ -25,6 +28,18 @@ def build_norm(
     if kind == "rmsnorm":
         return nn.RMSNorm(dim, eps=eps, elementwise_affine=affine)
     return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine, bias=bias)
+
+
+def activation(name: Activation) -> Callable[[Tensor], Tensor]:
+    """The function of this name, elementwise."""
+    return (lambda x: x) if name == "none" else getattr(F, name)
+
+
+@torch.no_grad()
+def zero_bias(linear: nn.Linear) -> None:
+    """Set the bias of a projection to 0, if it has one."""
+    if linear.bias is not None:
+        linear.bias.zero_()
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def load_official_v1(
     Raises UltraMemError for a state dict that is not such a layer.
     """
     state = {name: torch.as_tensor(tensor).detach() for name, tensor in state_dict.items()}
-    config = _config_from(state, topk, _norm_kind(norm))
+    config = _config_from(state, topk, norm_kind(norm))
     hidden_size = state["query_proj.weight"].shape[1]
     with torch.device("meta"):
         layer = UltraMemLayer(config, hidden_size=hidden_size, num_layers=1, eps=eps)
@@ -110,7 +110,8 @@ def export_official_v1(layer: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in theirs.items()}
 
 
-def _norm_kind(norm: str) -> Norm:
+def norm_kind(norm: str) -> Norm:
+    """Our word for the authors' of a norm. Raises UltraMemError for another."""
     kind = _NORMS.get(norm.lower().replace("_", "").replace("-", ""))
     if kind is None:
         raise UltraMemError(f"norm {norm!r} is unknown; use one of {', '.join(sorted(_NORMS))}.")

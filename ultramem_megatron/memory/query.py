@@ -1,5 +1,7 @@
 """From the hidden state to the queries: convolution and mean (both optional), projection, norm."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +9,7 @@ from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
-from ultramem_megatron.memory.modules import Linear, build_norm, fill_gain
+from ultramem_megatron.memory.modules import Linear, build_norm, fill_gain, zero_bias
 from ultramem_megatron.memory.query_mean import QueryMean
 
 
@@ -48,17 +50,19 @@ class QueryProjection(nn.Module):
 
     def __init__(self, config: UltraMemConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
-        self.shape = (config.num_queries, 2, config.key_dim)
+        self.ranks = config.tucker_rank if config.query_per_rank else 1
+        self.shape = (config.num_queries, 2, self.ranks, config.key_dim)
         kernel = config.query_conv_kernel
         self.conv = CausalConvolution(hidden_size, kernel) if kernel else None
         self.common = QueryMean(hidden_size) if config.query_centering else None
-        self.proj = Linear(hidden_size, config.num_queries * 2 * config.key_dim, bias=False)
+        self.proj = Linear(hidden_size, math.prod(self.shape), bias=config.projection_bias)
         self.norm = build_norm(config.qk_norm, config.key_dim, eps)
 
     @torch.no_grad()
     def reset(self, draw: Draw, scales: Scales) -> None:
         """Initial values; the convolution is the identity, inert at the start."""
         draw.weights_(self.proj.weight, scales.query, "query", uniform=scales.uniform)
+        zero_bias(self.proj)
         fill_gain(self.norm, scales.query_gain)
         if self.common is not None:
             self.common.reset()
@@ -69,9 +73,12 @@ class QueryProjection(nn.Module):
     def forward(
         self, x: Tensor, history: Tensor | None = None, reach: Tensor | None = None
     ) -> Tensor:
-        """x: (..., D), with a convolution (S, B, D). Returns (T, Q, 2, Dk)."""
+        """x: (..., D), with a convolution (S, B, D). Returns (T, Q, 2, Dk).
+
+        With queries per rank those of one side follow each other: (T, Q, 2, R*Dk).
+        """
         if self.conv is not None:
             x = self.conv(x, history, reach)
         if self.common is not None:
             x = self.common(x)
-        return self.norm(self.proj(x).reshape(-1, *self.shape))
+        return self.norm(self.proj(x).reshape(-1, *self.shape)).flatten(3)

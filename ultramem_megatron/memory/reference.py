@@ -17,39 +17,42 @@ from ultramem_megatron.memory.values import VALUES
 
 
 def reference_layer(
-    x: Tensor, state: dict[str, Tensor], config: UltraMemConfig, *, eps: float
+    x: Tensor, state: dict[str, Tensor], config: UltraMemConfig, *, eps: float, first_value: int = 0
 ) -> Tensor:
     """Output of a memory layer for x of shape (S, B, D), the same shape.
 
-    state: the layer's `state_dict()` (tensors may require grad). eps: of the norms.
+    state: the layer's `state_dict()` (tensors may require grad). eps: of the norms. first_value:
+    row at which the memory's values begin.
     """
     sequence, batch, hidden = x.shape
     inputs = x.reshape(sequence * batch, hidden)
     u = x if "query.conv.weight" not in state else _conv(x, state["query.conv.weight"])
     u = u.reshape(sequence * batch, hidden) - state.get("query.common.mean", 0)
-    queries = (u @ state["query.proj.weight"].T).view(len(u), -1, 2, config.key_dim)
+    ranks = config.tucker_rank if config.query_per_rank else 1
+    queries = u @ state["query.proj.weight"].T + state.get("query.proj.bias", 0)
+    queries = queries.view(len(u), -1, 2, ranks, config.key_dim)
     queries = _norm(queries, state, "query.norm", config.qk_norm, eps)
     permutation = reference_permutation(state, config)
     pooled = x.new_zeros(len(u), config.value_expansion, config.value_dim)
     for head in range(config.heads):
-        query = queries[:, head * queries.shape[1] // config.heads]  # (T, 2, Dk)
+        query = queries[:, head * queries.shape[1] // config.heads]  # (T, 2, 1 or r, Dk)
         addresses, scores = _retrieve(query, head, state, config, eps)
         if config.softmax:
             scores = scores.softmax(1)
-        shuffled = permutation[addresses]  # (T, m)
-        rows = shuffled % config.num_values
-        groups = shuffled // config.num_values
+        if config.relu_scores:
+            scores = scores.clamp(min=0)
+        rows, groups = _located(permutation[addresses], head, config, first_value)
         kind = VALUES[config.values]
         pooled = pooled + kind.reference(rows, groups, scores, inputs, state, config)
     out = pooled.flatten(1)
     if config.value_projection:
-        out = out @ state["value_proj.weight"].T
+        out = out @ state["value_proj.weight"].T + state.get("value_proj.bias", 0)
     return out.view(sequence, batch, hidden)
 
 
 def reference_permutation(state: dict[str, Tensor], config: UltraMemConfig) -> Tensor:
     """The shuffle of all E*N virtual addresses as a list, int64."""
-    virtual = torch.arange(config.value_expansion * config.num_values)
+    virtual = torch.arange(config.keys_per_side**2)
     if "shuffle.permutation" in state:
         return state["shuffle.permutation"].long()
     if "shuffle.tables" not in state:
@@ -62,6 +65,19 @@ def reference_permutation(state: dict[str, Tensor], config: UltraMemConfig) -> T
         else:
             column = (column + table[row]) % side
     return row * side + column
+
+
+def _located(
+    shuffled: Tensor, head: int, config: UltraMemConfig, first_value: int
+) -> tuple[Tensor, Tensor]:
+    """Rows and expansion groups (T, m): w*w values from the first one on, e*e times."""
+    window = config.window_keys**2
+    rows = config.num_values // (config.heads if config.values_per_head else 1)
+    row = (shuffled % window + first_value) % rows
+    if config.values_per_head:
+        row = row + head * rows
+    group = shuffled // window
+    return row, group if config.value_expansion > 1 else torch.zeros_like(group)
 
 
 def _conv(x: Tensor, taps: Tensor) -> Tensor:
@@ -98,9 +114,9 @@ def _rank_scores(query: Tensor, keys: Tensor, config: UltraMemConfig) -> Tensor:
     ranks = []
     for rank in range(config.tucker_rank):
         width = config.rank_key_dim
-        part = (
-            query[:, rank * width : (rank + 1) * width] if config.rank_layout == "split" else query
-        )
+        part = query[:, rank if config.query_per_rank else 0]
+        if config.rank_layout == "split":
+            part = part[:, rank * width : (rank + 1) * width]
         ranks.append(part @ keys[:, rank].T)
     return torch.stack(ranks, dim=1)
 
@@ -111,10 +127,10 @@ def _retrieve(
     """Virtual addresses (T, m) and scores (T, m, C) of one head."""
     row = _rank_scores(query[:, 0], _keys(head, 0, state, config, eps), config)
     column = _rank_scores(query[:, 1], _keys(head, 1, state, config, eps), config)
-    side, topk = config.keys_per_side, config.topk
+    side, short = config.keys_per_side, config.shortlist
     kind = RETRIEVALS[config.retrieval]
     rows, columns, grids = kind.reference(row, column, head, state, config)
-    best = torch.stack(grids).sum(0).flatten(1).topk(topk).indices
-    addresses = rows.gather(1, best // topk) * side + columns.gather(1, best % topk)
+    best = torch.stack(grids).sum(0).flatten(1).topk(config.topk).indices
+    addresses = rows.gather(1, best // short) * side + columns.gather(1, best % short)
     scores = torch.stack([grid.flatten(1).gather(1, best) for grid in grids], dim=2)
     return addresses, scores

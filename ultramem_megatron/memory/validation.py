@@ -4,9 +4,17 @@ import math
 from typing import get_args
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.memory.config import Norm, RankLayout, UltraMemConfig, flag
+from ultramem_megatron.memory.config import (
+    Activation,
+    Norm,
+    RankLayout,
+    ShareOrder,
+    UltraMemConfig,
+    flag,
+)
 from ultramem_megatron.memory.initialization import INITIALISATIONS
 from ultramem_megatron.memory.retrieval import RETRIEVALS
+from ultramem_megatron.memory.sharing import check_sharing
 from ultramem_megatron.memory.spans import check_spans
 from ultramem_megatron.memory.values import VALUES
 
@@ -15,6 +23,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rank_layout": get_args(RankLayout),
     "qk_norm": get_args(Norm),
     "values": tuple(VALUES),
+    "pre_value_activation": get_args(Activation),
+    "share_order": get_args(ShareOrder),
     "init": tuple(INITIALISATIONS),
 }
 """Fields of the config that take one of a few words."""
@@ -34,6 +44,8 @@ def validate(config: UltraMemConfig, *, hidden_size: int, num_layers: int) -> No
     _check_ranges(config)
     check_spans(config.spans, num_layers)
     _check_expansion(config.value_expansion)
+    _check_key_expansion(config)
+    check_sharing(config)
     _check_heads(config)
     _check_alive(config)
     RETRIEVALS[config.retrieval].check(config)
@@ -43,6 +55,8 @@ def validate(config: UltraMemConfig, *, hidden_size: int, num_layers: int) -> No
 def _check_ranges(config: UltraMemConfig) -> None:
     for field in ("num_keys", "key_dim", "value_dim", "topk", "heads", "tucker_rank", "cores"):
         _require(getattr(config, field) >= 1, field, getattr(config, field), "a whole number >= 1")
+    for field in ("side_topk", "pre_value_dim"):
+        _require(getattr(config, field) >= 0, field, getattr(config, field), "a whole number >= 0")
     _require(
         config.query_conv_kernel >= 0,
         "query_conv_kernel",
@@ -66,6 +80,16 @@ def _require(holds: bool, field: str, value: object, allowed: str) -> None:
         raise UltraMemError(f"{flag(field)} is {value}; it must be {allowed}.")
 
 
+def _check_key_expansion(config: UltraMemConfig) -> None:
+    root, given = math.isqrt(config.value_expansion), config.key_expansion
+    if given != root and (config.value_expansion != 1 or given is None or given < 1):
+        raise UltraMemError(
+            f"{flag('key_expansion')} is {given}; with {flag('value_expansion')} "
+            f"{config.value_expansion} it must be {root}, its root. Leave it out, or use "
+            f"{flag('value_expansion')} 1, which adds up what the addresses of a value bring."
+        )
+
+
 def _check_expansion(expansion: int) -> None:
     root = math.isqrt(max(expansion, 0))
     if expansion < 1 or root * root != expansion:
@@ -77,11 +101,22 @@ def _check_expansion(expansion: int) -> None:
 
 
 def _check_heads(config: UltraMemConfig) -> None:
-    if config.topk > config.keys_per_side:
+    if config.shortlist > config.keys_per_side:
+        asking = flag("side_topk" if config.side_topk else "topk")
         raise UltraMemError(
-            f"{flag('topk')} is {config.topk}, more than the {config.keys_per_side} keys of a side "
+            f"{asking} is {config.shortlist}, more than the {config.keys_per_side} keys of a side "
             f"({flag('num_keys')} {config.num_keys} x sqrt of {flag('value_expansion')} "
             f"{config.value_expansion}). Lower top-k or raise the number of keys."
+        )
+    if config.topk > config.shortlist**2:
+        raise UltraMemError(
+            f"{flag('topk')} is {config.topk}, more than the pairs of {flag('side_topk')} "
+            f"{config.side_topk} keys a side, {config.shortlist**2}. Raise {flag('side_topk')}."
+        )
+    if config.query_per_rank and config.rank_layout != "full":
+        raise UltraMemError(
+            f"{flag('query_per_rank')} gives each rank a query as wide as a key: it needs "
+            f"{flag('rank_layout')} full, not {config.rank_layout}."
         )
     if config.share_query and config.heads > 1 and config.heads % 2:
         raise UltraMemError(
@@ -118,13 +153,27 @@ def _check_values(config: UltraMemConfig, hidden_size: int) -> None:
             f"it must be 1, because the projection is what expands the values. Drop "
             f"--no-ultramem-value-projection or use {flag('value_expansion')} 1."
         )
+    if (
+        not config.value_projection
+        and config.values == "prevalued"
+        and config.pre_dim != hidden_size
+    ):
+        raise UltraMemError(
+            f"{flag('pre_value_dim')} is {config.pre_dim}; without the projections it must be "
+            f"the hidden size ({hidden_size}). Leave it out, or "
+            f"drop --no-ultramem-value-projection."
+        )
     if not config.value_projection and config.value_dim != hidden_size:
         raise UltraMemError(
             f"{flag('value_dim')} is {config.value_dim}; without the value projection it must be "
             f"the hidden size ({hidden_size}). Drop --no-ultramem-value-projection or use "
             f"{flag('value_dim')} {hidden_size}."
         )
-    virtual = config.value_expansion * config.num_values
+    if config.softmax and config.relu_scores:
+        raise UltraMemError(
+            f"{flag('softmax')} and {flag('relu_scores')} are both given; choose one of them."
+        )
+    virtual = max(config.value_expansion * config.num_values, config.keys_per_side**2)
     if virtual >= 2**31:
         raise UltraMemError(
             f"{flag('num_keys')} {config.num_keys} with {flag('value_expansion')} "

@@ -11,12 +11,13 @@ from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.presets.ablations import ABLATIONS
+from ultramem_megatron.presets.family import FAMILY
 from ultramem_megatron.presets.models import MODELS
 from ultramem_megatron.presets.preset import Preset
 
 __all__ = ["MEMORY_PRESETS", "PRESETS", "find_preset", "preset_fields"]
 
-PRESETS: dict[str, Preset] = MODELS | ABLATIONS
+PRESETS: dict[str, Preset] = MODELS | FAMILY | ABLATIONS
 MEMORY_PRESETS = tuple(name for name, preset in PRESETS.items() if preset.memory)
 
 

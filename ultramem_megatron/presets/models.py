@@ -94,6 +94,44 @@ _COMMON = (
 )
 
 
+def swiglu_transformer(layers: int, hidden: int, heads: int, inner: int) -> dict[str, Setting]:
+    """A dense GPT as the authors' published code has it."""
+    return code(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        ffn_hidden_size=inner,
+        swiglu=True,
+        normalization="RMSNorm",
+        disable_bias_linear=True,
+        position_embedding_type="rope",
+    ) | assumed(
+        untie_embeddings_and_output_weights=True, seq_length=4096, max_position_embeddings=4096
+    )
+
+
+def olmoe_training() -> dict[str, Setting]:
+    """5e11 tokens (arXiv 2508.18756, table 3); the rest is the schedule of OLMoE."""
+    return (
+        paper(train_iters=119_209, lr_decay_iters=119_209)
+        | assumed(
+            lr=4e-4,
+            min_lr=4e-5,
+            lr_decay_style="cosine",
+            lr_warmup_iters=2500,
+            global_batch_size=1024,
+            optimizer="adam",
+            adam_beta1=0.9,
+            adam_beta2=0.95,
+            weight_decay=0.1,
+            clip_grad=1.0,
+            bf16=True,
+        )
+        | _UPKEEP
+        | code(attention_dropout=0.0, hidden_dropout=0.0)
+    )
+
+
 MODELS: dict[str, Preset] = {
     "dense-151m": Preset(_INFERRED_SIZES, TRANSFORMER_151M, TRAINING_151M),
     "dense-680m": Preset(_INFERRED_SIZES, _680M, _TRAINING_680M),
@@ -126,36 +164,8 @@ MODELS: dict[str, Preset] = {
     ),
     "ultramem-227m-1.2b": Preset(
         "the authors' published code (their spans, counted from 1)",
-        code(
-            num_layers=20,
-            hidden_size=768,
-            num_attention_heads=12,
-            ffn_hidden_size=2752,
-            swiglu=True,
-            normalization="RMSNorm",
-            disable_bias_linear=True,
-            position_embedding_type="rope",
-        )
-        | assumed(
-            untie_embeddings_and_output_weights=True, seq_length=4096, max_position_embeddings=4096
-        ),
-        # 5e11 tokens (arXiv 2508.18756, table 3); the rest is the schedule of OLMoE.
-        paper(train_iters=119_209, lr_decay_iters=119_209)
-        | assumed(
-            lr=4e-4,
-            min_lr=4e-5,
-            lr_decay_style="cosine",
-            lr_warmup_iters=2500,
-            global_batch_size=1024,
-            optimizer="adam",
-            adam_beta1=0.9,
-            adam_beta2=0.95,
-            weight_decay=0.1,
-            clip_grad=1.0,
-            bf16=True,
-        )
-        | _UPKEEP
-        | code(attention_dropout=0.0, hidden_dropout=0.0),
+        swiglu_transformer(20, 768, 12, 2752),
+        olmoe_training(),
         code(
             spans="3:6/7:10/11:14/15:18",
             num_keys=808,

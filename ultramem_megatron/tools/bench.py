@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.benchmark is None:
         print(_listing())
     else:
-        _become(options.benchmark, options.flags)
+        become(f"benchmarks.{options.benchmark}", options.flags)
 
 
 def _listing() -> str:
@@ -47,14 +47,19 @@ def _listing() -> str:
     return "\n".join(f"  {name:<{width}}  {about}" for name, about in BENCHMARKS.items())
 
 
-def _become(benchmark: str, flags: Sequence[str]) -> None:
+def become(module: str, flags: Sequence[str]) -> None:
+    """Run `module` of the checkout's launch/ in place of this process.
+
+    Raises:
+        UltraMemError: there is none beside what is installed.
+    """
     if not (_CHECKOUT / "launch" / "benchmarks").is_dir():
         raise UltraMemError(
-            f"bench {benchmark}: benchmarks are not in the wheel that is installed here. Run bash "
-            f"launch/setup.sh in a clone of the repository, then .venv/bin/ultramem bench there."
+            f"{module}: benchmarks are not in the wheel that is installed here. Run bash "
+            f"launch/setup.sh in a clone of the repository, then .venv/bin/ultramem there."
         )
     # Benchmarks start ranks, which must find the checkout too.
     paths = [str(_CHECKOUT), os.environ.get("PYTHONPATH")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-m", f"launch.benchmarks.{benchmark}", *flags]
+    command = [sys.executable, "-m", f"launch.{module}", *flags]
     os.execve(sys.executable, command, environment)

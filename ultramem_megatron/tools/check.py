@@ -100,6 +100,7 @@ def _spans(run: Any) -> str:
         spans_cross_stages,
         suggest_layout,
     )
+    from ultramem_megatron.memory.placement import uncut
 
     if run.ultramem is None:
         return "none: a plain GPT"
@@ -111,7 +112,7 @@ def _spans(run: Any) -> str:
     if not spans_cross_stages(run.ultramem.spans, run.transformer):
         return f"{tables}; no span crosses a stage"
     better = suggest_layout(
-        run.ultramem.spans, run.args.num_layers, len(pipeline_chunks(run.transformer))
+        uncut(run.ultramem), run.args.num_layers, len(pipeline_chunks(run.transformer))
     )
     advice = f', not so with --pipeline-model-parallel-layout "{better}"' if better else ""
     return f"{tables}; spans cross stages, which sends tensors twice as wide{advice}"

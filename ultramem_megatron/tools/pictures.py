@@ -1,5 +1,6 @@
 """Pictures without a display: one way to open and save a figure, one colour for each model."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,5 +32,5 @@ def picture(file: Path, size: tuple[float, float], dpi: int = 120) -> Iterator[A
 
 def colours(models: Iterable[str]) -> dict[str, str]:
     """Colours by name: of dense, MoE, pkm and UltraMem (in any case) the same in all pictures."""
-    others = iter(_OTHERS)
+    others = itertools.cycle(_OTHERS)
     return {name: _COLOURS.get(name.lower()) or next(others) for name in models}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.dispatch import VARIABLE
+from ultramem_megatron.kernels.native.library import native_library
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,13 @@ class Candidate:
                 del os.environ[VARIABLE]
             else:
                 os.environ[VARIABLE] = before
+
+
+def implementations(device: torch.device) -> list[str]:
+    """Those of this project that `device` runs; the reference first."""
+    compiled = native_library() is not None
+    fast = ["triton"] if device.type == "cuda" else ["native"] if compiled else []
+    return ["reference", "torch", *fast]
 
 
 def check(candidates: Sequence[Candidate], tolerance: float) -> dict[str, float]:

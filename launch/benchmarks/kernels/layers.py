@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launch.benchmarks.kernels.candidate import Candidate
+from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.lookups import table_gradient
 from launch.benchmarks.kernels.plain_layer import plain_layer
 from launch.benchmarks.kernels.shapes import Shape
@@ -44,11 +44,7 @@ def candidates(shape: Shape, device: torch.device) -> list[Candidate]:
             name=name, forward=forward, leaves=leaves, gradients=gradients, kernels=kernels
         )
 
-    found = [
-        candidate(name, lambda: layer(x), name)
-        for name in ("reference", "torch", "triton")
-        if name != "triton" or device.type == "cuda"
-    ]
+    found = [candidate(name, lambda: layer(x), name) for name in implementations(device)]
     return [*found, candidate("plain", lambda: plain_layer(layer, x))]
 
 

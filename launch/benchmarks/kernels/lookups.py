@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launch.benchmarks.kernels.candidate import Candidate
+from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.plain_layer import plain_lookup
 from launch.benchmarks.kernels.shapes import Shape
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
@@ -40,13 +40,8 @@ def candidates(shape: Shape, device: torch.device) -> list[Candidate]:
     def plain() -> Tensor:
         return plain_lookup(table, rows, groups, scores, shape.expansion)
 
-    found = [
-        candidate("reference", table, ours, "reference"),
-        candidate("torch", table, ours, "torch"),
-        candidate("plain", table, plain),
-    ]
-    if device.type == "cuda":
-        found.append(candidate("triton", table, ours, "triton"))
+    found = [candidate(name, table, ours, name) for name in implementations(device)]
+    found.append(candidate("plain", table, plain))
     bags = _Bags(table, rows, groups, scores, shape.expansion)
     for sparse in (False, True):
         name = f"embedding_bag, {'sparse' if sparse else 'dense'} gradient"

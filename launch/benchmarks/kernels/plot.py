@@ -14,7 +14,8 @@ _NEEDED = ("sweep", "op", "candidate", "passes", "ms_min", "values", "hardware",
 _MOE = "Megatron MoE, top-2 of 32, equal FLOPs"
 _SHOWN = {
     "triton": ("this project, Triton", "tab:blue"),
-    "torch": ("this project, PyTorch", "tab:blue"),
+    "native": ("this project, C++", "tab:blue"),
+    "torch": ("this project, PyTorch", "tab:pink"),
     "plain": ("plain PyTorch", "tab:purple"),
     "reference": ("this project's reference", "tab:brown"),
     "embedding_bag, dense gradient": ("embedding_bag, dense gradient", "tab:olive"),
@@ -73,7 +74,8 @@ def _latencies(axes: Any, rows: Sequence[Row], sweep: str) -> None:
 
 def _ratios(rows: Sequence[Row], file: Path) -> Path:
     """Time of every other candidate over ours, at the smallest and the largest table."""
-    ours = "triton" if any(row["candidate"] == "triton" for row in rows) else "torch"
+    there = {row["candidate"] for row in rows}
+    ours = next(name for name in ("triton", "native", "torch") if name in there)
     swept = [row for row in rows if (row["sweep"], row["passes"]) == ("values", _BOTH)]
     ops = list(dict.fromkeys(row["op"] for row in rows))
     to = file.with_name("ratios.png")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from launch.benchmarks.kernels.candidate import Candidate
+from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.shapes import Shape
 from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.kernels.side_topk import side_topk
@@ -78,5 +78,5 @@ def _candidates(
             canonical=lambda scores: scores.sort(-1).values.sort(-2).values,
         )
 
-    names = ["reference", "torch", *(["triton"] if device.type == "cuda" else [])]
+    names = implementations(device)
     return [*(candidate(name, ours, name) for name in names), candidate("plain", plain)]

@@ -100,11 +100,11 @@ def test_ratios():
     found = ratios(
         [
             row("layer", "plain", 128**2, 30),
-            row("layer", "torch", 128**2, 10),
+            row("layer", "native", 128**2, 10),
             row("layer", "plain", 1024**2, 80),
-            row("layer", "torch", 1024**2, 20),
-            row("lookup", "torch", 128**2, 2, 10**6),
-            row("lookup", "torch", 1024**2, 5, 3 * 10**6),
+            row("layer", "native", 1024**2, 20),
+            row("lookup", "native", 128**2, 2, 10**6),
+            row("lookup", "native", 1024**2, 5, 3 * 10**6),
         ]
     )
     assert [value for _, value, _ in found] == [3.0, 4.0, 2.5, 2.0]

@@ -56,6 +56,14 @@ def test_the_same_layout_goes_on(saved):
     assert run_pretrain(2, _flags(load=folder, ckpt_step=2)).losses == losses[2:]
 
 
-def test_sgd_is_refused_where_it_would_be_saved(tmp_path):
-    with pytest.raises(RanksFailed, match="--optimizer sgd: Megatron cannot load its state from a"):
-        run_pretrain(1, _flags(optimizer="sgd", use_distributed_optimizer=None, save=tmp_path))
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("save", "cannot load its state from a"),
+        ("load", "cannot load an optimizer's state into it"),
+    ],
+)
+def test_sgd_is_refused_where_it_would_be_saved_or_loaded(folder, message, tmp_path):
+    flags = _flags(optimizer="sgd", use_distributed_optimizer=None, **{folder: tmp_path})
+    with pytest.raises(RanksFailed, match=f"--optimizer sgd: Megatron {message}"):
+        run_pretrain(1, flags)

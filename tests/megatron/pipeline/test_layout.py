@@ -110,5 +110,5 @@ def test_allowed_cuts():
 
 
 def test_fullest_stage():
-    assert most_on_one_stage(_SPANS, _config(2, layout="Et*5|t*7L")) == 2
-    assert most_on_one_stage(_SPANS, _config(1)) == 3
+    assert most_on_one_stage([span.start for span in _SPANS], _config(2, layout="Et*5|t*7L")) == 2
+    assert most_on_one_stage([span.start for span in _SPANS], _config(1)) == 3

@@ -11,61 +11,12 @@ from tests import ROOT
 from tests.closeness import assert_close
 from tests.decoding import LOGITS, full_logits
 from tests.ranks import RanksFailed, run_on_ranks
+from tests.tools.export.models import MODELS, TOLERANCES, flags, shaken, tokens
 from tests.training_runs import make_saving_fast, run_pretrain, tiny_gpt
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.tools.export import load_plain
 from ultramem_megatron.tools.export.megatron import plain_name
 
-_MEMORY = {"ultramem_num_keys": 12, "ultramem_topk": 6}
-_MODELS = {
-    "convolution": {**_MEMORY, "ultramem_spans": "1:2/3:4", "ultramem_query_conv_kernel": 4},
-    "swiglu": {
-        **_MEMORY,
-        "ultramem_spans": "2:3",
-        "swiglu": True,
-        "normalization": "RMSNorm",
-        "disable_bias_linear": True,
-        "add_qkv_bias": True,
-        "group_query_attention": True,
-        "num_query_groups": 2,
-        "kv_channels": 12,
-        "rotary_percent": 0.5,
-        "rotary_base": 5000,
-        "qk_layernorm": True,
-        "norm_epsilon": 1e-3,
-    },
-    "learned": {
-        **_MEMORY,
-        "ultramem_spans": "full",
-        "position_embedding_type": "learned_absolute",
-        "untie_embeddings_and_output_weights": False,
-        "ultramem_retrieval": "pkm",
-        "ultramem_softmax": True,
-        "ultramem_init": "official",
-        "ultramem_qk_norm": "rmsnorm",
-        "seed": 7,
-    },
-    "experts": {
-        "num_experts": 6,
-        "moe_ffn_hidden_size": 40,
-        "disable_bias_linear": True,
-        "moe_router_pre_softmax": True,
-        "moe_router_topk": 3,
-        "moe_router_dtype": "fp32",
-    },
-    "experts and memory": {
-        **_MEMORY,
-        "ultramem_spans": "2:3",
-        "num_experts": 4,
-        "disable_bias_linear": True,
-        "swiglu": True,
-        "moe_router_load_balancing_type": "none",
-    },
-    "dense bf16": {"bf16": True},
-    # Rounding changes which of two nearly equal values is picked, in either model.
-    "bf16": {**_MEMORY, "ultramem_spans": "2:3", "bf16": True, "disable_bias_linear": True},
-}
-_TOLERANCES = {"dense bf16": 0.02, "bf16": 0.12}
 _REFUSED = {
     "moe": (
         {"num_experts": 4, "moe_router_score_function": "sigmoid", "moe_layer_freq": 2},
@@ -73,14 +24,6 @@ _REFUSED = {
     ),
     "squared": ({"squared_relu": True}, "an activation other than GELU and SwiGLU"),
 }
-
-
-def _flags(changes):
-    return tiny_gpt(**{"num_layers": 4, "init_method_std": 0.2, **changes})
-
-
-def _tokens():
-    return torch.randint(500, (2, 20), generator=torch.Generator().manual_seed(3))
 
 
 def _round_trip(folder):
@@ -92,17 +35,14 @@ def _round_trip(folder):
 
     make_saving_fast()
     logits = {}
-    for name, changes in _MODELS.items():
-        model, args = untrained_model(_flags(changes))
-        generator = torch.Generator().manual_seed(1)
-        for parameter in model.parameters():  # nothing may stay at a value that hides a mistake
-            noise = torch.rand(parameter.shape, generator=generator) - 0.5
-            parameter.data += 0.2 * noise.to(parameter.dtype)
+    for name, changes in MODELS.items():
+        model, args = untrained_model(flags(changes))
+        shaken(model)
         save_weights(model, args, folder / name / "checkpoint")
         main(["--load", f"{folder / name}/checkpoint", "--to", f"{folder / name}/plain"])
         main(["--from", f"{folder / name}/plain", "--save", f"{folder / name}/back"])
         back, _ = load_model(str(folder / name / "back"))
-        logits[name] = full_logits(model, _tokens()), full_logits(back, _tokens())
+        logits[name] = full_logits(model, tokens()), full_logits(back, tokens())
     return logits
 
 
@@ -132,25 +72,25 @@ with torch.no_grad():
 def plain_logits(exported, tmp_path_factory):
     """Of every model, computed in a process that cannot import Megatron."""
     file = tmp_path_factory.mktemp("logits") / "logits.pt"
-    torch.save(_tokens(), file)
-    command = [sys.executable, "-c", _WITHOUT_MEGATRON, str(file), str(exported[0]), *_MODELS]
+    torch.save(tokens(), file)
+    command = [sys.executable, "-c", _WITHOUT_MEGATRON, str(file), str(exported[0]), *MODELS]
     subprocess.run(command, check=True, cwd=ROOT)
     return torch.load(file)
 
 
-@pytest.mark.parametrize("name", _MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_plain_model_gives_the_same_logits_without_megatron(exported, plain_logits, name):
     original, back = exported[1][name]
     assert torch.equal(back, original)
     assert plain_logits[name].dtype == original.dtype
-    assert_close(plain_logits[name], original, _TOLERANCES.get(name, LOGITS))
+    assert_close(plain_logits[name], original, TOLERANCES.get(name, LOGITS))
 
 
 def test_training_goes_on_from_an_import(exported):
     folder = exported[0] / "convolution/back"
-    flags = {**_MODELS["convolution"], "num_layers": 4, "train_iters": 1, "lr": 1e-9}
+    changes = {**MODELS["convolution"], "num_layers": 4, "train_iters": 1, "lr": 1e-9}
     start = {"load": folder, "ckpt_format": "torch_dist", "min_lr": 0, "finetune": True}
-    run = run_pretrain(1, tiny_gpt(**flags, **start), initial_parameters=True)
+    run = run_pretrain(1, tiny_gpt(**changes, **start), initial_parameters=True)
     plain = load_plain(exported[0] / "convolution/plain").state_dict()
     ours = run.ranks[0].initial_parameters
     assert len(run.losses) == 1
@@ -171,7 +111,7 @@ def _export_refused(folder, changes):
     from ultramem_megatron.tools.export.__main__ import main
 
     make_saving_fast()
-    model, args = untrained_model(_flags(changes))
+    model, args = untrained_model(flags(changes))
     save_weights(model, args, folder / "checkpoint")
     main(["--load", f"{folder}/checkpoint", "--to", f"{folder}/plain"])
 
@@ -224,7 +164,7 @@ def _differing():
     from ultramem_megatron.megatron.flags.arguments import config_from_args
     from ultramem_megatron.tools.export.megatron import plain_config, plain_model
 
-    model, args = untrained_model(_flags(_MODELS["swiglu"]))
+    model, args = untrained_model(flags(MODELS["swiglu"]))
     config = plain_config(args, model.config, config_from_args(args))
     plain_model(model, config)
     model.decoder.final_layernorm.eps = 0.5  # something that no flag shows
@@ -239,5 +179,5 @@ def test_a_model_that_computes_something_else_is_not_exported():
 def test_the_command_wants_one_direction():
     from ultramem_megatron.tools.export.__main__ import main
 
-    with pytest.raises(UltraMemError, match=r"Give --load DIR and --to OUT, or --from OUT"):
+    with pytest.raises(UltraMemError, match=r"Give --load DIR and --to \[hf\] OUT, or --from"):
         main(["--load", "a", "--from", "b"])

@@ -16,9 +16,8 @@ def save_weights(model: Any, args: Namespace, folder: str | Path) -> None:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing, parallel_state
 
-    tracker, weights = Path(folder) / TRACKER, iteration_folder(Path(folder), RELEASE)
-    if tracker.exists() or (weights.exists() and any(weights.iterdir())):
-        raise UltraMemError(f"{folder} holds a checkpoint already. Choose another folder.")
+    refuse_checkpoint(folder)
+    tracker, weights = _places(folder)
     weights.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -32,3 +31,15 @@ def save_weights(model: Any, args: Namespace, folder: str | Path) -> None:
     if dist.get_rank() == 0:
         tracker.write_text(RELEASE)
     dist.barrier()
+
+
+def refuse_checkpoint(folder: str | Path) -> None:
+    """Raise UltraMemError if the folder has a checkpoint already."""
+    tracker, weights = _places(folder)
+    if tracker.exists() or (weights.exists() and any(weights.iterdir())):
+        raise UltraMemError(f"{folder} holds a checkpoint already. Choose another folder.")
+
+
+def _places(folder: str | Path) -> tuple[Path, Path]:
+    """The tracker's file and the weights' folder."""
+    return Path(folder) / TRACKER, iteration_folder(Path(folder), RELEASE)

@@ -20,10 +20,14 @@ _INTEGER_HELP = {
     "key_dim": "Width of queries and keys, Dk (default: half the hidden size).",
     "value_dim": "Width of a value, Dv (default: half the hidden size).",
     "topk": "Values read per token and head, m.",
+    "side_topk": "Keys of each side whose pairs are scored exactly (0: m of them).",
     "heads": "Key sets H that read one table, each with its own top-m.",
     "tucker_rank": "Rank r of the Tucker-decomposed retrieval (1 with pkm).",
     "cores": "Cores h of multi-core scoring, one score per slice of a value (1 with pkm).",
+    "pre_value_dim": "Width of a pre-value, Dp, with --ultramem-values prevalued (0: Dv).",
     "value_expansion": "Virtual values per physical value, E, a square (1: none).",
+    "key_expansion": "Addresses of a value, e*e; with E=1 what they bring is added up.",
+    "share_values": "So many memories, g, share their values.",
     "query_conv_kernel": "Taps of the causal depthwise convolution before the query projection "
     "(0: none).",
 }
@@ -40,14 +44,22 @@ _CHOICE_HELP = {
     "rank_layout": "split: each rank has a slice of the key (paper); full: each has all of it "
     "(authors' code).",
     "qk_norm": "Norm of queries and keys.",
+    "share_order": "How memories share values. block: g neighbours read one table of g*n*n; same: "
+    "one of n*n; ring, noring: all memories have one table, of which each reads g*n*n, around its "
+    "end or stopping there.",
+    "pre_value_activation": "Activation of a pre-value's product with the input.",
     "values": f"What is read: {VALUES.described()}.",
     "init": f"Initial values: {INITIALISATIONS.described()}.",
 }
 _SWITCH_HELP = {
     "share_query": "Two heads use one query.",
+    "query_per_rank": "Each Tucker rank has queries of its own; needs --ultramem-rank-layout full.",
+    "values_per_head": "Every head reads a table of its own.",
     "value_projection": "Project pooled values to the hidden size; needed for value expansion.",
     "query_centering": "Take a running mean over tokens off what queries are projected from, which "
     "keeps the queries of different tokens apart.",
+    "projection_bias": "Projections of queries and values, and gates, have a bias.",
+    "relu_scores": "ReLU of the scores.",
     "softmax": "Softmax over each head's scores, as product-key memories have it.",
     "lazy_adam": "Adam updates only the rows of value tables that have a gradient: for small "
     "batches and fine-tuning.",
@@ -104,7 +116,7 @@ def _add_config_arguments(design: Any, training: Any) -> None:
 
     def add(name: str, text: str, **extra: Any) -> None:
         group = training if name in _TRAINING else design
-        group.add_argument(flag(name), **extra, help=text + _shown_default(defaults[name]))
+        group.add_argument(flag(name), **extra, help=text + _shown_default(name, defaults[name]))
 
     for name, text in _INTEGER_HELP.items():
         add(name, text, type=whole_number)
@@ -181,7 +193,9 @@ def _add_table_arguments(group: Any) -> None:
     )
 
 
-def _shown_default(default: Any) -> str:
+def _shown_default(name: str, default: Any) -> str:
+    if name == "key_expansion":
+        return " Default: the root of E."
     if default is None:
         return " Default: with --ultramem-init matched."
     return "" if default is MISSING else f" Default: {default}."

@@ -6,6 +6,7 @@ from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig, flag
+from ultramem_megatron.memory.placement import placements
 
 _MEMORIES_REFUSE = {
     "cuda_graph_impl": "graphs capture a layer without its memory branch",
@@ -62,11 +63,14 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
             f"other layouts go unnoticed. Use --ckpt-format torch_dist, without conversion."
         )
     _check_log_tables_interval(args)
-    if args.optimizer == "sgd" and args.save and not args.no_save_optim:
+    if _share(ultramem) and args.overlap_grad_reduce and args.recompute_granularity == "full":
         raise UltraMemError(
-            "--optimizer sgd: Megatron cannot load its state from a checkpoint again. Use adam, or "
-            "add --no-save-optim, and --no-load-optim to go on."
+            f"--overlap-grad-reduce with --recompute-granularity full cannot be combined with "
+            f"{flag('share_values')} {ultramem.share_values:g}: recomputed layers give their parts "
+            f"of a shared table's gradient one by one, and the first would be reduced alone. Drop "
+            f"one of the two."
         )
+    _check_sgd(args)
     if ultramem.query_conv_kernel > 1:
         _check_documents(args, f"{flag('query_conv_kernel')} {ultramem.query_conv_kernel}")
     if ultramem.lazy_adam and args.optimizer != "adam":
@@ -78,6 +82,22 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
         raise UltraMemError(
             f"--use-distributed-optimizer cannot be combined with {flag('lazy_adam')}: it cuts "
             f"tables into pieces that are no rows. Drop one of the two."
+        )
+
+
+def _check_sgd(args: Namespace) -> None:
+    """Megatron's plain SGD has no state of the form that its checkpoints ask for."""
+    if args.optimizer != "sgd":
+        return
+    if args.save and not args.no_save_optim:
+        raise UltraMemError(
+            "--optimizer sgd: Megatron cannot load its state from a checkpoint again. Use adam, or "
+            "add --no-save-optim, and --no-load-optim to go on."
+        )
+    if args.load and not (args.no_load_optim or args.finetune):
+        raise UltraMemError(
+            "--optimizer sgd: Megatron cannot load an optimizer's state into it. Use adam, or add "
+            "--no-load-optim: weights alone."
         )
 
 
@@ -97,6 +117,11 @@ def _check_documents(args: Namespace, convolution: str) -> None:
             f"{_flag(packed[0])} with --context-parallel-size {args.context_parallel_size} cannot "
             f"be combined with {convolution}: each document is cut. Drop one of the three."
         )
+
+
+def _share(ultramem: UltraMemConfig) -> bool:
+    places = placements(ultramem)
+    return len({place.table for place in places}) < len(places)
 
 
 def _check_log_tables_interval(args: Namespace) -> None:

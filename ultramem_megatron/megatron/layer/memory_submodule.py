@@ -23,6 +23,11 @@ from torch import Tensor
 from ultramem_megatron.communication.branch import Branch
 from ultramem_megatron.communication.pausing import Pausing, run
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.checkpoint.shared_tables import (
+    StoredPlace,
+    shared_key,
+    stored_place,
+)
 from ultramem_megatron.megatron.layer.document_reach import masked_reach, packed_reach
 from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std
 from ultramem_megatron.megatron.layer.query_history import (
@@ -37,6 +42,7 @@ from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.placement import Placement
 from ultramem_megatron.memory.tables.value_table import ValueTable, value_tables
 from ultramem_megatron.memory.values import VALUES
+from ultramem_megatron.memory.values.contract import Site
 
 
 class Surroundings(NamedTuple):
@@ -75,14 +81,23 @@ class TransformerMemory(UltraMemLayer):
         """
         groups = table_groups(pg_collection)
         with _parameter_dtype(config.params_dtype), _parameter_device(config):
-            if placement.table == placement.reads:
-                values_by_table[placement.table] = _values(ultramem, groups, partition)
-            elif placement.table not in values_by_table:
+            owns_tables = placement.table == placement.reads
+            if not owns_tables and groups is None:
+                raise UltraMemError(
+                    "Memories that share values (--ultramem-share-values) need table groups: "
+                    "initialise Megatron with expert_tensor_parallel_size=1."
+                )
+            if not owns_tables and placement.table not in values_by_table:
                 raise UltraMemError(
                     f"The memory of layer {placement.reads} reads the values of layer "
                     f"{placement.table}, which is on another pipeline stage. Choose a pipeline "
                     f"layout that keeps the two together."
                 )
+            shared = values_by_table.get(placement.table)
+            values = VALUES[ultramem.values].build(
+                ultramem, _site(config.hidden_size, groups, partition, shared)
+            )
+            values_by_table.setdefault(placement.table, values)
             super().__init__(
                 ultramem,
                 hidden_size=config.hidden_size,
@@ -90,17 +105,22 @@ class TransformerMemory(UltraMemLayer):
                 layer_number=layer_number,
                 eps=config.layernorm_epsilon,
                 feed_forward_std=feed_forward_std(config, placement.adds),
-                values=values_by_table[placement.table],
+                values=values,
                 table_number=placement.table,
+                first_value=placement.first_value,
             )
         self.groups = groups
+        self.owns_tables = owns_tables
+        if not owns_tables:
+            self.register_load_state_dict_pre_hook(_tables_come_with_their_owner)
         self.tensor_group = pg_collection.tp
         self.context_group = pg_collection.cp
         # Under sequence parallelism tensor-parallel ranks, too, see other tokens.
         sequence_parallel = config.sequence_parallel
         self.token_group = pg_collection.tp_dp_cp if sequence_parallel else pg_collection.dp_cp
         self.sequence_parallel = config.sequence_parallel
-        if groups is not None and not self.sequence_parallel and self.tensor_group.size() > 1:
+        shares_tokens = not self.sequence_parallel and self.tensor_group.size() > 1
+        if groups is not None and shares_tokens and owns_tables:
             for table in value_tables(self).values():
                 table.share_tokens(self.tensor_group)
         self._tag_parameters()
@@ -192,33 +212,47 @@ class TransformerMemory(UltraMemLayer):
         )
         if self.groups is not None:
             assert not sharded_offsets, "layers with memory are not homogeneous"
+            place = stored_place(self.config, self.table_number)
             for name, table in value_tables(self).items():
                 key = f"{prefix}{name}.weight"
-                state[key] = _sharded_table(table, key, self.groups)
+                stored = key if place is None else shared_key(name)
+                if self.owns_tables:
+                    state[key] = _sharded_table(table, stored, self.groups, place)
+                else:  # named by its owner; twice, it would be written twice
+                    del state[key]
         return state
 
 
-def _sharded_table(table: ValueTable, key: str, groups: TableGroups) -> ShardedTensor:
+def _tables_come_with_their_owner(
+    memory: torch.nn.Module, state: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Tables that another memory loads are not missed here; a hook before loading."""
+    for name, table in value_tables(memory).items():
+        state.setdefault(f"{prefix}{name}.weight", table.weight.detach())
+
+
+def _sharded_table(
+    table: ValueTable, key: str, groups: TableGroups, place: StoredPlace | None
+) -> ShardedTensor:
+    """place: in the checkpoint's table of all memories, None: it is one of its own."""
     layout, weight = table.layout, table.weight
+    first, rows = (0, layout.num_values) if place is None else place
     return ShardedTensor(
         key,
         weight,
         weight.dtype,
         tuple(weight.shape),
-        (layout.num_values, layout.value_dim),
-        (layout.rows().start, layout.columns().start),
+        (rows, layout.value_dim),
+        (first + layout.rows().start, layout.columns().start),
         None,  # parts may differ in size by a row: no regular grid
         replica_id=(0, 0, groups.replicas.rank()),
     )
 
 
-def _values(
-    ultramem: UltraMemConfig, groups: TableGroups | None, partition: str
-) -> torch.nn.Module:
-    kind = VALUES[ultramem.values]
+def _site(hidden_size: int, groups: TableGroups | None, partition: str, shared: Any) -> Site:
     if groups is None:
-        return kind.build(ultramem, "replicated", None)
-    return kind.build(ultramem, partition, groups.table)
+        return Site(hidden_size, shared=shared)
+    return Site(hidden_size, partition, groups.table, shared)
 
 
 def _parameter_device(config: TransformerConfig) -> torch.device:

@@ -26,7 +26,11 @@ from ultramem_megatron.megatron.layer.transformer_layer import (
     with_memory_branch,
 )
 from ultramem_megatron.megatron.optimizer.scalar_parameters import leave_to_scalar_optimizer
-from ultramem_megatron.megatron.pipeline.layout import check_pipeline, spans_cross_stages
+from ultramem_megatron.megatron.pipeline.layout import (
+    check_pipeline,
+    check_shared_tables,
+    spans_cross_stages,
+)
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.placement import placements
 from ultramem_megatron.memory.spans import span_covering
@@ -51,6 +55,7 @@ def with_memory(
     UltraMemError when a span cannot cross into another stage.
     """
     check_pipeline(ultramem.spans, config)
+    check_shared_tables(ultramem, config)
     leave_to_scalar_optimizer()  # here, as every model with memories comes by
     if pp_rank is None:
         pp_rank = parallel_state.get_pipeline_model_parallel_rank()

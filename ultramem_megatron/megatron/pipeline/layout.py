@@ -1,7 +1,7 @@
 """Which pipeline stages spans lie in, what cannot be carried over, and which layout would do."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from megatron.core.transformer.enums import LayerType
@@ -10,6 +10,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.config import UltraMemConfig, flag
+from ultramem_megatron.memory.placement import table_groups, uncut
 from ultramem_megatron.memory.spans import Span
 
 
@@ -86,6 +88,20 @@ def check_pipeline(spans: tuple[Span, ...], config: TransformerConfig) -> None:
     )
 
 
+def check_shared_tables(ultramem: UltraMemConfig, config: TransformerConfig) -> None:
+    """Raise UltraMemError if memories that share a table are on several stages or chunks."""
+    chunks = pipeline_chunks(config)
+    crossing = _first_crossing(table_groups(ultramem), chunks)
+    if crossing is None:
+        return
+    group, start, end = crossing
+    raise UltraMemError(
+        f"{flag('share_values')} {ultramem.share_values:g}: the memories of layers {group.start} "
+        f"to {group.end} share a table, but pipeline {start} and {end} would both read it. "
+        + _advice(uncut(ultramem), config.num_layers, config.pipeline_model_parallel_size, chunks)
+    )
+
+
 def _obstacle(config: TransformerConfig, chunks: list[Chunk]) -> str | None:
     empty = [chunk for chunk in chunks if chunk.last < chunk.first]
     if empty:
@@ -95,11 +111,15 @@ def _obstacle(config: TransformerConfig, chunks: list[Chunk]) -> str | None:
     return None
 
 
-def most_on_one_stage(spans: tuple[Span, ...], config: TransformerConfig) -> int:
-    """Number of memories on the pipeline stage that holds the most."""
+def most_on_one_stage(layers: Iterable[int], config: TransformerConfig) -> int:
+    """Number of memories, or of their tables, on the pipeline stage that holds the most.
+
+    layers: where they are.
+    """
+    numbers = tuple(layers)
     held = [0] * config.pipeline_model_parallel_size
     for chunk in pipeline_chunks(config):
-        held[chunk.pp_rank] += sum(chunk.first <= span.start <= chunk.last for span in spans)
+        held[chunk.pp_rank] += sum(chunk.first <= number <= chunk.last for number in numbers)
     return max(held)
 
 

@@ -5,23 +5,20 @@ models it is hundreds of times more, and training first turns the memory down. U
 the two as well (arXiv 2508.18756, eq. 26).
 """
 
-import math
 from dataclasses import replace
 
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.paper import INITIALISATION as PAPER
+from ultramem_megatron.memory.initialization.read_std import value_std
 from ultramem_megatron.memory.initialization.scales import Host, Initialisation, Scales
 
 
-def value_std(config: UltraMemConfig, feed_forward_std: float) -> float:
-    """sqrt(E / (m H)) of it: each of m*H values reaches 1/E of the projection's inputs."""
-    return math.sqrt(config.value_expansion / config.picks) * feed_forward_std
-
-
 def _scales(config: UltraMemConfig, host: Host) -> Scales:
+    std = value_std(config, host.feed_forward_std)
     return replace(
         PAPER.scales(config, host),
-        values=value_std(config, host.feed_forward_std),
+        values=std,
+        pre_values=std,
         # Positive, so that all slices of a value weigh about the same, and the filter finds nearly
         # all that can be found: cores of both signs hide up to a quarter of it.
         cores=None,

@@ -1,8 +1,7 @@
 """The paper's initial values (appendix A), calibrated so that they meet their own target."""
 
-import math
-
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.initialization.read_std import value_std
 from ultramem_megatron.memory.initialization.scales import Host, Initialisation, Scales
 
 
@@ -11,18 +10,16 @@ def output_std(num_layers: int) -> float:
     return (2 * num_layers) ** -0.5
 
 
-def value_std(picks: int, expansion: int, num_layers: int) -> float:
-    """sqrt(E / (2 m H L)): `output_std` when scores have mean square 1 (appendix A)."""
-    return math.sqrt(expansion / picks) * output_std(num_layers)
-
-
 def _scales(config: UltraMemConfig, host: Host) -> Scales:
+    std = value_std(config, output_std(host.num_layers))  # sqrt(E / (2 m H L)) where pooled
     return Scales(
         query_gain=1.0,
         key_gain=config.key_dim**-0.5,
         query=host.hidden_size**-0.5,
         keys=config.key_dim**-0.5,
-        values=value_std(config.picks, config.value_expansion, host.num_layers),
+        values=std,
+        pre_values=std,
+        pre_projection=host.hidden_size**-0.5,
         value_projection=(config.value_expansion * config.value_dim) ** -0.5,
         cores=config.cores**-0.5,  # the sum of h independent cores has entries of variance 1
         mean_square=1.0,

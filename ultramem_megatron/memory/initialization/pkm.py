@@ -23,6 +23,8 @@ def _scales(config: UltraMemConfig, host: Host) -> Scales:
         query=(2 / (host.hidden_size + queries)) ** 0.5,
         keys=keys,
         values=config.value_dim**-0.5,
+        pre_values=config.pre_dim**-0.5,
+        pre_projection=host.hidden_size**-0.5,
         value_projection=(config.value_expansion * config.value_dim) ** -0.5,
         cores=None,
         uniform=True,

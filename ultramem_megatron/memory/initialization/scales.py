@@ -28,6 +28,9 @@ class Scales:
     values: float
     """Of the values; under a softmax, if its weights had the mean square that is asked for."""
     value_projection: float
+    pre_values: float = 0.0
+    pre_projection: float = 0.0
+    """Of the projection to the width of a pre-value."""
     cores: float | None
     """Of each entry of a Tucker core; None: uniform between 0 and 1."""
     uniform: bool = False

@@ -8,6 +8,8 @@ is computed instead.
 import torch
 from torch import Tensor, nn
 
+from ultramem_megatron.memory.config import UltraMemConfig
+
 _MOST_BINS = 128
 
 
@@ -59,6 +61,11 @@ class StoredShuffle(nn.Module):
     def forward(self, addresses: Tensor) -> Tensor:
         """Shuffled addresses, same shape, int64."""
         return self.permutation[addresses].long()
+
+
+def shuffles(config: UltraMemConfig) -> bool:
+    """Whether addresses are shuffled: where one value has several, or one memory others' values."""
+    return config.key_expansion != 1 or config.window_keys != config.num_keys
 
 
 def grid_bins(side: int) -> int:

@@ -39,7 +39,8 @@ class ProductKeys(nn.Module):
     def forward(self, query: Tensor, directions: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         """The m keys of each side with the largest scores, combined over ranks by `directions`.
 
-        query: (T, Q, S, Dk), normalised; head i reads query i * Q // H. directions: (S, H, R).
+        query: (T, Q, S, Dk), normalised, or one for each rank, (T, Q, S, R*Dk); head i reads query
+        i * Q // H. directions: (S, H, R).
         Returns keys (T, H, S, m), ascending, and their scores (T, H, S, R, m), at least float32.
         """
         keys = self._normed() if self.fixed is None else self.fixed
@@ -69,7 +70,7 @@ class ProductKeys(nn.Module):
         """(T, H, S, R, K); a view where each query serves one head, or one query all."""
         heads, _, _, ranks, width = self.weight.shape
         tokens, queries, sides, _ = query.shape
-        if self.config.rank_layout == "split":
+        if self.config.query_per_rank or self.config.rank_layout == "split":
             by_rank = query.view(tokens, queries, 1, sides, ranks, width)
         else:
             by_rank = query.view(tokens, queries, 1, sides, 1, width)

@@ -19,15 +19,16 @@ class ProductKeyRetrieval(Retrieval):
 
     def forward(self, query: Tensor) -> Retrieved:
         """query: (T, Q, 2, Dk)."""
-        heads = self.config.heads
+        config, heads = self.config, self.config.heads
         directions = query.new_ones(2, heads, 1)
-        keys, scores = self.keys(query, directions, self.config.topk)
+        keys, scores = self.keys(query, directions, config.shortlist)
         row, column = scores.unbind(2)  # (T, H, 1, m)
         # A sum as a Tucker grid: (row, 1) and (1, column) of rank 2 with the identity as core.
         ones = torch.ones_like(row)
         of_rank_2 = torch.stack([torch.cat([row, ones], 2), torch.cat([ones, column], 2)], dim=2)
         core = torch.eye(2, dtype=scores.dtype, device=scores.device).expand(1, heads, 2, 2)
-        return Retrieved.by_head(*tucker_topk(of_rank_2, keys, core, self.config.keys_per_side))
+        best = tucker_topk(of_rank_2, keys, core, config.keys_per_side, config.topk)
+        return Retrieved.by_head(*best)
 
 
 def _check(config: UltraMemConfig) -> None:
@@ -41,7 +42,7 @@ def _check(config: UltraMemConfig) -> None:
 def _reference(
     row: Tensor, column: Tensor, _head: int, _state: Mapping[str, Tensor], config: UltraMemConfig
 ) -> Grids:
-    topk = config.topk
+    topk = config.shortlist
     rows, columns = row[:, 0].topk(topk).indices, column[:, 0].topk(topk).indices
     grid = row[:, 0].gather(1, rows)[:, :, None] + column[:, 0].gather(1, columns)[:, None]
     return rows, columns, [grid]

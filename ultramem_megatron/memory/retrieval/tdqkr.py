@@ -34,8 +34,9 @@ class TuckerRetrieval(Retrieval):
     def forward(self, query: Tensor) -> Retrieved:
         """query: (T, Q, 2, Dk)."""
         directions = torch.stack([self.cores.u, self.cores.t])
-        keys, scores = self.keys(query, directions, self.config.topk)
-        best = tucker_topk(scores, keys, self.cores(), self.config.keys_per_side)
+        config = self.config
+        keys, scores = self.keys(query, directions, config.shortlist)
+        best = tucker_topk(scores, keys, self.cores(), config.keys_per_side, config.topk)
         return Retrieved.by_head(*best)
 
     def reset(self, draw: Draw, scales: Scales) -> None:
@@ -87,7 +88,7 @@ def _check(config: UltraMemConfig) -> None:
 def _reference(
     row: Tensor, column: Tensor, head: int, state: Mapping[str, Tensor], config: UltraMemConfig
 ) -> Grids:
-    topk, ranks = config.topk, config.tucker_rank
+    topk, ranks = config.shortlist, config.tucker_rank
     u, t = state["retrieval.cores.u"][head], state["retrieval.cores.t"][head]
     rows = torch.einsum("tan,a->tn", row, u).topk(topk).indices  # eq. 8: rank-1 filter
     columns = torch.einsum("tan,a->tn", column, t).topk(topk).indices

@@ -32,6 +32,18 @@ class TableReader(Protocol):
         """
         ...
 
+    @property
+    def dot_pauses(self) -> int:
+        """How often a dot pauses for the other ranks."""
+        ...
+
+    def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
+        """Products (T, P) of the rows at these addresses with their token's x (T, V); in steps.
+
+        As for `read`; the table has one core. At least float32, differentiable in part and x.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -60,6 +72,8 @@ class Partition:
         """Whether a table of these sizes can be cut so."""
         try:
             self.check(self.layout(num_values, x.value_dim, x.cores, x.size))
+            if x.pre_dim:
+                self.check(self.layout(num_values, x.pre_dim, 1, x.size))
         except UltraMemError:
             return False
         return True

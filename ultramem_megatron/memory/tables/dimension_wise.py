@@ -17,11 +17,12 @@ from torch import Tensor
 from ultramem_megatron.communication.exchange import Transfer, all_to_all, gather_tokens
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.kernels.lookup_dot import lookup_dot
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.memory.tables.contract import Partition
 from ultramem_megatron.memory.tables.layout import TableLayout
-from ultramem_megatron.memory.tables.traffic import ADDRESS_BYTES, Exchange, Volume
+from ultramem_megatron.memory.tables.traffic import ADDRESS_BYTES, PRODUCT_BYTES, Exchange, Volume
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class DimensionWiseReader:
     num_groups: int
     group: Any
     pauses = 2
+    dot_pauses = 2
 
     def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """See TableReader.read."""
@@ -47,6 +49,19 @@ class DimensionWiseReader:
         by_rank = home.view(self.layout.size, tokens, self.num_groups, part.shape[1])
         by_token = by_rank.permute(1, 2, 0, 3)
         return by_token.reshape(tokens, self.num_groups, self.layout.value_dim)
+
+    def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
+        """See TableReader.dot: partial products of all tokens go home and are added up there."""
+        size, tokens = self.layout.size, len(addresses)
+        gathering = gather_tokens(addresses.to(torch.int32), self.group, "addresses")
+        slices = x.to(part.dtype).view(tokens, size, part.shape[1]).transpose(0, 1)
+        sending = all_to_all(slices.flatten(0, 1), self.group, "pre-value inputs")
+        yield
+        rows, _ = split_address(gathering.wait().long(), self.layout.num_values)
+        partial = lookup_dot(part, rows, sending.wait())  # (G*T, P)
+        returning = all_to_all(partial, self.group, "pre-value products")
+        yield
+        return returning.wait().view(size, tokens, -1).sum(0)
 
     def _send_scores(self, scores: Tensor, part: Tensor) -> Transfer:
         """Scores (T, P, C) to (G*T, P, c): of all tokens, for the cores of this rank's columns."""
@@ -68,7 +83,16 @@ def volume(x: Exchange) -> Volume:
     addresses = ADDRESS_BYTES * x.picks * others
     scores = x.number_bytes * cores * x.picks * others
     pooled = x.number_bytes * x.expansion * x.value_dim * others / x.size
-    return Volume(addresses + scores + pooled, scores + pooled)
+    dots = _volume_of_dots(x) if x.pre_dim else Volume(0.0, 0.0)
+    return Volume(addresses + scores + pooled + dots.forward, scores + pooled + dots.backward)
+
+
+def _volume_of_dots(x: Exchange) -> Volume:
+    """Of pre-values: addresses once more, slices of the inputs, partial products."""
+    others = x.size - 1
+    inputs = x.number_bytes * x.pre_dim * others / x.size
+    products = PRODUCT_BYTES * x.picks * others
+    return Volume(ADDRESS_BYTES * x.picks * others + inputs + products, inputs + products)
 
 
 def _check(layout: TableLayout) -> None:

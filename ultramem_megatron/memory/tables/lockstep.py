@@ -43,6 +43,28 @@ class LockstepReader:
         )
         return pooled[:tokens]
 
+    @property
+    def dot_pauses(self) -> int:
+        """See TableReader.dot_pauses."""
+        return self.reader.dot_pauses
+
+    def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
+        """See TableReader.dot; T may be 0."""
+        tokens = len(addresses)
+        missing = self._most_tokens(tokens, part.device) - tokens
+        fill = (0, 0, 0, missing)
+        products = yield from self.reader.dot(part, pad(addresses, fill), pad(x, fill))
+        return products[:tokens]
+
+    def serve_dot(self, part: Tensor, picks: int, width: int) -> bool:
+        """As serve, of one dot with rows of this width."""
+        most = self._most_tokens(_FINISHED, part.device)
+        if most == _FINISHED:
+            return False
+        addresses = torch.zeros(most, picks, dtype=torch.int64, device=part.device)
+        run(self.reader.dot(part, addresses, torch.zeros(most, width, device=part.device)))
+        return True
+
     def serve(self, part: Tensor, picks: int, cores: int) -> bool:
         """Take part in one read of the others; False if all of them have finished."""
         most = self._most_tokens(_FINISHED, part.device)

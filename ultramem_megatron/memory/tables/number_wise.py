@@ -21,13 +21,20 @@ from torch import Tensor
 from ultramem_megatron.communication.exchange import Transfer, all_to_all
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.kernels.lookup_dot import lookup_dot
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.kernels.shapes import kept_for_backward
 from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.memory.tables.contract import Partition
 from ultramem_megatron.memory.tables.layout import TableLayout
-from ultramem_megatron.memory.tables.traffic import ADDRESS_BYTES, Exchange, Volume, distinct
+from ultramem_megatron.memory.tables.traffic import (
+    ADDRESS_BYTES,
+    PRODUCT_BYTES,
+    Exchange,
+    Volume,
+    distinct,
+)
 
 
 class _Picks(NamedTuple):
@@ -52,6 +59,7 @@ class NumberWiseReader:
     group: Any
     pool_at_owner: bool
     pauses = 3
+    dot_pauses = 3
 
     def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """See TableReader.read."""
@@ -63,6 +71,39 @@ class NumberWiseReader:
         values, buckets = yield from exchange(part, picks, weights)
         pooled = _sums(values, buckets, len(addresses) * self.num_groups)
         return pooled.to(part.dtype).view(len(addresses), self.num_groups, part.shape[1])
+
+    def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
+        """See TableReader.dot: a token's x goes once to each owner of its rows, products return."""
+        if part.is_meta:
+            for _ in range(self.dot_pauses):
+                yield
+            return lookup_dot(part, addresses % self.layout.num_values, x)
+        picks = self._by_owner(addresses)
+        tokens = picks.buckets // self.num_groups
+        number, new_vector = _numbered(picks.owners, tokens)
+        (send, receive), (vectors_send, vectors_receive) = yield from self._exchange_sizes(
+            picks.owners, torch.ones_like(picks.owners), new_vector
+        )
+        first = torch.tensor([0, *vectors_send], device=number.device).cumsum(0)
+        of_token = number.new_empty(sum(vectors_send)).scatter_(0, number, tokens)
+        asking = self._send_integers(picks.rows, "addresses", send, receive)
+        local = number - first[picks.owners]
+        numbering = self._send_integers(local, "input numbers", send, receive)
+        vectors = x.to(part.dtype)[of_token]
+        lending = all_to_all(vectors, self.group, "pre-value inputs", vectors_send, vectors_receive)
+        yield
+        served, source = asking.wait().long(), self._sources(receive, number.device)
+        offsets = torch.tensor([0, *vectors_receive], device=number.device).cumsum(0)
+        inputs = lending.wait()[numbering.wait().long() + offsets[source]]  # (S, V)
+        products = lookup_dot(part, served.unsqueeze(1), inputs)
+        returning = all_to_all(products, self.group, "pre-value products", receive, send)
+        yield
+        return returning.wait().squeeze(1)[picks.order.argsort()].view(addresses.shape)
+
+    def _sources(self, receive: Sequence[int], device: torch.device) -> Tensor:
+        """The rank that each entry came from, when so many came from each."""
+        ranks = torch.arange(self.layout.size, device=device)
+        return torch.repeat_interleave(ranks, torch.tensor(receive, device=device))
 
     def _read_shapes(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """Without numbers nobody knows how much goes where: as if all picked rows were at home."""
@@ -101,9 +142,7 @@ class NumberWiseReader:
     def _read_sums(self, part: Tensor, picks: _Picks, weights: Tensor) -> _Exchanged:
         """Owners weight and sum; one vector per owner and bucket comes here."""
         # Every rank numbers its (owner, bucket) pairs in order, so the owner need not send them.
-        new_pair = torch.ones_like(picks.owners)
-        new_pair[1:] = (picks.owners.diff() != 0) | (picks.buckets.diff() != 0)
-        number = new_pair.cumsum(0) - 1
+        number, new_pair = _numbered(picks.owners, picks.buckets)
         (send, receive), (sums_receive, sums_send) = yield from self._exchange_sizes(
             picks.owners, torch.ones_like(picks.owners), new_pair
         )
@@ -117,10 +156,7 @@ class NumberWiseReader:
         yield
         served, target = asking.wait().long(), numbering.wait().long()  # (S,)
         offsets = torch.tensor([0, *sums_send], device=number.device).cumsum(0)
-        source = torch.repeat_interleave(
-            torch.arange(self.layout.size, device=number.device),
-            torch.tensor(receive, device=number.device),
-        )
+        source = self._sources(receive, number.device)
         values = _read(part, served, weighing.wait())
         sums = _sums(values, target + offsets[source], sum(sums_send)).to(part.dtype)
         returning = all_to_all(sums, self.group, "pooled values", sums_send, sums_receive)
@@ -142,6 +178,13 @@ class NumberWiseReader:
         self, x: Tensor, purpose: str, send: Sequence[int], receive: Sequence[int]
     ) -> Transfer:
         return all_to_all(x.to(torch.int32), self.group, purpose, send, receive)
+
+
+def _numbered(owners: Tensor, of_owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct pairs, numbered in their order, and 1 where a new one begins; both ordered."""
+    new_pair = torch.ones_like(owners)
+    new_pair[1:] = (owners.diff() != 0) | (of_owner.diff() != 0)
+    return new_pair.cumsum(0) - 1, new_pair
 
 
 def _read(part: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
@@ -182,7 +225,18 @@ def volume_of_sums(x: Exchange) -> Volume:
 
 def volume(x: Exchange) -> Volume:
     """The cheaper of the two ways to bring values home."""
-    return min(volume_of_rows(x), volume_of_sums(x), key=lambda way: way.total)
+    values = min(volume_of_rows(x), volume_of_sums(x), key=lambda way: way.total)
+    dots = _volume_of_dots(x) if x.pre_dim else Volume(0.0, 0.0)
+    return Volume(values.forward + dots.forward, values.backward + dots.backward)
+
+
+def _volume_of_dots(x: Exchange) -> Volume:
+    """Of pre-values: indices, an input for each owner that a token asks, products."""
+    away = (x.size - 1) / x.size
+    indices = 2 * ADDRESS_BYTES * x.picks * away
+    inputs = x.number_bytes * x.pre_dim * distinct(x.size, x.picks) * away
+    products = PRODUCT_BYTES * x.picks * away
+    return Volume(indices + inputs + products, inputs + products)
 
 
 def pools_at_owner(x: Exchange) -> bool:

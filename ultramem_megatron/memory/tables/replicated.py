@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.kernels.lookup_dot import lookup_dot
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.memory.tables.contract import Partition
@@ -20,12 +21,18 @@ class ReplicatedReader:
     num_values: int
     num_groups: int
     pauses = 0
+    dot_pauses = 0
 
     def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """See TableReader.read."""
         yield from ()
         rows, groups = split_address(addresses, self.num_values)
         return lookup_reduce(part, rows, groups, scores, self.num_groups)
+
+    def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
+        """See TableReader.dot."""
+        yield from ()
+        return lookup_dot(part, split_address(addresses, self.num_values)[0], x)
 
 
 def _check(layout: TableLayout) -> None:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.tables.contract import Partition
 from ultramem_megatron.memory.tables.layout import TableLayout
@@ -22,14 +23,28 @@ class TableSettings:
         """The partition; a table of one rank is whole."""
         return PARTITIONS["replicated" if self.size == 1 else self.partition]
 
-    def layout(self, config: UltraMemConfig, rank: int = 0) -> TableLayout:
-        """The part of one rank."""
-        sizes = (config.num_values, config.value_dim, config.cores)
+    def layout(
+        self,
+        config: UltraMemConfig,
+        rank: int = 0,
+        *,
+        width: int | None = None,
+        cores: int | None = None,
+    ) -> TableLayout:
+        """The part of one rank; width, cores: of a row, by default those of a value."""
+        sizes = (config.num_values, width or config.value_dim, cores or config.cores)
         return self.kind.layout(*sizes, self.size, rank)
 
     def check(self, config: UltraMemConfig) -> None:
         """Raise UltraMemError for a table that cannot be cut this way, naming what would work."""
         self.kind.check(self.layout(config))
+        if self.kind.parts(self.size)[1] > 1 and config.row_widths[-1] % self.size:
+            raise UltraMemError(
+                f"--ultramem-partition {self.partition} cuts pre-values, too, but "
+                f"--ultramem-pre-value-dim {config.row_widths[-1]} is not divisible by "
+                f"--ultramem-parallel-size {self.size}. Use a multiple of {self.size}, another "
+                f"size, or --ultramem-partition number."
+            )
 
 
 def exchange_of(config: UltraMemConfig, size: int, number_bytes: int) -> Exchange:
@@ -38,6 +53,7 @@ def exchange_of(config: UltraMemConfig, size: int, number_bytes: int) -> Exchang
         size=size,
         picks=config.picks,
         value_dim=config.value_dim,
+        pre_dim=sum(config.row_widths[1:]),
         expansion=config.value_expansion,
         cores=config.cores,
         number_bytes=number_bytes,

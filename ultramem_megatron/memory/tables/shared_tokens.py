@@ -30,15 +30,32 @@ class SharedTokensReader:
         """See TableReader.pauses."""
         return self.reader.pauses + 1
 
+    @property
+    def dot_pauses(self) -> int:
+        """See TableReader.dot_pauses."""
+        return self.reader.dot_pauses + 1
+
+    def _own_share(self, addresses: Tensor) -> tuple[Tensor, int]:
+        """This rank's addresses, and how many tokens fill the shares up."""
+        missing = -len(addresses) % self.group.size()  # shares are equal: what fills weighs nothing
+        share = (len(addresses) + missing) // self.group.size()
+        start = self.group.rank() * share
+        return pad(addresses, (0, 0, 0, missing))[start : start + share], missing
+
+    def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
+        """See TableReader.dot."""
+        own_addresses, missing = self._own_share(addresses)
+        padded = pad(x, (0, 0, 0, missing))
+        own_x = take_share(padded, self.group, "shared pre-value inputs").wait()
+        products = yield from self.reader.dot(part, own_addresses, own_x)
+        gathering = gather_shares(products, self.group, "shared pre-value products")
+        yield
+        return gathering.wait()[: len(addresses)]
+
     def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """See TableReader.read."""
         tokens = len(addresses)
-        missing = (
-            -tokens % self.group.size()
-        )  # shares are equal: filled up with what weighs nothing
-        share = (tokens + missing) // self.group.size()
-        start = self.group.rank() * share
-        own_addresses = pad(addresses, (0, 0, 0, missing))[start : start + share]
+        own_addresses, missing = self._own_share(addresses)
         padded = pad(scores, (0, 0, 0, 0, 0, missing))
         own_scores = take_share(padded, self.group, "shared scores").wait()
         pooled = yield from self.reader.read(part, own_addresses, own_scores)

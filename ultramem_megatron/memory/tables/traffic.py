@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 ADDRESS_BYTES = 4  # int32
+PRODUCT_BYTES = 4  # float32: of a pre-value and its token's input
 
 
 class Volume(NamedTuple):
@@ -38,6 +39,8 @@ class Exchange:
     value_dim: int
     expansion: int = 4
     cores: int = 2
+    pre_dim: int = 0
+    """Dp: width of a pre-value, 0: there are none."""
     number_bytes: int = 2
     """b: bytes of a score or of an element of a value (bf16: 2)."""
     ranks_per_node: int = 8

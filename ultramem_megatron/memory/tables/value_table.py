@@ -1,5 +1,6 @@
 """The physical value table: this rank's part of it, and reading it."""
 
+import re
 from typing import Any
 
 import torch
@@ -16,18 +17,29 @@ from ultramem_megatron.memory.tables.shared_tokens import SharedTokensReader
 VALUES_TAG = "ultramem_values"
 """Attribute of a value table's parameter, by which the optimizer gives it a rate of its own."""
 
+_TABLE_NAME = re.compile(r"\bvalues\.((pre_)?table\.)?weight$|^decoder\.ultramem\.(pre_)?values$")
+
 
 class ValueTable(nn.Module):
     """N values of width Dv, of which this rank allocates its part only; tagged `VALUES_TAG`."""
 
     def __init__(
-        self, config: UltraMemConfig, partition: str = "replicated", group: Any = None
+        self,
+        config: UltraMemConfig,
+        partition: str = "replicated",
+        group: Any = None,
+        *,
+        width: int | None = None,
+        cores: int | None = None,
     ) -> None:
-        """group: ranks that share the table, None: this one. partition: how, of PARTITIONS."""
+        """group: ranks that share the table, None: this one. partition: how, of PARTITIONS.
+
+        width, cores: of a row, and scores for it; by default Dv and those of the config.
+        """
         super().__init__()
         size, rank = (1, 0) if group is None else (group.size(), group.rank())
         settings = TableSettings(size, partition)
-        self.layout = settings.layout(config, rank)
+        self.layout = settings.layout(config, rank, width=width, cores=cores)
         self.weight = nn.Parameter(torch.empty(self.layout.shape))
         mark_as_values(self.weight)
         self._config, self._group = config, group
@@ -41,8 +53,12 @@ class ValueTable(nn.Module):
         """How often a read pauses for other ranks."""
         return self._reader.pauses
 
+    def forward(self, addresses: Tensor, scores: Tensor) -> Pausing:
+        """As read. Who reads calls the module, for which Megatron's parameter gather waits."""
+        return self.read(addresses, scores)
+
     def read(self, addresses: Tensor, scores: Tensor) -> Pausing:
-        """Pooled values (T, E, Dv) for shuffled virtual addresses (T, P) and scores (T, P, C)."""
+        """Pooled values (T, E, Dv) for addresses (T, P), group * N + row, and scores (T, P, C)."""
         return self._reader.read(self.weight, addresses, scores)
 
     @torch.no_grad()
@@ -66,6 +82,24 @@ class ValueTable(nn.Module):
         return self._reader.serve(self.weight, config.picks, config.cores)
 
 
+class PreValueTable(ValueTable):
+    """N pre-values: rows to multiply with, not to add up."""
+
+    @property
+    def pauses(self) -> int:
+        """How often a product pauses for other ranks."""
+        return self._reader.dot_pauses
+
+    def forward(self, addresses: Tensor, x: Tensor) -> Pausing:
+        """Products (T, P) of the rows at addresses (T, P) with their token's vector (T, width)."""
+        return self._reader.dot(self.weight, addresses, x)
+
+    def serve(self) -> bool:
+        """See ValueTable.serve."""
+        assert isinstance(self._reader, LockstepReader)
+        return self._reader.serve_dot(self.weight, self._config.picks, self.layout.value_dim)
+
+
 def mark_as_values(parameter: nn.Parameter) -> None:
     """Tag a parameter as a value table."""
     setattr(parameter, VALUES_TAG, True)
@@ -74,6 +108,11 @@ def mark_as_values(parameter: nn.Parameter) -> None:
 def is_value_table(parameter: Tensor) -> bool:
     """Whether a parameter is (a part of) a value table."""
     return bool(getattr(parameter, VALUES_TAG, False))
+
+
+def names_a_table(name: str) -> bool:
+    """Whether this is the name of a value table in a model, or in a checkpoint."""
+    return _TABLE_NAME.search(name) is not None
 
 
 def value_tables(module: nn.Module) -> dict[str, ValueTable]:

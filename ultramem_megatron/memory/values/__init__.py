@@ -7,7 +7,12 @@ from ultramem_megatron.memory.kinds import Kinds, Listed
 if TYPE_CHECKING:  # the list itself needs no torch
     from ultramem_megatron.memory.values.contract import ValuesKind
 
+_HERE = "ultramem_megatron.memory.values"
 VALUES: "Kinds[ValuesKind]" = Kinds(
-    pooled=Listed("ultramem_megatron.memory.values.pooled:KIND", "scores times values, summed")
+    pooled=Listed(f"{_HERE}.pooled:KIND", "scores times values, summed"),
+    prevalued=Listed(
+        f"{_HERE}.prevalued:KIND", "scores are multiplied by pre-values (UltraMemV2, PEER)"
+    ),
+    gated=Listed(f"{_HERE}.gated:KIND", "the sum times a gate of the input (Memory+)"),
 )
 """By the word after --ultramem-values."""

@@ -16,10 +16,15 @@ from ultramem_megatron.memory.initialization.scales import Scales
 
 
 class Values(Protocol):
-    """A module with one or several value tables (`ValueTable`), cut over the same ranks."""
+    """A module with one or several value tables (`ValueTable`), cut over the same ranks.
 
-    weight: Tensor
-    """(This rank's part of) the values themselves, N x V."""
+    Tables may be shared by several memories; what else it has is this memory's own.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """(This rank's part of) the values themselves, N x V."""
+        ...
 
     @property
     def pauses(self) -> int:
@@ -27,25 +32,47 @@ class Values(Protocol):
         ...
 
     def __call__(self, addresses: Tensor, scores: Tensor, x: Tensor) -> Pausing:
-        """(T, E, V) for shuffled virtual addresses (T, P), scores (T, P, C), inputs (..., D)."""
+        """(T, E, V) for addresses (T, P), group * N + row, scores (T, P, C), inputs (..., D)."""
+        ...
+
+    def serve(self) -> bool:
+        """With tables read in lockstep: take part in others' reads; False if all have finished."""
         ...
 
     def reset(self, draw: Draw, scales: Scales) -> None:
-        """Initial values."""
+        """Initial values of the tables."""
         ...
+
+    def reset_own(self, draw: Draw, scales: Scales) -> None:
+        """Initial values of what is not shared."""
+        ...
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where values stand.
+
+    hidden_size: D. partition, group: how the tables are cut, over which ranks (None: this one).
+    shared: the values of another memory, whose tables these read.
+    """
+
+    hidden_size: int
+    partition: str = "replicated"
+    group: Any = None
+    shared: Any = None
 
 
 @dataclass(frozen=True)
 class ValuesKind:
     """One kind of values in the list.
 
-    name: the flag's value. build: of a config, the name of a partition and the group of ranks
-    (None: this one). reference: the plain form, of rows, groups (T, P) and scores (T, P, C), inputs
-    (T, D), the layer's state dict and the config, to (T, E, V).
+    name: the flag's value. build: of a config and a site. reference: the plain form, of rows,
+    groups (T, P) and scores (T, P, C), inputs (T, D), the layer's state dict and the config, to
+    (T, E, V).
     """
 
     name: str
-    build: Callable[[UltraMemConfig, str, Any], Any]
+    build: Callable[[UltraMemConfig, Site], Any]
     reference: Callable[
         [Tensor, Tensor, Tensor, Tensor, Mapping[str, Tensor], UltraMemConfig], Tensor
     ]

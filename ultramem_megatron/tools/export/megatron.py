@@ -1,8 +1,10 @@
 """Between a Megatron GPT in one process and a PlainGPT: what it is, names, and the same logits."""
 
 import dataclasses
+import math
 import re
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,11 +43,23 @@ _DTYPES: dict[torch.dtype, Dtype] = {
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Largest difference of logits, relative in norm, that rounding in other orders explains."""
 _PROBE = (2, 16)  # sequences, tokens
+_FAMILY = (
+    "values",
+    "share_values",
+    "values_per_head",
+    "side_topk",
+    "query_per_rank",
+    "projection_bias",
+    "relu_scores",
+)
+"""Fields of UltraMemV2, Memory+ and PEER, whose other settings mean nothing without them."""
 
 
 def plain_config(args: Namespace, config: Any, ultramem: UltraMemConfig | None) -> PlainConfig:
     """What the model of Megatron's flags and TransformerConfig is. Raises UltraMemError."""
     _refuse(args, config)
+    if ultramem is not None:
+        _refuse_memories(ultramem)
     return PlainConfig(
         vocab_size=args.padded_vocab_size,
         num_layers=config.num_layers,
@@ -81,6 +95,20 @@ def _experts(config: Any) -> dict[str, Any]:
         "router_pre_softmax": config.moe_router_pre_softmax,
         "router_float32": config.moe_router_dtype == "fp32",
     }
+
+
+def _refuse_memories(ultramem: UltraMemConfig) -> None:
+    """Raise UltraMemError for memories that exported code does not know."""
+    default = UltraMemConfig(spans=(), num_keys=1, key_dim=1, value_dim=1)
+    usual = {name: getattr(default, name) for name in _FAMILY}
+    usual["key_expansion"] = math.isqrt(ultramem.value_expansion)
+    for name, expected in usual.items():
+        value = getattr(ultramem, name)
+        if value != expected:
+            raise UltraMemError(
+                f"A model with {flag(name)} {value} cannot be exported yet: exported models have "
+                f"memories of the first version. Train and decode it here."
+            )
 
 
 def _refuse(args: Namespace, config: Any) -> None:
@@ -190,21 +218,32 @@ def _tensors(model: Any) -> dict[str, Tensor]:
     return {name: t for name, t in state.items() if not name.endswith("_extra_state")}
 
 
-@torch.no_grad()
 def check_same_logits(model: Any, plain: PlainGPT) -> None:
     """Raise UltraMemError unless both give the same logits for a few random tokens."""
+
+    def megatron(tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        positions = torch.arange(length, device=tokens.device).expand(len(tokens), -1)
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).triu(1)
+        logits: Tensor = model(tokens, positions, mask, runtime_gather_output=True)
+        return logits
+
+    check_same(plain, megatron, "Megatron's")
+
+
+@torch.no_grad()
+def check_same(plain: PlainGPT, logits: Callable[[Tensor], Tensor], whose: str) -> None:
+    """Raise UltraMemError unless `logits` of a few random tokens (B, S) are the plain model's."""
     device = plain.embedding.weight.device
     sequences, length = _PROBE
     length = min(length, plain.config.max_positions)
     tokens = torch.randint(plain.config.vocab_size, (sequences, length), device=device)
-    positions = torch.arange(length, device=device).expand(sequences, -1)
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)
-    wanted = model(tokens, positions, mask, runtime_gather_output=True).double()
+    wanted = logits(tokens).double()
     difference = (plain(tokens).double() - wanted).norm() / wanted.norm()
     allowed = _TOLERANCE[plain.embedding.weight.dtype]
     if not difference <= allowed:
         raise UltraMemError(
-            f"The plain model's logits differ from Megatron's by {difference:.1e} (relative; "
+            f"The plain model's logits differ from {whose} by {difference:.1e} (relative; "
             f"allowed {allowed:.0e}): the model uses something that the plain model has not."
         )
 
@@ -213,6 +252,7 @@ def flags_of(config: PlainConfig) -> list[str]:
     """Megatron's and our flags for a model of that design."""
     flags: dict[str, Any] = {
         "vocab-size": config.vocab_size,
+        "make-vocab-size-divisible-by": math.gcd(config.vocab_size, 128),  # no more padding
         "num-layers": config.num_layers,
         "hidden-size": config.hidden_size,
         "ffn-hidden-size": config.ffn_hidden_size,

@@ -85,7 +85,7 @@ def _forward(model: Any, tokens: Sequence[int]) -> None:
 
 def _reads(layer: UltraMemLayer, addresses: list[Tensor], scores: list[Tensor]) -> Reads:
     grid_TP = torch.cat(addresses)
-    values_TP, groups_TP = split_address(layer.shuffle(grid_TP), layer.config.num_values)
+    values_TP, groups_TP = split_address(layer.locate(grid_TP), layer.config.num_values)
     return Reads(
         layer_number=layer.layer_number,
         keys_per_side=layer.config.keys_per_side,

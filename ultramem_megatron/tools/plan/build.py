@@ -69,7 +69,7 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
     from ultramem_megatron.megatron.flags.arguments import config_from_args
     from ultramem_megatron.megatron.flags.refusals import refuse_unsupported_flags
     from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
-    from ultramem_megatron.megatron.pipeline.layout import check_pipeline
+    from ultramem_megatron.megatron.pipeline.layout import check_pipeline, check_shared_tables
 
     args = _parse_only(words)
     _without_transformer_engine(args)
@@ -93,6 +93,7 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
     if ultramem is None:
         return Run(args, transformer, None, TableSettings(args.expert_model_parallel_size))
     check_pipeline(ultramem.spans, transformer)
+    check_shared_tables(ultramem, transformer)
     return Run(args, transformer, ultramem, settings_from_args(args, ultramem))
 
 

@@ -8,6 +8,7 @@ from ultramem_megatron.megatron.pipeline.layout import (
     spans_cross_stages,
     suggest_layout,
 )
+from ultramem_megatron.memory.placement import uncut
 from ultramem_megatron.tools.plan.build import Run
 from ultramem_megatron.tools.plan.stage_cost import stage_cost
 
@@ -32,7 +33,9 @@ def describe_layout(run: Run) -> dict[str, Any]:
         "sequence_length": args.seq_length,
         "spans_cross_stages": spans_cross_stages(spans, run.transformer),
         "layout_without_crossing": suggest_layout(
-            spans, args.num_layers, len(pipeline_chunks(run.transformer))
+            uncut(run.ultramem) if run.ultramem else (),
+            args.num_layers,
+            len(pipeline_chunks(run.transformer)),
         ),
         "memory_bytes_per_rank": max(cost.memory for cost in costs),
         "received_bytes_per_step": max(sum(cost.received.values()) for cost in costs),
@@ -48,7 +51,7 @@ def uncrossed_layouts(run: Run) -> dict[str, str | None]:
     if run.ultramem is None:
         return {}
     return {
-        str(stages): suggest_layout(run.ultramem.spans, run.args.num_layers, stages)
+        str(stages): suggest_layout(uncut(run.ultramem), run.args.num_layers, stages)
         for stages in _STAGES_SHOWN
         if stages <= run.args.num_layers
     }

@@ -138,7 +138,7 @@ def _read_sizes(run: Run, mlp: int, all_experts: int) -> ReadSizes:
         experts_per_token=run.args.moe_router_topk if experts else 0,
         memory_layers=len(memory.spans) if memory else 0,
         values=memory.num_values if memory else 0,
-        value_dim=memory.value_dim if memory else 0,
+        value_dim=sum(memory.row_widths) if memory else 0,
         picks=memory.picks if memory else 0,
     )
 

@@ -1,0 +1,58 @@
+"""Lookup-reduce through native.cpp: each picked row is read once a pass, in the order of picks.
+
+N table rows, V value dim, T tokens, P picks per token, C cores, E groups.
+"""
+
+import torch
+from torch import Tensor
+
+from ultramem_megatron.kernels.lookup_reduce import torch_path
+from ultramem_megatron.kernels.native.library import call_native, native_library
+
+_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def serves(table: Tensor) -> bool:
+    """Whether there are native kernels for a table of this dtype on this machine."""
+    return table.dtype in _KINDS and native_library() is not None
+
+
+def pool(table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups: int) -> Tensor:
+    """Same contract as `lookup_reduce_reference`, without a graph."""
+    tokens, picks, cores = scores.shape
+    out = table.new_empty(tokens, num_groups, table.shape[1])
+    sizes = (tokens, picks, cores, num_groups, table.shape[1])
+    _call("lookup_pool", table, rows, groups, scores.float(), out, *sizes)
+    return out
+
+
+def backward(
+    grad: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    groups: Tensor,
+    scores: Tensor,
+    target: Tensor | None,
+    with_scores: bool,
+) -> Tensor | None:
+    """As `torch_path.backward`; a `target` in half precision takes that road."""
+    native_target = target if target is not None and _takes(target) else None
+    dots = scores.new_empty(scores.shape, dtype=torch.float32) if with_scores else None
+    tensors = (table, rows, groups, scores.float(), native_target, dots)
+    sizes = (*scores.shape, grad.shape[1], grad.shape[2])
+    _call("lookup_backward", grad.to(table.dtype), *tensors, *sizes)
+    if target is not None and native_target is None:
+        torch_path.backward(grad, table, rows, groups, scores, target, with_scores=False)
+    return None if dots is None else dots.to(scores.dtype)
+
+
+def _takes(target: Tensor) -> bool:
+    return target.dtype == torch.float32 and target.is_contiguous()
+
+
+def _call(name: str, *arguments: Tensor | int | None) -> None:
+    """`name` for the dtype of the first argument."""
+    first = arguments[0]
+    assert isinstance(first, Tensor)
+    kept = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+    call_native(f"{name}_{_KINDS[first.dtype]}", *kept)

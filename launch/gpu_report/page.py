@@ -1,0 +1,49 @@
+"""The report as a page that one reads: a table for each part."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.gpu_report.known import KNOWN, Known
+
+Parts = Mapping[str, Sequence[Mapping[str, Any]]]
+
+_HEAD = "| | here | one H200, 2026-11-26 | target | floor |\n|---|---|---|---|---|"
+
+
+def write(folder: Path, parts: Parts) -> None:
+    """folder/report.json and folder/report.md, each whole at any time."""
+    with_known = {
+        name: [{**row, **_known(row["what"])._asdict()} for row in rows]
+        for name, rows in parts.items()
+    }
+    for file, text in (
+        ("report.json", json.dumps(with_known, indent=1)),
+        ("report.md", page(parts)),
+    ):
+        partial = folder / f".{file}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / file)
+
+
+def page(parts: Parts) -> str:
+    """Markdown."""
+    sections = ["# GPU report"]
+    for name, rows in parts.items():
+        lines = [_line(row) for row in rows] or ["| nothing | | | | |"]
+        sections.append("\n".join([f"## {name}\n", _HEAD, *lines]))
+    failed = sum(bool(row["error"]) for rows in parts.values() for row in rows)
+    sections.append(f"{failed} of {sum(map(len, parts.values()))} rows failed.")
+    return "\n\n".join(sections) + "\n"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    known = _known(row["what"])
+    here = f"**failed**: {row['error']}" if row["error"] else f"{row['value']} {row['unit']}"
+    cells = (row["what"], here, known.h200, known.target, known.floor)
+    return "| " + " | ".join("" if c is None else str(c).replace("|", "/") for c in cells) + " |"
+
+
+def _known(what: str) -> Known:
+    return KNOWN.get(what, Known())

@@ -1,0 +1,57 @@
+"""Each operation at the paper's shapes, beside PyTorch's embedding_bag; the L2 cache is flushed."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from launch.benchmarks.kernels import lookups, topks
+from launch.benchmarks.kernels.candidate import Candidate, implementations
+from launch.benchmarks.kernels.measure import timed
+from launch.benchmarks.kernels.shapes import Shape
+from launch.gpu_report.row import Row, attempted
+
+_Build = Callable[[Shape, torch.device], list[Candidate]]
+_PAPER = Shape(hidden=1600, num_keys=1789, topk=42, value_dim=1024, dtype=torch.bfloat16)
+_ALIGNED = dataclasses.replace(_PAPER, num_keys=1792)
+_227M = Shape(hidden=384, num_keys=808, topk=80, value_dim=384, dtype=torch.bfloat16)
+_TINY = Shape(hidden=32, num_keys=40, topk=6, value_dim=16)
+_TOKENS = (64, 8192)
+_CASES: tuple[tuple[str, _Build, str, Shape], ...] = (
+    ("lookup", lookups.candidates, "1.6B shape", _PAPER),
+    ("lookup", lookups.candidates, "227M shape", _227M),
+    ("side top-m", topks.side_candidates, "1.6B shape", _PAPER),
+    ("side top-m", topks.side_candidates, "keys a multiple of 64", _ALIGNED),
+    ("grid top-m", topks.tucker_candidates, "1.6B shape", _PAPER),
+)
+
+
+def rows(large: bool) -> Iterator[Row]:
+    """Microseconds, forward and both passes."""
+    device = torch.device("cuda" if large else "cpu")
+    for op, build, words, shape in _CASES:
+        for tokens in _TOKENS if large else (16,):
+            sized = dataclasses.replace(shape if large else _TINY, tokens=tokens)
+            name = f"{words}, T {tokens}"
+            yield from attempted(f"{op}, {name}", partial(_times, op, build, sized, name, device))
+
+
+def _times(op: str, build: _Build, shape: Shape, name: str, device: torch.device) -> Iterator[Row]:
+    torch.manual_seed(1)
+    default = implementations(device)[-1]
+    for candidate in build(shape, device):
+        ours = candidate.name == default
+        if not ours and "embedding_bag" not in candidate.name:
+            continue  # the others take seconds, and GBs, at these sizes
+        whose = op if ours else candidate.name
+        for passes, step in (
+            ("forward", candidate.inference),
+            ("forward and backward", candidate.training),
+        ):
+            what = f"{whose} {passes}, {name}"
+            yield from attempted(what, partial(_microseconds, step, what, device))
+
+
+def _microseconds(step: Callable[[], object], what: str, device: torch.device) -> Iterator[Row]:
+    yield Row(what=what, value=round(1e3 * timed(step, device).median, 1), unit="us")

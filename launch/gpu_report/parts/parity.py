@@ -1,0 +1,82 @@
+"""Each operation and a whole layer against the reference of the same dtype, outputs and gradients.
+
+A selection may differ where two keys score alike to rounding; errors are of norms, relative.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+
+from launch.benchmarks.kernels import layers, lookups, topks
+from launch.benchmarks.kernels.candidate import Candidate, implementations
+from launch.benchmarks.kernels.shapes import Shape
+from launch.gpu_report.row import Row, attempted
+
+_OPS: dict[str, Callable[[Shape, torch.device], list[Candidate]]] = {
+    "lookup": lookups.candidates,
+    "side top-m": topks.side_candidates,
+    "grid top-m": topks.tucker_candidates,
+    "layer": layers.candidates,
+}
+_PAPER = Shape(hidden=1600, num_keys=1100, topk=42, value_dim=1024)
+_ODD = Shape(hidden=126, num_keys=131, topk=13, value_dim=60, expansion=9, heads=3, cores=3)
+_WIDE = Shape(hidden=384, num_keys=200, topk=80, value_dim=384, expansion=1, cores=1)
+_TINY = Shape(hidden=32, num_keys=40, topk=6, value_dim=16)
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def rows(large: bool) -> Iterator[Row]:
+    """Relative errors, worst of outputs and gradients, and whether twice gives the same."""
+    device = torch.device("cuda" if large else "cpu")
+    for shape in _shapes(large):
+        for dtype in _DTYPES:
+            for op, build in _OPS.items():
+                if dtype != torch.float32 and op == "grid top-m":
+                    continue  # its scores are float32 always
+                cast = dataclasses.replace(shape, dtype=dtype)
+                name = f"{op}, {_words(cast)}"
+                yield from attempted(name, partial(_errors, build, cast, name, device))
+
+
+def _shapes(large: bool) -> Sequence[Shape]:
+    if not large:
+        return [dataclasses.replace(_TINY, tokens=7)]
+    some = [dataclasses.replace(_PAPER, tokens=tokens) for tokens in (1, 7, 64, 512)]
+    return [*some, *(dataclasses.replace(shape, tokens=33) for shape in (_ODD, _WIDE))]
+
+
+def _words(shape: Shape) -> str:
+    dtype = str(shape.dtype).removeprefix("torch.")
+    return f"{dtype}, T {shape.tokens}, n {shape.num_keys}, m {shape.topk}, Dv {shape.value_dim}"
+
+
+def _errors(
+    build: Callable[[Shape, torch.device], list[Candidate]],
+    shape: Shape,
+    name: str,
+    device: torch.device,
+) -> Iterator[Row]:
+    torch.manual_seed(1)
+    ours = [c for c in build(shape, device) if c.kernels in implementations(device)]
+    expected = ours[0].results()
+    for candidate in ours[1:]:
+        yield from attempted(f"{name}, {candidate.name}", partial(_of, candidate, expected, name))
+
+
+def _of(candidate: Candidate, expected: dict[str, torch.Tensor], name: str) -> Iterator[Row]:
+    found, again = candidate.results(), candidate.results()
+    worst = max(expected, key=lambda key: _error(found[key], expected[key]))
+    yield Row(
+        what=f"{name}, {candidate.name}",
+        value=float(f"{_error(found[worst], expected[worst]):.2e}"),
+        unit=f"relative, of {worst}",
+    )
+    repeats = all(torch.equal(found[key], again[key]) for key in found)
+    yield Row(what=f"{name}, {candidate.name}, twice", value="equal" if repeats else "not equal")
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    truth = expected.double()
+    return float((found.double() - truth).norm() / truth.norm().clamp_min(1e-30))

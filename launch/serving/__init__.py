@@ -1,0 +1,1 @@
+"""Serving an exported folder with vLLM, in an environment of its own."""

@@ -1,0 +1,105 @@
+"""The report for GPU machines: parts that fail, end or hang are rows; without a GPU it runs too."""
+
+import json
+import time
+
+import pytest
+
+from launch.gpu_report.__main__ import PARTS, main, run_parts
+from launch.gpu_report.known import KNOWN
+from launch.gpu_report.row import Row, attempted
+from ultramem_megatron.errors import UltraMemError
+
+
+def test_a_failure_is_a_row_and_what_came_before_stays():
+    def measure():
+        yield Row(what="one", value=1.0)
+        raise ValueError("no\nsuch kernel")
+
+    first, second = attempted("two", measure)
+    assert first.value == 1.0
+    assert second.what == "two"
+    assert second.error.startswith("ValueError: no such kernel (")
+
+
+def test_parts_that_end_badly_end_nothing_else(tmp_path, monkeypatch):
+    folder = tmp_path / "parts_for_a_test"
+    folder.mkdir()
+    row = "from launch.gpu_report.row import Row\n"
+    for name, body in {
+        "dies": "    import os\n    yield Row(what='before', value=2)\n    os._exit(7)\n",
+        "hangs": "    import time\n    yield Row(what='begun', value=3)\n    time.sleep(60)\n",
+        "fails": "    yield Row(what='half', value=4)\n    raise KeyError('x')\n",
+    }.items():
+        (folder / f"{name}.py").write_text(f"{row}def rows(large):\n{body}")
+    monkeypatch.chdir(tmp_path)  # where python -m looks first
+    parts = {f"parts_for_a_test.{name}": 0.08 for name in ("dies", "hangs", "fails")}
+    begun = time.monotonic()
+    run_parts(tmp_path / "out", parts, minutes=1, large=False)
+    assert time.monotonic() - begun < 55
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [(row["what"], row["value"]) for row in report["dies"]] == [
+        ("before", 2),
+        ("dies", None),
+    ]
+    assert report["dies"][1]["error"] == "ended with status 7"
+    assert report["hangs"][-1]["error"] == "stopped after 5 s"
+    assert report["fails"][1]["error"].startswith("KeyError: 'x'")
+    assert "3 of 6 rows failed" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_what_the_time_does_not_suffice_for_is_named(tmp_path):
+    run_parts(tmp_path, {"launch.gpu_report.parts.environment": 1}, minutes=0.001, large=False)
+    assert "not begun: --minutes 0.001 are over" in (tmp_path / "report.md").read_text()
+
+
+def test_the_first_parts_run_without_a_gpu(tmp_path, capfd):
+    main(["--out", str(tmp_path), "--only", "environment,parity"])
+    assert "There is no NVIDIA GPU here" in capfd.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    failed = [row for rows in report.values() for row in rows if row["error"]]
+    assert not failed
+    assert {row["what"] for row in report["environment"]} > {"hardware", "commit"}
+    assert all(float(row["value"]) < 3e-2 for row in report["parity"] if row["unit"])
+    assert all(row["value"] == "equal" for row in report["parity"] if not row["unit"])
+
+
+@pytest.mark.long
+def test_all_parts_run_without_a_gpu(tmp_path):
+    main(["--out", str(tmp_path), "--minutes", "20"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report) == list(PARTS)
+    assert all(rows and not any(row["error"] for row in rows) for rows in report.values()), report
+    assert report["trainings"][-1]["value"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "parity,x"], r"--only parity,x: there is no x\. Parts: environment, parity"),
+        (["--minutes", "0"], r"--minutes 0: must be more than 0"),
+        (["--minutes", "nan"], r"--minutes nan: must be more than 0"),
+    ],
+)
+def test_wrong_flags_are_refused(words, message, tmp_path):
+    with pytest.raises(UltraMemError, match=message):
+        main(["--out", str(tmp_path), *words])
+
+
+def test_what_is_known_is_asked_of_some_part():
+    """Names of rows: a row that was renamed would lose its target."""
+    from launch.gpu_report.parts import kernels, layer
+
+    asked = {
+        f"{op} {passes}, {words}, T {tokens}"
+        for op, _, words, _ in kernels._CASES
+        for passes in ("forward", "forward and backward")
+        for tokens in kernels._TOKENS
+    }
+    asked |= {
+        f"{what}, {words}, T 8192"
+        for words, _, _ in layer._CASES
+        for what in ("layer forward and backward", "launches", "host waits")
+    }
+    starts = ("lookup", "side top-m", "grid top-m", "layer", "launches", "host waits")
+    assert {name for name in KNOWN if name.startswith(starts)} <= asked

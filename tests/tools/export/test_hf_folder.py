@@ -1,0 +1,128 @@
+"""What an exported folder holds, what is refused, and what is read back from it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.spans import Span
+from ultramem_megatron.tools.export.hf.modeling_ultramem import UltraMemGPTForCausalLM
+from ultramem_megatron.tools.export.hf_folder import load_hf, save_hf
+from ultramem_megatron.tools.export.hf_tokenizer import HFTokenizer
+from ultramem_megatron.tools.export.huggingface import hf_config
+from ultramem_megatron.tools.export.plain_model import PlainConfig, PlainGPT
+
+
+def _plain():
+    sizes = {"num_attention_heads": 2, "num_query_groups": 1, "kv_channels": 8}
+    memory = UltraMemConfig(spans=(Span(1, 2),), num_keys=8, key_dim=8, value_dim=8, topk=4)
+    plain = PlainGPT(
+        PlainConfig(
+            **sizes,
+            vocab_size=50,
+            num_layers=2,
+            hidden_size=16,
+            ffn_hidden_size=24,
+            max_positions=16,
+            ultramem=memory,
+        )
+    )
+    for name, tensor in plain.named_parameters():
+        if ".memory." not in name:
+            tensor.data.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(len(name)))
+    return plain.eval()
+
+
+def test_weights_come_in_files_of_a_size_and_back(tmp_path):
+    plain = _plain()
+    save_hf(plain, tmp_path / "out", HFTokenizer(), "card", shard="10KB")
+    weights = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(weights) > 2
+    assert (tmp_path / "out/model.safetensors.index.json").exists()
+    back, flags_kept = load_hf(tmp_path / "out")
+    assert back.config == plain.config
+    assert flags_kept == {"tokenizer_type": None, "tokenizer_model": None}
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "kept.txt").write_text("mine")
+    with pytest.raises(UltraMemError, match=r"holds kept\.txt already\. Choose another folder"):
+        save_hf(_plain(), tmp_path, HFTokenizer(), "card")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
+    with pytest.raises(UltraMemError, match=r"kept\.txt is no folder"):
+        save_hf(_plain(), tmp_path / "kept.txt", HFTokenizer(), "card")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("model.safetensors", lambda b: b[:-9], r"model\.safetensors is not as SHA256SUMS says"),
+        ("config.json", lambda b: b[:40], r"config\.json cannot be read"),
+        ("config.json", lambda b: b"[]", r"its model_type is None, not 'ultramem'"),
+        ("config.json", lambda b: b.replace(b'"ultramem"', b'"llama"'), r"model_type is 'llama'"),
+        ("config.json", lambda b: b.replace(b'"pooled"', b'"new"'), r"memory\.values is 'new'"),
+        (
+            "config.json",
+            lambda b: b.replace(b'"spans": "1:2"', b'"spans": "1:9"'),
+            r"config\.json does not describe a model: .*leaves the model",
+        ),
+        (
+            "config.json",
+            lambda b: b.replace(b'"num_keys": 8', b'"num_keys": 9'),
+            r"do not fit config\.json: .*keys\.weight has shape",
+        ),
+        (
+            "config.json",
+            lambda b: b.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 3'),
+            r"do not fit config\.json: model\.layers\.2\..* is missing",
+        ),
+    ],
+)
+def test_damaged_folders_are_refused_by_name(tmp_path, file, change, message):
+    save_hf(_plain(), tmp_path / "out", HFTokenizer(), "card")
+    path = tmp_path / "out" / file
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UltraMemError, match=message):
+        load_hf(tmp_path / "out")
+
+
+def test_weights_without_sums_that_are_damaged_or_lie_elsewhere_are_refused(tmp_path):
+    save_hf(_plain(), tmp_path / "out", HFTokenizer(), "card")
+    (tmp_path / "out/SHA256SUMS").unlink()
+    weights = tmp_path / "out/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(UltraMemError, match=r"model\.safetensors cannot be read"):
+        load_hf(tmp_path / "out")
+    index = tmp_path / "out/model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "../model.safetensors"}}')
+    with pytest.raises(UltraMemError, match=r"'\.\./model\.safetensors', which is not in its"):
+        load_hf(tmp_path / "out")
+
+
+def test_code_in_a_folder_is_not_run_on_the_way_back(tmp_path):
+    save_hf(_plain(), tmp_path / "out", HFTokenizer(), "card")
+    for path in (tmp_path / "out").glob("*.py"):
+        path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    load_hf(tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_kind_that_the_model_file_lacks_is_refused_by_its_flag():
+    plain = _plain()
+    odd = dataclasses.replace(plain.config.ultramem, retrieval="nearest")
+    config = dataclasses.replace(plain.config, ultramem=odd)
+    with pytest.raises(UltraMemError, match=r"--ultramem-retrieval nearest cannot be exported for"):
+        hf_config(config)
+
+
+def test_caches_in_pages_are_refused_with_a_convolution():
+    plain = _plain()
+    memory = dataclasses.replace(plain.config.ultramem, query_conv_kernel=3)
+    config = hf_config(dataclasses.replace(plain.config, ultramem=memory))
+    model = UltraMemGPTForCausalLM(config)
+    with pytest.raises(ValueError, match=r"query_conv_kernel is 3: caches in pages"):
+        model(torch.zeros(1, 3, dtype=torch.int64), read_index=[])

@@ -1,0 +1,14 @@
+"""What an exported folder holds for transformers: these files, copied as they are.
+
+They import torch and transformers and each other, nothing of this package; they are the package's
+own modules too, so that an export is written and read back without running a folder's code.
+"""
+
+SOURCES = (
+    "configuration_ultramem.py",
+    "layers_ultramem.py",
+    "memory_ultramem.py",
+    "modeling_ultramem.py",
+    "retrieval_ultramem.py",
+)
+"""The files that are copied."""

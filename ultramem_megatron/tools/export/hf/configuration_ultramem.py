@@ -1,0 +1,96 @@
+"""What an UltraMem GPT is: a transformer's sizes and kinds, and the memories in it."""
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+RETRIEVALS = ("tdqkr", "pkm")
+VALUES = ("pooled",)
+
+
+class UltraMemGPTConfig(PreTrainedConfig):
+    """Sizes and choices of an UltraMemGPTModel. Words of transformers, of `memory` the paper's.
+
+    normalization: "LayerNorm" or "RMSNorm". position_embedding: "rope", "learned_absolute" or
+    "none". qk_norm: norms of every head's query and key. num_experts: in place of every layer's
+    MLP, 0 for none. norm_topk_prob: a token's experts' weights sum to 1. router_float32: experts
+    are chosen in float32.
+
+    memory: None, or the settings of the memory layers (arXiv 2411.12364), all alike: spans
+    "3:5/6:8" (read in layer 3, added after layer 5, counted from 1), num_keys n, key_dim,
+    value_dim, topk, heads, share_query, retrieval, tucker_rank, rank_layout, cores, values,
+    value_expansion, value_projection, softmax, qk_norm, query_conv_kernel, query_centering,
+    aux_loss_weight, aux_loss_margin; others, of training in Megatron, are kept.
+    """
+
+    model_type = "ultramem"
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    base_model_tp_plan: ClassVar = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int = 2048
+    hidden_act: str = "gelu"
+    normalization: str = "LayerNorm"
+    norm_eps: float = 1e-5
+    mlp_bias: bool = True
+    attention_bias: bool = True
+    attention_output_bias: bool = True
+    qk_norm: bool = False
+    position_embedding: str = "rope"
+    rope_parameters: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    router_float32: bool = False
+    memory: dict[str, Any] | None = None
+    use_cache: bool = True
+    initializer_range: float = 0.02
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in what follows from the rest. Raises ValueError for what is not known here."""
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 1e4}
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        memory = self.memory or {"retrieval": RETRIEVALS[0], "values": VALUES[0]}
+        known = {
+            "hidden_act": (self.hidden_act, ("gelu", "silu")),
+            "normalization": (self.normalization, ("LayerNorm", "RMSNorm")),
+            "position_embedding": (self.position_embedding, ("rope", "learned_absolute", "none")),
+            "memory.retrieval": (memory["retrieval"], RETRIEVALS),
+            "memory.values": (memory["values"], VALUES),
+            "rope_type": ((self.rope_parameters or {}).get("rope_type", "default"), ("default",)),
+        }
+        for name, (given, allowed) in known.items():
+            if given not in allowed:
+                raise ValueError(f"{name} is {given!r}; this model knows {', '.join(allowed)}.")
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Where memories read and where they are added: layers, counted from 1."""
+        if self.memory is None:
+            return ()
+        spans = (span.split(":") for span in self.memory["spans"].split("/"))
+        return tuple((int(start), int(end)) for start, end in spans)
