@@ -37,6 +37,7 @@ PATCH_MODULES = (
     "defects.help_text",
     "defects.first_log_line",
     "defects.recompute_without_engine",
+    "defects.latent_positions",
     # What memory layers need.
     "doors.optimizer_config",
     "doors.optimizer_built",
