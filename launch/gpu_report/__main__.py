@@ -1,13 +1,5 @@
-"""What this project does on a GPU, in one report: right or wrong, how fast, beside what is known.
+"""What `ultramem gpu-report` runs, part by part; its flags are in tools/gpu_report.py."""
 
-    ultramem gpu-report --out DIR [--minutes 9] [--only parity,kernels]
-
-Each part is a process of its own with a time limit; a failure is a row, not the end, and the report
-is written anew after each part. Without a GPU it runs what can run on a CPU, small, and says so.
-Writes DIR/report.json and DIR/report.md.
-"""
-
-import argparse
 import contextlib
 import json
 import os
@@ -20,26 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from launch.gpu_report import page
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import exit_on_user_error
+from ultramem_megatron.tools.gpu_report import PARTS, parse
 
 _ROOT = Path(__file__).parents[2]
 _FOLDER = "launch.gpu_report.parts"
-PARTS = {
-    "environment": 1.0,
-    "parity": 2.0,
-    "kernels": 2.0,
-    "layer": 1.0,
-    "trainings": 3.0,
-    "decode": 2.0,
-    "speed": 3.0,
-    "overlap": 1.0,
-}
-"""In order of value; the minutes that each may take, less where fewer are left."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts. Raises UltraMemError."""
-    options = _parse(argv)
+    options = parse(argv)
     import torch
 
     large = torch.cuda.is_available()
@@ -101,32 +83,6 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 def _failure(name: str, error: str) -> dict[str, Any]:
     print(f"  {name}: {error}", flush=True)
     return {"what": name, "value": None, "unit": "", "error": error}
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="ultramem gpu-report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--minutes", type=float, default=9, help="for all (default: %(default)s)")
-    parser.add_argument(
-        "--only", default=",".join(PARTS), help=f"of {','.join(PARTS)} (default: all)"
-    )
-    options = parser.parse_args(argv)
-    if not 0 < options.minutes < 1e6:
-        raise UltraMemError(f"--minutes {options.minutes:g}: must be more than 0, 9 is usual.")
-    options.only = _named(options.only)
-    return options
-
-
-def _named(words: str) -> list[str]:
-    names = words.split(",")
-    unknown = [name for name in names if name not in PARTS]
-    if unknown:
-        raise UltraMemError(f"--only {words}: there is no {unknown[0]}. Parts: {', '.join(PARTS)}.")
-    return names
 
 
 if __name__ == "__main__":

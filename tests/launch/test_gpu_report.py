@@ -5,10 +5,11 @@ import time
 
 import pytest
 
-from launch.gpu_report.__main__ import PARTS, main, run_parts
+from launch.gpu_report.__main__ import main, run_parts
 from launch.gpu_report.known import KNOWN
 from launch.gpu_report.row import Row, attempted
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.tools.gpu_report import PARTS
 
 
 def test_a_failure_is_a_row_and_what_came_before_stays():

@@ -1,11 +1,60 @@
-"""Run the report of launch/gpu_report: it stands in a checkout, not in the wheel."""
+"""What this project does on a GPU, in one report: right or wrong, how fast, beside what is known.
 
+    ultramem gpu-report --out DIR [--minutes 9] [--only parity,kernels]
+
+Each part is a process of its own with a time limit; a failure is a row, not the end, and the report
+is written anew after each part. Without a GPU it runs what can run on a CPU, small, and says so.
+Writes DIR/report.json and DIR/report.md.
+"""
+
+import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.tools.bench import become
+
+PARTS = {
+    "environment": 1.0,
+    "parity": 2.0,
+    "kernels": 2.0,
+    "layer": 1.0,
+    "trainings": 3.0,
+    "decode": 2.0,
+    "speed": 3.0,
+    "overlap": 1.0,
+}
+"""In order of value; the minutes that each may take, less where fewer are left."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Become the report's own process. Raises UltraMemError without a checkout."""
-    become("gpu_report", sys.argv[1:] if argv is None else argv)
+    """Become the report's own process. Raises UltraMemError, also without a checkout."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    parse(words)
+    become("gpu_report", words)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """out, a folder; minutes; only, names of PARTS. Raises UltraMemError."""
+    parser = argparse.ArgumentParser(
+        prog="ultramem gpu-report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--minutes", type=float, default=9, help="for all (default: %(default)s)")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts (default: %(default)s)")
+    options = parser.parse_args(argv)
+    if not 0 < options.minutes < 1e6:
+        raise UltraMemError(f"--minutes {options.minutes:g}: must be more than 0, 9 is usual.")
+    options.only = _named(options.only)
+    return options
+
+
+def _named(words: str) -> list[str]:
+    names = words.split(",")
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise UltraMemError(f"--only {words}: there is no {unknown[0]}. Parts: {', '.join(PARTS)}.")
+    return names
