@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.layers import VARIANTS, small_config, small_layer
-from ultramem_megatron.memory.initialization.draws import ROWS_PER_BLOCK, normal_part
+from ultramem_megatron.memory.initialization.draws import (
+    COLUMNS_PER_BLOCK,
+    ROWS_PER_BLOCK,
+    normal_part,
+)
 from ultramem_megatron.memory.initialization.feed_forward import default_std, mlp_std
 from ultramem_megatron.memory.initialization.paper import output_std
 from ultramem_megatron.memory.initialization.read_std import value_std
@@ -242,19 +246,32 @@ def test_construction_leaves_the_global_generator_alone():
 
 
 def test_every_part_is_a_piece_of_the_whole_table():
-    total, width = ROWS_PER_BLOCK + 900, 6
+    total, width = ROWS_PER_BLOCK + 900, 2 * COLUMNS_PER_BLOCK + 6
     whole = torch.empty(total, width)
     normal_part(whole, range(total), range(width), width, 0.5, "key")
     for rows, columns in (
         (range(10), range(width)),
         (range(ROWS_PER_BLOCK - 5, ROWS_PER_BLOCK + 5), range(2, 4)),
         (range(4000, total), range(5, 6)),
+        (range(7), range(COLUMNS_PER_BLOCK - 3, 2 * COLUMNS_PER_BLOCK + 2)),
+        (range(total - 2, total), range(COLUMNS_PER_BLOCK, width)),
     ):
         part = torch.empty(len(rows), len(columns))
         normal_part(part, rows, columns, width, 0.5, "key")
         expected = whole[rows.start : rows.stop, columns.start : columns.stop]
         assert torch.equal(part, expected)
     assert whole.std().item() == pytest.approx(0.5, rel=0.02)
+    for block in whole.split(COLUMNS_PER_BLOCK, 1)[1:]:
+        assert not torch.equal(block, whole[:, : block.shape[1]])
+
+
+def test_a_part_draws_its_own_blocks_alone(monkeypatch):
+    drawn, randn = [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *s, **k: drawn.append(s) or randn(*s, **k))
+    part = torch.empty(ROWS_PER_BLOCK, COLUMNS_PER_BLOCK)
+    rows, columns = range(ROWS_PER_BLOCK), range(COLUMNS_PER_BLOCK, 2 * COLUMNS_PER_BLOCK)
+    normal_part(part, rows, columns, 64 * COLUMNS_PER_BLOCK, 0.5, "key")
+    assert drawn == [part.shape]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

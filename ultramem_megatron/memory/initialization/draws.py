@@ -1,17 +1,18 @@
 """Random numbers of a layer, which depend on (seed, layer, name) and nothing else.
 
-Every tensor is drawn from a generator of its own, a table block of rows by block, so that the
+Every tensor is drawn from a generator of its own, a table block by block, so that the
 result depends neither on what else was drawn nor on how a table is cut over ranks.
 """
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-ROWS_PER_BLOCK = 4096
+ROWS_PER_BLOCK, COLUMNS_PER_BLOCK = 4096, 64
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,31 @@ def generator_for(device: torch.device, *key: object) -> torch.Generator:
 def normal_part(
     part: Tensor, rows: range, columns: range, width: int, std: float, *key: object
 ) -> None:
-    """Fill `part` with these rows and columns of a table that is drawn block of rows by block.
+    """Fill `part` with these rows and columns of a table that is drawn block by block.
 
-    part: (len(rows), len(columns)). width: columns of the whole table. Never more than a block of
-    whole rows is held, and every part comes out as the whole table would have it.
+    part: (len(rows), len(columns)). width: columns of the whole table. Blocks that hold nothing of
+    the part are not drawn, and every part comes out as the whole table would have it.
     """
-    for block in range(rows.start // ROWS_PER_BLOCK, -(-rows.stop // ROWS_PER_BLOCK)):
-        start = block * ROWS_PER_BLOCK
-        drawn = torch.randn(
-            ROWS_PER_BLOCK,
-            width,
-            device=part.device,
-            dtype=torch.float32,
-            generator=generator_for(part.device, *key, block),
-        )
-        low, high = max(start, rows.start), min(start + ROWS_PER_BLOCK, rows.stop)
-        piece = drawn[low - start : high - start, columns.start : columns.stop]
-        part[low - rows.start : high - rows.start] = piece * std
+    for down, in_down in _blocks(rows, ROWS_PER_BLOCK):
+        for across, in_across in _blocks(columns, COLUMNS_PER_BLOCK):
+            first = across * COLUMNS_PER_BLOCK
+            drawn = torch.randn(
+                ROWS_PER_BLOCK,
+                min(COLUMNS_PER_BLOCK, width - first),
+                device=part.device,
+                dtype=torch.float32,
+                generator=generator_for(part.device, *key, down, *([across] if across else [])),
+            )
+            piece = drawn[_slice(in_down, down * ROWS_PER_BLOCK), _slice(in_across, first)]
+            part[_slice(in_down, rows.start), _slice(in_across, columns.start)] = piece * std
+
+
+def _blocks(wanted: range, size: int) -> Iterator[tuple[int, range]]:
+    """Numbers of the blocks that hold some of `wanted`, and which."""
+    for block in range(wanted.start // size, -(-wanted.stop // size)):
+        yield block, range(max(block * size, wanted.start), min((block + 1) * size, wanted.stop))
+
+
+def _slice(some: range, start: int) -> slice:
+    """Where `some` is in what begins at `start`."""
+    return slice(some.start - start, some.stop - start)
