@@ -15,21 +15,23 @@ def tucker_topk(
 ) -> tuple[Tensor, Tensor]:
     """Addresses (T, H, best) and scores (T, H, best, C); see `tucker_topk_reference`.
 
-    What an implementation has no kernels for (float64; another number of pairs than of keys a side)
-    PyTorch's own compute.
+    What an implementation has no kernels for (float64; Triton: another number of pairs than of keys
+    a side) PyTorch's own compute.
     """
     chosen = implementation(scores.device)
     if chosen == "shapes":
         return tucker_topk_shapes(scores, keys, cores, best)
     if chosen == "reference":
         return tucker_topk_reference(scores, keys, cores, keys_per_side, best)
-    square = best is None or best == keys.shape[-1]
+    pairs = keys.shape[-1] if best is None else best
+    square = pairs == keys.shape[-1]
     if chosen == "triton" and square and scores.dtype != torch.float64:
         from ultramem_megatron.kernels.tucker_topk.fused import FusedTuckerTopk  # needs Triton
 
         addresses, found = FusedTuckerTopk.apply(scores, keys, cores, keys_per_side)
         return addresses, found
-    if chosen == "native" and square and native_path.serves(scores):
-        addresses, found = native_path.NativeTuckerTopk.apply(scores, keys, cores, keys_per_side)
+    if chosen == "native" and native_path.serves(scores):
+        own = native_path.NativeTuckerTopk
+        addresses, found = own.apply(scores, keys, cores, keys_per_side, pairs)
         return addresses, found
     return tucker_topk_eager(scores, keys, cores, keys_per_side, best)

@@ -19,28 +19,29 @@ class NativeTuckerTopk(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, keys: Tensor, cores: Tensor, keys_per_side: int
+        ctx: Any, scores: Tensor, keys: Tensor, cores: Tensor, keys_per_side: int, best: int
     ) -> tuple[Tensor, Tensor]:
         tokens, heads, _, ranks, topk = scores.shape
         scores, cores_f = scores.contiguous(), cores.float().contiguous()
-        positions = keys.new_empty(tokens, heads, topk)
+        positions = keys.new_empty(tokens, heads, best)
         addresses = torch.empty_like(positions)
-        best = scores.new_empty(tokens, heads, topk, len(cores))
+        found = scores.new_empty(tokens, heads, best, len(cores))
         given = (scores, keys.contiguous(), cores_f, cores_f.sum(0))
-        sizes = (tokens, heads, ranks, topk, len(cores), keys_per_side)
-        call_native("grid_select", *given, positions, addresses, best, *sizes)
+        sizes = (tokens, heads, ranks, topk, best, len(cores), keys_per_side)
+        call_native("grid_select", *given, positions, addresses, found, *sizes)
         ctx.save_for_backward(scores, cores, positions.int())
         ctx.mark_non_differentiable(addresses)
-        return addresses, best
+        return addresses, found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor, grad_best: Tensor) -> tuple[Tensor, None, Tensor, None]:
+    def backward(ctx: Any, _: Tensor, grad_best: Tensor) -> tuple[Any, ...]:
         scores, cores, positions = ctx.saved_tensors
         tokens, heads, _, ranks, topk = scores.shape
         grad_scores = torch.zeros_like(scores)
         by_token = scores.new_zeros(tokens, heads, len(cores), ranks, ranks)
         given = (grad_best.contiguous(), scores, cores.float().contiguous(), positions.long())
-        sizes = (tokens, heads, ranks, topk, len(cores))
+        sizes = (tokens, heads, ranks, topk, positions.shape[-1], len(cores))
         call_native("grid_backward", *given, grad_scores, by_token, *sizes)
-        return grad_scores, None, by_token.sum(0).transpose(0, 1).to(cores.dtype), None
+        grad_cores = by_token.sum(0).transpose(0, 1).to(cores.dtype)
+        return grad_scores, None, grad_cores, None, None
