@@ -69,7 +69,13 @@ def undisturbed():
     return _train(save_interval=None).losses
 
 
-@pytest.mark.parametrize("asynchronous", [None, True], ids=["synchronous", "asynchronous"])
+@pytest.mark.parametrize(
+    "asynchronous",
+    [
+        pytest.param(None, id="synchronous"),
+        pytest.param(True, id="asynchronous", marks=pytest.mark.long),
+    ],
+)
 def test_a_save_killed_at_any_of_its_operations(asynchronous, tmp_path, undisturbed):
     arguments = {"async_save": asynchronous}
     whole = tmp_path / "whole"

@@ -1,6 +1,7 @@
 """The settings in force: once in the log, in TensorBoard and in the checkpoint, as they came to."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -72,7 +73,7 @@ def test_the_log_has_them_once_and_upstreams_noise_on_demand(shown):
     for words in ("Apex is not installed", "GPTModel IS DEPRECATED", "No CUDA runtime is found"):
         assert (words in said) == shown, words
     _, block = said.split(" UltraMem, settings in force ")  # once
-    lines = block.split("-" * 100)[0].splitlines()
-    assert "  topk                6" in lines
-    assert "  heads               2" in lines  # a default
-    assert len(lines) < 50
+    block = block.split("-" * 100)[0]
+    assert re.search(r"  topk +6\b", block)
+    assert re.search(r"  heads +2\b", block)  # a default
+    assert len(block.splitlines()) < 45  # a screen, with what is upstream's around it

@@ -96,11 +96,14 @@ _EXPERTS = {
     ("model", "first", "second"),
     [
         ({}, (1, ""), (2, "--ultramem-partition number")),
-        ({"swiglu": True}, (1, ""), (2, "--tensor-model-parallel-size 2")),
-        (
+        pytest.param(
+            {"swiglu": True}, (1, ""), (2, "--tensor-model-parallel-size 2"), marks=pytest.mark.long
+        ),
+        pytest.param(
             {"swiglu": True, **_EXPERTS},
             (2, "--expert-model-parallel-size 2"),
             (4, "--expert-model-parallel-size 4"),
+            marks=pytest.mark.long,
         ),
     ],
     ids=["tables", "gated shards", "experts"],

@@ -52,6 +52,7 @@ def test_a_recipe_with_latent_attention_prediction_experts_and_sequence_parallel
     _check(run_pretrain(_RANKS, _words("deepseek-v3")).losses)
 
 
+@pytest.mark.long
 def test_its_layout_changes_nothing():
     """Tensor and sequence parallelism beside experts over ranks; in float32, to compare."""
     words = [word for word in _words("deepseek-v3") if word != "--bf16"]

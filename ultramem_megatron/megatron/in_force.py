@@ -19,7 +19,7 @@ from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.tables.settings import TableSettings
 from ultramem_megatron.patches import registry
 
-_WIDTH, _LABEL = 100, 20
+_WIDTH, _LABEL = 100, 22
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -70,17 +70,23 @@ def cut_of(tables: TableSettings) -> str:
 
 
 def block(found: Mapping[str, str]) -> str:
-    """Several lines for the log."""
+    """Several lines for the log: short values two a line, long ones wrapped."""
     lines = [" UltraMem, settings in force ".center(_WIDTH, "-")]
+    waiting = ""
     for name, value in found.items():
-        lines += textwrap.wrap(
-            value or "none",
-            _WIDTH,
-            initial_indent=f"  {name:<{_LABEL}}",
-            subsequent_indent=" " * (_LABEL + 2),
-            break_long_words=False,
-        )
-    return "\n".join([*lines, "-" * _WIDTH])
+        cell = f"  {name:<{_LABEL}}{value or 'none'}"
+        if len(cell) >= _WIDTH // 2:
+            lines += filter(None, [waiting])
+            lines += textwrap.wrap(
+                cell, _WIDTH, subsequent_indent=" " * (_LABEL + 2), break_long_words=False
+            )
+            waiting = ""
+        elif waiting:
+            lines.append(f"{waiting:<{_WIDTH // 2}}{cell}")
+            waiting = ""
+        else:
+            waiting = cell
+    return "\n".join([*lines, *filter(None, [waiting]), "-" * _WIDTH])
 
 
 def commit() -> str:

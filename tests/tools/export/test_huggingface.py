@@ -58,6 +58,7 @@ def _round_trip(folder):
     from ultramem_megatron.tools.export.__main__ import main
 
     make_saving_fast()
+    os.umask(0o027)  # in a process of its own
     logits = {}
     for name, changes in _MODELS.items():
         model, args = untrained_model(flags(changes))
@@ -98,11 +99,7 @@ def _written(folder):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
-    umask = os.umask(0o027)
-    try:
-        return folder, *run_on_ranks(1, _round_trip, folder)[0]
-    finally:
-        os.umask(umask)
+    return folder, *run_on_ranks(1, _round_trip, folder)[0]
 
 
 @pytest.fixture(scope="module")
