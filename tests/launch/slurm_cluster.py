@@ -92,7 +92,7 @@ class Cluster:
         """What a Slurm command prints."""
         environment = {**os.environ, "SLURM_CONF": str(self.configuration), **(env or {})}
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{words}: {done.returncode} {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
     def submit(self, words: Sequence[str], env: Mapping[str, str]) -> int:
@@ -101,7 +101,12 @@ class Cluster:
 
     def state(self, job: int) -> str:
         """PENDING, RUNNING, COMPLETED, ..."""
-        shown = self.command(["scontrol", "--oneliner", "show", "job", str(job)])
+        asked = ["scontrol", "--oneliner", "show", "job", str(job)]
+        try:
+            shown = self.command(asked)
+        except AssertionError:  # on a busy machine it dies now and then, without a word
+            time.sleep(1)
+            shown = self.command(asked)
         return dict(word.partition("=")[::2] for word in shown.split())["JobState"]
 
     def wait_for_end(self, job: int, seconds: float, output: Path) -> str:
