@@ -18,7 +18,13 @@ def serves(table: Tensor) -> bool:
 
 
 def pool(table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups: int) -> Tensor:
-    """Same contract as `lookup_reduce_reference`, without a graph."""
+    """Same contract as `lookup_reduce_reference`, without a graph.
+
+    Raises IndexError for rows or groups that are not there, which C++ would read or write all the
+    same: a damaged checkpoint's shuffle can name them.
+    """
+    _check(rows, len(table), "table row")
+    _check(groups, num_groups, "group")
     tokens, picks, cores = scores.shape
     out = table.new_empty(tokens, num_groups, table.shape[1])
     sizes = (tokens, picks, cores, num_groups, table.shape[1])
@@ -35,7 +41,12 @@ def backward(
     target: Tensor | None,
     with_scores: bool,
 ) -> Tensor | None:
-    """As `torch_path.backward`; a `target` in half precision takes that road."""
+    """As `torch_path.backward`; a `target` in half precision takes that road.
+
+    Raises IndexError as `pool` does: lookup-dot begins here.
+    """
+    _check(rows, len(table), "table row")
+    _check(groups, grad.shape[1], "group")
     native_target = target if target is not None and _takes(target) else None
     dots = scores.new_empty(scores.shape, dtype=torch.float32) if with_scores else None
     tensors = (table, rows, groups, scores.float(), native_target, dots)
@@ -46,6 +57,14 @@ def backward(
     return None if dots is None else dots.to(scores.dtype)
 
 
+def _check(indices: Tensor, size: int, what: str) -> None:
+    if indices.numel() == 0:
+        return
+    for index in map(int, indices.aminmax()):
+        if not 0 <= index < size:
+            raise IndexError(f"{what} {index} of {size}")
+
+
 def _takes(target: Tensor) -> bool:
     return target.dtype == torch.float32 and target.is_contiguous()
 
@@ -54,5 +73,7 @@ def _call(name: str, *arguments: Tensor | int | None) -> None:
     """`name` for the dtype of the first argument."""
     first = arguments[0]
     assert isinstance(first, Tensor)
+    tensors = (a for a in arguments if isinstance(a, Tensor))
+    assert all(a.is_floating_point() or a.dtype == torch.int64 for a in tensors), "int64 indices"
     kept = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
     call_native(f"{name}_{_KINDS[first.dtype]}", *kept)

@@ -13,7 +13,8 @@ from tests.kernels.compiler import needs_compiler
 from tests.kernels.lookup_cases import Sizes, inputs, results
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels import dispatch
-from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
+from ultramem_megatron.kernels.lookup_dot import lookup_dot
+from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, native_path
 from ultramem_megatron.kernels.native.library import command, native_library
 from ultramem_megatron.kernels.side_topk import side_topk
 from ultramem_megatron.kernels.tucker_topk import tucker_topk
@@ -111,6 +112,25 @@ def test_they_are_what_a_machine_with_a_compiler_takes(dtype, monkeypatch):
     case = inputs(Sizes(2, 3, 1, 4, 1), dtype)
     lookup_reduce(*case[:5])
     assert called == [f"lookup_pool_{str(dtype).removeprefix('torch.')}"]
+
+
+@pytest.mark.parametrize("where", ["rows", "groups"])
+@pytest.mark.parametrize("index", [-1, 7, 2**40])
+@pytest.mark.parametrize("op", ["forward", "backward", "dot"])
+def test_an_index_that_is_not_there_is_no_address(where, index, op, monkeypatch):
+    """PyTorch's kernels refuse it too; in C++ it would read and write other memory."""
+    monkeypatch.setenv("ULTRAMEM_KERNELS", "native")
+    case = inputs(Sizes(4, 3, 2, 5, 7, rows=7), torch.float32)
+    getattr(case, where)[1, 2] = index
+    target = torch.zeros(7, 10)
+    calls = {
+        "forward": lambda: lookup_reduce(*case[:5]),
+        "backward": lambda: native_path.backward(case.grad, *case[:4], target, True),
+        "dot": lambda: lookup_dot(case.table, getattr(case, where), torch.zeros(4, 10)),
+    }
+    with pytest.raises(IndexError, match=f" {index} of 7"):
+        calls[op]()
+    assert not target.any()
 
 
 @pytest.mark.long
