@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.tools import rows
 from ultramem_megatron.tools.paper import figure1c, figure9, topology
 from ultramem_megatron.tools.quiet import quiet
@@ -21,7 +21,7 @@ _FIGURES = {"figure1c": figure1c, "figure9": figure9, "topology": topology}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem paper",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
