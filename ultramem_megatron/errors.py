@@ -34,6 +34,10 @@ class UltraMemError(ValueError):
     """Names what was given, what is allowed, and what to change."""
 
 
+class NonFiniteError(UltraMemError):
+    """A loaded number is NaN or infinite. Whoever knows the checkpoint puts its folder before."""
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """End the process with status 2 and the message of an UltraMemError, shown once, on rank 0.
