@@ -65,7 +65,9 @@ def _try_each(folder, trained):
     return said
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in _QUICK else _LONG) for k in _KINDS])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in _QUICK else _LONG) for k in _KINDS]
+)
 def test_a_number_that_is_not_finite_is_refused(kind, tmp_path):
     flags = tiny_gpt(
         ultramem_spans="1:2",

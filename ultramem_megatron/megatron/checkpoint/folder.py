@@ -3,6 +3,7 @@
 import pickle
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from ultramem_megatron.errors import UltraMemError, user_error
 from ultramem_megatron.faults.integrity import (
@@ -14,7 +15,7 @@ from ultramem_megatron.faults.integrity import (
     read_tracker,
 )
 from ultramem_megatron.faults.trust import ADVICE, fault_of
-from ultramem_megatron.megatron.checkpoint.stored_flags import believed
+from ultramem_megatron.megatron.checkpoint.stored_flags import believed, believed_layout
 
 
 class NoCheckpointError(UltraMemError):
@@ -74,6 +75,15 @@ def stored_args(folder: str) -> Namespace:
     Raises UltraMemError where it has none, or something in it is not what Megatron stores, which is
     then not run.
     """
+    return believed(_stored(folder), folder)
+
+
+def stored_layout(folder: str) -> Namespace:
+    """Of the same flags those of `believed_layout`. Raises as `stored_args`."""
+    return believed_layout(_stored(folder), folder)
+
+
+def _stored(folder: str) -> Any:
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
@@ -97,7 +107,7 @@ def stored_args(folder: str) -> Namespace:
             f"{folder}: no flags are stored in it, so what model it holds is not known. Save with "
             f"ultramem train, or with a loop that puts its flags into the checkpoint as args."
         )
-    return believed(common["args"], folder)
+    return common["args"]
 
 
 def _latest(checkpoints: Path, flag: str) -> str:
