@@ -14,6 +14,7 @@ from ultramem_megatron.faults.integrity import (
     iteration_folder,
     read_tracker,
 )
+from ultramem_megatron.faults.manifest import ManifestError, refuse_odd_files
 from ultramem_megatron.faults.trust import ADVICE, fault_of
 from ultramem_megatron.megatron.checkpoint.stored_flags import believed, believed_layout
 
@@ -45,6 +46,10 @@ def loaded_iteration(load: str, ckpt_step: int | None = None, flag: str = "--loa
     if not folder.is_dir():
         what = "a file, no folder" if folder.exists() else "not there"
         raise UltraMemError(f"{flag} {load}: {folder.name} is {what}; {_choice(checkpoints)}")
+    try:
+        refuse_odd_files(folder)
+    except ManifestError as error:
+        raise UltraMemError(f"{folder} is damaged: {error}. Give another {flag}.") from None
     return folder
 
 
