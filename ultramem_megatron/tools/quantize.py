@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ _WRITTEN_ANEW = ("config.json", "SHA256SUMS", ".py", ".safetensors", ".safetenso
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line. Raises UltraMemError."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem quantize",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
