@@ -107,14 +107,16 @@ def _draw_figure1a(results: Results, figure: Any) -> None:
 
 
 def _draw_figure10(results: Results, figure: Any) -> None:
-    perplexity, *others = figure.subplots(1, 4)
+    measured = {line["metric"] for line in results.curves}
+    panels = {
+        "top1_score": "top-1 score, last memory",
+        "output_std": "output std, last memory",
+        "query_cosine": "cosine between tokens' queries, last memory",
+    }
+    panels = {metric: label for metric, label in panels.items() if metric in measured}
+    perplexity, *others = figure.subplots(1, 1 + len(panels))
     _draw_perplexity_ratio(perplexity, results, results.experiment.baseline)
-    panels = (
-        ("top1_score", "top-1 score, last memory"),
-        ("output_std", "output std, last memory"),
-        ("query_cosine", "cosine between tokens' queries, last memory"),
-    )
-    for axes, (metric, label) in zip(others, panels, strict=True):
+    for axes, (metric, label) in zip(others, panels.items(), strict=True):
         _draw_curves(axes, results, metric)
         axes.set(ylabel=label)
         axes.get_legend().remove()  # the first panel's serves all
