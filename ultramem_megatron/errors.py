@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right: a flag, a size, a file; who raises and ends it."""
+"""The one exception for what a user can put right, a flag, a size, a file, and who raises it."""
 
 import argparse
 import os
