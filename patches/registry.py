@@ -50,6 +50,7 @@ PATCH_MODULES = (
     "defects.distopt_shared_step",
     "defects.distopt_load_without_grad",
     "defects.loss_scale_together",
+    "defects.empty_groups",
     # Faults.
     "defects.checkpoint_sums",
     "defects.safe_metadata",

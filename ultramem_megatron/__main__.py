@@ -34,6 +34,7 @@ COMMANDS = {
     "evaluate": Command("tools.evaluate.__main__", "perplexity of data, tasks of lm-eval"),
     "inspect": Command("tools.inspect.__main__", "which values fire for which tokens"),
     "export": Command("tools.export.__main__", "a checkpoint as plain safetensors, and back"),
+    "quantize": Command("tools.quantize", "value tables of a Hugging Face folder in 8 bits"),
     "presets": Command("presets.__main__", "models of the paper as flags"),
     "flags": Command("megatron.flags.listing", "the --ultramem-* flags, with the values in force"),
     "check": Command("tools.check", "would these flags train? on a login node, without a GPU"),

@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right, a flag, a size, a file, and who raises it."""
+"""The one exception for what a user can put right, a flag, a size, a file; its raising and end."""
 
 import argparse
 import os
@@ -44,6 +44,10 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Called by argparse with what is wrong."""
         raise UltraMemError(f"{message}. {self.prog} --help says more.")
+
+
+class NonFiniteError(UltraMemError):
+    """A loaded number is NaN or infinite. Whoever knows the checkpoint puts its folder before."""
 
 
 @contextmanager

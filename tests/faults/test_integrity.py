@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from argparse import Namespace
 
@@ -9,8 +10,10 @@ import pytest
 
 from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.faults import integrity
 from ultramem_megatron.faults.integrity import DamagedCheckpointError
+from ultramem_megatron.megatron.checkpoint.folder import loaded_iteration
 from ultramem_megatron.megatron.checkpoint.source import check_sums, source_of_weights
 
 _FLAGS = {
@@ -134,6 +137,25 @@ def test_an_odd_manifest_is_damage(manifest, message, tmp_path, capsys):
         integrity.check_iteration(folder)
     integrity.main([str(tmp_path)])
     assert re.search(message, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)],
+    ids=["pipe", "device", "link to itself"],
+)
+@pytest.mark.parametrize("name", [integrity.MANIFEST, "metadata.json", "__0_0.distcp", "more"])
+def test_what_would_be_read_for_ever_is_damage(name, make, tmp_path):
+    folder = tmp_path / "iter_0000003"
+    folder.mkdir()
+    (folder / integrity.MANIFEST).write_text('{"files": {}}')
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    message = f"{name}: a pipe, a device or a link to nothing"
+    with pytest.raises(UltraMemError, match=message):
+        loaded_iteration(str(tmp_path), 3)
+    with pytest.raises(DamagedCheckpointError, match=message):
+        integrity.verify(folder)
 
 
 def test_a_file_without_a_sum_is_damage(tmp_path):

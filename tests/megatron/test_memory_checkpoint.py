@@ -192,7 +192,9 @@ def test_nan_in_a_loaded_weight_is_refused(which, message, tmp_path):
         _flags(save=tmp_path, save_interval=100, train_iters=1, no_save_optim=True),
         on_finish=functools.partial(_poison, which),
     )
-    assert message in _refusal(load=tmp_path, no_load_optim=True, finetune=True)
+    refusal = _refusal(load=tmp_path, no_load_optim=True, finetune=True)
+    assert message in refusal
+    assert f"--load {tmp_path}/iter_0000099: The loaded" in refusal
 
 
 def test_a_checkpoint_without_memory_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,28 @@ def write_sums(folder: Path, known: Mapping[str, str]) -> None:
     (folder / MANIFEST).write_text(json.dumps({"algorithm": _ALGORITHM, "files": sums}, indent=2))
 
 
+def refuse_odd_files(folder: Path) -> None:
+    """Raise ManifestError for what would be waited for or read for ever: pipes, devices, links.
+
+    Links to files and folders are read as those.
+    """
+    with os.scandir(folder) as entries:
+        odd = sorted(
+            entry.name
+            for entry in entries
+            if not entry.is_file(follow_symlinks=False)  # as nearly all, without asking again
+            and not (Path(entry).is_file() or Path(entry).is_dir())
+        )
+    if odd:
+        raise ManifestError(f"{', '.join(odd)}: a pipe, a device or a link to nothing, no file")
+
+
 def read_sums(folder: Path) -> dict[str, str]:
     """SHA-256 by file name: of every file of the folder but the manifest itself.
 
     Raises ManifestError: unreadable, not of this form, or without some file of the folder.
     """
+    refuse_odd_files(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError) as error:

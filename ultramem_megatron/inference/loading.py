@@ -22,6 +22,7 @@ from ultramem_megatron.inference.layout import (
 )
 from ultramem_megatron.megatron.flags.process import open_process
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.finite import naming_where
 from ultramem_megatron.memory.tables.settings import TableSettings
 
 
@@ -182,7 +183,9 @@ def _load_weights(model: Any, folder: str) -> None:
     metadata = dist_checkpointing.load_content_metadata(folder) or {}
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
     sharded = {"model": model.sharded_state_dict(metadata=metadata)}
-    model.load_state_dict(dist_checkpointing.load(sharded, folder, verify_integrity=True)["model"])
+    loaded = dist_checkpointing.load(sharded, folder, verify_integrity=True)["model"]
+    with naming_where(folder):
+        model.load_state_dict(loaded)
 
 
 def open_model_tokenizer(args: Namespace) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ultramem_megatron.megatron.checkpoint.finite_state import search_what_it_loads
 from ultramem_megatron.megatron.metrics import (
     MemoryMonitor,
     collapse_warning,
@@ -53,8 +54,7 @@ class MemoryHooks:
     """Layers whose memory was said to have collapsed."""
 
     def hang(self) -> None:
-        """Hang all of them; those of a model before are taken off."""
-        take_off()
+        """Hang all of them, beside those of every model."""
         doors: tuple[tuple[list[Any], Any], ...] = (
             (training_log.after, self.report),
             (optimizer_config.overrides, self.overrides),
@@ -66,8 +66,7 @@ class MemoryHooks:
         if self.table_log is not None:  # before gradients are taken away
             doors = ((optimizer_built.after, self.table_log.watch), *doors)
         for door, function in doors:
-            door.append(function)
-            _hung.append((door, function))
+            _hang(door, function)
 
     def report(self, iteration: int) -> None:
         """Metrics follow Megatron's own log line and go to the same writers; a collective."""
@@ -85,7 +84,7 @@ class MemoryHooks:
             tables = None
         by_layer = self.monitor.collect(None if tables is None else tables.pictures.keep)
         if tables is not None:
-            for layer, metrics in tables.steps.collect().items():
+            for layer, metrics in tables.scalars().items():
                 by_layer[layer] |= metrics
         scalars = {
             tensorboard_tag(layer, name): value
@@ -177,8 +176,19 @@ class MemoryHooks:
         return share * held * footprint.bytes_per_parameter(args)
 
 
+def hang_for_every_model() -> None:
+    """What a model without memories gets as well; hooks of a model before are taken off."""
+    take_off()
+    _hang(optimizer_built.after, search_what_it_loads)
+
+
+def _hang(door: list[Any], function: Any) -> None:
+    door.append(function)
+    _hung.append((door, function))
+
+
 def take_off() -> None:
-    """Leave the doors as they were before a model with memories was built."""
+    """Leave the doors as they were before a model was built."""
     while _hung:
         door, function = _hung.pop()
         door.remove(function)

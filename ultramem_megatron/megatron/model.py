@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -88,7 +89,7 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
         tables = (config.table_partition, pg_collection.ep.size())
         check_agreement((config.ultramem, *tables, config.memory_overlap))
         models: list[Any] = super().build_distributed_models(pg_collection, *args, **kwargs)
-        hooks.take_off()
+        hooks.hang_for_every_model()
         if config.ultramem is not None:
             if spans_cross_stages(config.ultramem.spans, config.transformer):
                 widen_pipeline_tensors(models)
@@ -157,7 +158,9 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
 
 
 def _refuse_non_finite_weights(model: Any, _incompatible: object) -> None:
-    refuse_non_finite(model.named_parameters(), "the model")
+    stored = model.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
+    refuse_non_finite(chain(model.named_parameters(), buffers), "the model")
 
 
 def _table_ranks(groups: ProcessGroupCollection) -> int:

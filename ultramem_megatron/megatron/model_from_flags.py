@@ -8,8 +8,8 @@ from typing import Any
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
 
 from ultramem_megatron.megatron.checkpoint.design import check_design
+from ultramem_megatron.megatron.checkpoint.optimizer_layout import check_optimizer_layout
 from ultramem_megatron.megatron.checkpoint.source import check_sums, settle_sums, source_of_weights
-from ultramem_megatron.megatron.checkpoint.table_cut import check_table_cut
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.megatron.flags.missing_packages import refuse_missing_packages
 from ultramem_megatron.megatron.flags.refusals import (
@@ -57,7 +57,7 @@ def model_config_from_args(
     upcycle_from = dense_checkpoint(args)
     tables = settings_from_args(args, ultramem)
     if source is not None:
-        check_table_cut(source, args, tables)
+        check_optimizer_layout(source, args, ultramem, tables)
     initialize_model_parallel(args, tables.size, get_embedding_ranks)
     config = fill(args, transformer, ultramem, tables)
     config.upcycle_from = upcycle_from

@@ -19,6 +19,7 @@ from ultramem_megatron.megatron.checkpoint.design import differing_flags
 from ultramem_megatron.megatron.checkpoint.folder import checkpoint_folder, stored_args
 from ultramem_megatron.megatron.checkpoint.source import holds_checkpoint
 from ultramem_megatron.megatron.flags.arguments import config_from_args
+from ultramem_megatron.memory.finite import naming_where
 from ultramem_megatron.memory.layer import UltraMemLayer, memory_layers
 
 UPCYCLE_FLAG = "--ultramem-upcycle"
@@ -97,7 +98,8 @@ def _load_dense_weights(chunk: nn.Module, folder: str) -> None:
         names = list(state)
         # Brings the state of its training, too.
         loaded = dist_checkpointing.load(state, folder, verify_integrity=True)
-        chunk.load_state_dict({name: loaded[name] for name in names})
+        with naming_where(f"{UPCYCLE_FLAG} {folder}"):
+            chunk.load_state_dict({name: loaded[name] for name in names})
 
 
 @contextlib.contextmanager

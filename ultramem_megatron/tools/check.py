@@ -160,12 +160,12 @@ def _tokenizer(run: Any) -> str:
 
 def _checkpoint(run: Any) -> str:
     from ultramem_megatron.megatron.checkpoint.design import check_design
+    from ultramem_megatron.megatron.checkpoint.optimizer_layout import check_optimizer_layout
     from ultramem_megatron.megatron.checkpoint.source import (
         check_sums,
         settle_sums,
         source_of_weights,
     )
-    from ultramem_megatron.megatron.checkpoint.table_cut import check_table_cut
     from ultramem_megatron.megatron.upcycle import dense_checkpoint
 
     args = run.args
@@ -175,7 +175,7 @@ def _checkpoint(run: Any) -> str:
         check_sums(source, args)
         check_design(source, args, run.ultramem)
         if run.ultramem is not None:
-            check_table_cut(source, args, run.tables)
+            check_optimizer_layout(source, args, run.ultramem, run.tables)
     dense = dense_checkpoint(args) if run.ultramem else None
     if dense:
         return f"starts from the dense model in {dense}"

@@ -39,6 +39,7 @@ def main(
     from ultramem_megatron.data.check import check_data
     from ultramem_megatron.faults.machine_errors import explained
     from ultramem_megatron.faults.run_lock import only_run
+    from ultramem_megatron.megatron.checkpoint.source import named_where_not_finite
     from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
     from ultramem_megatron.megatron.flags.embedding_ranks import get_embedding_ranks
     from ultramem_megatron.megatron.flags.refusals import refuse_other_tasks
@@ -57,7 +58,7 @@ def main(
         log_settings(args, model_config)
         if before_training is not None:
             before_training()
-        with explained(args, given):
+        with explained(args, given), named_where_not_finite(args):
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),
                 train_valid_test_datasets_provider,

@@ -118,6 +118,7 @@ def _checked(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
     from megatron.training import get_args
 
     from ultramem_megatron.data.check import check_data
+    from ultramem_megatron.megatron.checkpoint.source import named_where_not_finite
     from ultramem_megatron.megatron.in_force import log_settings
     from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
 
@@ -134,7 +135,8 @@ def _checked(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
         check_data(get_args())
         if isinstance(model, UltraMemGPTModelConfig):
             log_settings(get_args(), model)
-        return original(config, *rest, **kw)
+        with named_where_not_finite(get_args()):
+            return original(config, *rest, **kw)
 
     return pretrain
 

@@ -22,10 +22,17 @@ def _flags(**changes):
     )
 
 
+def _keep_no_record():
+    """Older releases did not write into the flags how tables are cut."""
+    from ultramem_megatron.megatron import in_force
+
+    in_force.log_settings = lambda *_: None
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    return folder, run_pretrain(2, _flags(save=folder)).losses
+    return folder, run_pretrain(2, _flags(save=folder), before=_keep_no_record).losses
 
 
 @pytest.mark.parametrize(
@@ -40,7 +47,7 @@ def saved(tmp_path_factory):
         (
             2,
             {"tensor_model_parallel_size": 2},
-            "the state of the distributed optimizer was saved for ranks laid out otherwise",
+            "--tensor-model-parallel-size was 1, here it is 2, and the state",
         ),
     ],
     ids=["rows for columns", "fewer ranks", "tensor parallel"],
@@ -54,6 +61,14 @@ def test_it_is_refused_by_name(ranks, changes, message, saved):
 def test_the_same_layout_goes_on(saved):
     folder, losses = saved
     assert run_pretrain(2, _flags(load=folder, ckpt_step=2)).losses == losses[2:]
+
+
+def test_muon_by_blocks_is_refused_on_other_tensor_parallel_ranks(tmp_path):
+    """Its steps would be others; losses differed in the fourth digit, in silence."""
+    muon = {"optimizer": "muon", "use_distributed_optimizer": None}
+    run_pretrain(1, _flags(**muon, save=tmp_path))
+    with pytest.raises(RanksFailed, match="with --muon-tp-mode blockwise --optimizer muon takes"):
+        run_pretrain(2, _flags(**muon, load=tmp_path, tensor_model_parallel_size=2))
 
 
 @pytest.mark.parametrize(

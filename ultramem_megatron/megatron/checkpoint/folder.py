@@ -3,6 +3,7 @@
 import pickle
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from ultramem_megatron.errors import UltraMemError, user_error
 from ultramem_megatron.faults.integrity import (
@@ -13,8 +14,9 @@ from ultramem_megatron.faults.integrity import (
     iteration_folder,
     read_tracker,
 )
+from ultramem_megatron.faults.manifest import ManifestError, refuse_odd_files
 from ultramem_megatron.faults.trust import ADVICE, fault_of
-from ultramem_megatron.megatron.checkpoint.stored_flags import believed
+from ultramem_megatron.megatron.checkpoint.stored_flags import believed, believed_layout
 
 
 class NoCheckpointError(UltraMemError):
@@ -44,6 +46,10 @@ def loaded_iteration(load: str, ckpt_step: int | None = None, flag: str = "--loa
     if not folder.is_dir():
         what = "a file, no folder" if folder.exists() else "not there"
         raise UltraMemError(f"{flag} {load}: {folder.name} is {what}; {_choice(checkpoints)}")
+    try:
+        refuse_odd_files(folder)
+    except ManifestError as error:
+        raise UltraMemError(f"{folder} is damaged: {error}. Give another {flag}.") from None
     return folder
 
 
@@ -74,6 +80,15 @@ def stored_args(folder: str) -> Namespace:
     Raises UltraMemError where it has none, or something in it is not what Megatron stores, which is
     then not run.
     """
+    return believed(_stored(folder), folder)
+
+
+def stored_layout(folder: str) -> Namespace:
+    """Of the same flags those of `believed_layout`. Raises as `stored_args`."""
+    return believed_layout(_stored(folder), folder)
+
+
+def _stored(folder: str) -> Any:
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
@@ -97,7 +112,7 @@ def stored_args(folder: str) -> Namespace:
             f"{folder}: no flags are stored in it, so what model it holds is not known. Save with "
             f"ultramem train, or with a loop that puts its flags into the checkpoint as args."
         )
-    return believed(common["args"], folder)
+    return common["args"]
 
 
 def _latest(checkpoints: Path, flag: str) -> str:

@@ -1,10 +1,12 @@
 """Where training takes its weights from: --load, or --pretrained-checkpoint where that is empty."""
 
+import contextlib
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.errors import NonFiniteError, UltraMemError
 from ultramem_megatron.faults.integrity import check_iteration, has_sums, repair_tracker
 from ultramem_megatron.megatron.checkpoint.folder import NoCheckpointError, loaded_iteration
 
@@ -50,6 +52,18 @@ def holds_checkpoint(args: Namespace) -> bool:
     except NoCheckpointError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def named_where_not_finite(args: Namespace) -> Iterator[None]:
+    """Put the folder of the loaded iteration before a NonFiniteError that leaves the block."""
+    try:
+        yield
+    except NonFiniteError as error:
+        source = source_of_weights(args)
+        if source is None:
+            raise
+        raise NonFiniteError(f"{source.flag} {source.iteration()}: {error}") from None
 
 
 def settle_sums(args: Namespace, has_memories: bool) -> None:

@@ -6,7 +6,7 @@ with a value that is plain data; flags that name code or files are left where th
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import Enum
 from functools import cache
 from typing import Any
@@ -107,6 +107,15 @@ _TOKENIZER_FLAGS = (
 )
 """Folders and files here are read as data, where the tokenizer and the log of the run are."""
 
+LAYOUT_FLAGS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "optimizer",
+    "muon_tp_mode",
+)
+"""Of how a run was laid out, what decides whether its optimizer's state fits another one."""
+
 _MEMORY_FLAGS = ("preset", "parallel_size", "partition", "overlap", "train_only", "in_force")
 
 
@@ -141,7 +150,20 @@ def believed(stored: Any, folder: str) -> Namespace:
                 f"{folder}: its model needs code or files named in it ({name} is {value!r:.200}), "
                 f"which are never taken from a checkpoint. {ADVICE}"
             )
-    taken = {name: value for name, value in vars(stored).items() if name in taken_flags()}
+    return _as_data(stored, taken_flags(), folder)
+
+
+def believed_layout(stored: Any, folder: str) -> Namespace:
+    """How the run that wrote `stored` was laid out: those of LAYOUT_FLAGS that it has.
+
+    Raises UltraMemError for values that are no plain data.
+    """
+    found = stored if isinstance(stored, Namespace) else Namespace()
+    return _as_data(found, LAYOUT_FLAGS, folder)
+
+
+def _as_data(stored: Namespace, names: Collection[str], folder: str) -> Namespace:
+    taken = {name: value for name, value in vars(stored).items() if name in names}
     odd = sorted(name for name, value in taken.items() if not _is_data(value))
     if odd:
         raise UltraMemError(

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.optimizer import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from ultramem_megatron.megatron.checkpoint.finite_state import refuse_non_finite_settings
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.tables.value_table import VALUES_TAG
 
@@ -56,6 +57,11 @@ class ValueLearningRateScheduler(OptimizerParamScheduler):
         """value_lr_decay: fraction of training over which the factor falls to 1."""
         self.value_lr_decay = value_lr_decay
         super().__init__(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As Megatron's; raises NonFiniteError for a number that is NaN or infinite."""
+        refuse_non_finite_settings([state_dict], "the learning-rate schedule")
+        super().load_state_dict(state_dict)
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
         """Learning rate of a group at the present step."""

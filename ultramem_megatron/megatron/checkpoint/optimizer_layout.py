@@ -1,0 +1,108 @@
+"""Does an optimizer's state fit ranks that are laid out otherwise? Asked before anything is built.
+
+The distributed optimizer's default (dp_reshardable) keeps each rank's flat piece. Pieces of a table
+cut by rows and by columns have the same length and other numbers: they would load, in silence, as
+wrong moments. How a table was cut is read off its own pieces, which every checkpoint has.
+
+Muon's default orthogonalises what each tensor-parallel rank has of a matrix by itself: with another
+number of them a step is another step.
+"""
+
+import re
+from argparse import Namespace
+from typing import Any
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.checkpoint.folder import NoFlagsError, is_torch_dist, stored_layout
+from ultramem_megatron.megatron.checkpoint.source import Source
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.tables.settings import TableSettings
+
+_TABLE = re.compile(r"decoder\..*\bmemory\.values(\.table)?\.weight|decoder\.ultramem\.values")
+"""Keys of tables in a checkpoint: of one memory, and of several that share."""
+_MODEL_PARALLEL = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+)
+_WEIGHTS_ALONE = "or go on once with --no-load-optim (weights alone)"
+
+
+def check_optimizer_layout(
+    source: Source, args: Namespace, ultramem: UltraMemConfig, tables: TableSettings
+) -> None:
+    """Raise UltraMemError if the optimizer's state cannot follow to this run's ranks."""
+    unused = args.no_load_optim or args.finetune or source.flag != "--load"
+    folder = source.iteration()
+    if unused or not is_torch_dist(folder):
+        return
+    try:
+        stored = stored_layout(str(folder))
+    except NoFlagsError:
+        stored = Namespace()
+    _check_muon(source, args, stored)
+    if not args.use_distributed_optimizer or _kind(str(folder)) != "dp_reshardable":
+        return
+    rows, columns = _saved_parts(str(folder), ultramem.num_values)
+    mine = tables.kind.parts(tables.size)
+    if (rows, columns) != mine:
+        raise UltraMemError(
+            f"{source}: its tables were {_cut(rows, columns)}, here they are {_cut(*mine)}, and "
+            f"the state of its distributed optimizer cannot follow. Cut them as before "
+            f"(--ultramem-parallel-size, --ultramem-partition), {_WEIGHTS_ALONE}; saved with "
+            f"--dist-ckpt-optim-fully-reshardable it loads into any."
+        )
+    changed = [
+        f"--{name.replace('_', '-')} was {getattr(stored, name)}, here it is {getattr(args, name)}"
+        for name in _MODEL_PARALLEL
+        if hasattr(stored, name) and getattr(stored, name) != getattr(args, name)
+    ]
+    if changed:
+        raise UltraMemError(
+            f"{source}: {'; '.join(changed)}, and the state of its distributed optimizer cannot "
+            f"follow. Go on with the same layout, {_WEIGHTS_ALONE}; saved with "
+            f"--dist-ckpt-optim-fully-reshardable it loads into any."
+        )
+
+
+def _check_muon(source: Source, args: Namespace, stored: Namespace) -> None:
+    saved = getattr(stored, "tensor_model_parallel_size", args.tensor_model_parallel_size)
+    muon = "muon" in args.optimizer
+    blocks = "blockwise" in (args.muon_tp_mode, getattr(stored, "muon_tp_mode", None))
+    if muon and blocks and saved != args.tensor_model_parallel_size:
+        raise UltraMemError(
+            f"{source}: --tensor-model-parallel-size was {saved}, here it is "
+            f"{args.tensor_model_parallel_size}, and with --muon-tp-mode blockwise --optimizer "
+            f"{args.optimizer} takes other steps then. Go on with the same size, {_WEIGHTS_ALONE}; "
+            f"a run with --muon-tp-mode duplicated from its start goes on with any."
+        )
+
+
+def _kind(folder: str) -> str | None:
+    from megatron.core.dist_checkpointing import load_content_metadata
+
+    metadata: dict[str, Any] = load_content_metadata(folder) or {}
+    return metadata.get("distrib_optim_sharding_type")
+
+
+def _saved_parts(folder: str, num_values: int) -> tuple[int, int]:
+    """Into how many parts of rows and of columns the tables of a checkpoint are cut."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    for key, table in stored.items():
+        if isinstance(table, TensorStorageMetadata) and _TABLE.fullmatch(key):
+            offsets = [chunk.offsets for chunk in table.chunks]
+            # Memories that share lie below each other in one table.
+            rows = len({offset[0] for offset in offsets}) // max(1, table.size[0] // num_values)
+            return rows, len({offset[1] for offset in offsets})
+    raise UltraMemError(f"{folder} is damaged: there is no value table in it. Load another.")
+
+
+def _cut(rows: int, columns: int) -> str:
+    """In the words of the settings in force."""
+    if rows * columns == 1:
+        return "whole"
+    how = "number" if rows > 1 else "dimension"
+    return f"over {rows * columns} ranks, {how}-wise"
