@@ -74,6 +74,25 @@ def test_a_wrong_flag_is_one_line(name: str, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "inspect --load absent --text README.md --out README.md/x",
+        "paper figure9 --csv README.md/x/y.csv",
+    ],
+)
+def test_results_that_cannot_be_written_are_refused(
+    words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main(words.split()))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: README.md/x: Not a directory. Results go to a folder")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--version"], f"ultramem_megatron {__version__}\n"),

@@ -23,6 +23,7 @@ import torch
 
 from launch.benchmarks.decode_models import SCALES, DecodeModel, Scale
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
+from ultramem_megatron.faults.results_folder import results_folder
 from ultramem_megatron.tools import rows
 
 Row = dict[str, str | int | float]
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument("csv", type=Path, help="What the benchmark wrote.")
         return draw(parser.parse_args(words[1:]).csv)
     options = _parse(words)
-    options.out.mkdir(parents=True, exist_ok=True)
+    results_folder(options.out)
     file = options.out / "decode.csv"
     _keep_freed_memory()
     rows.write_as_made(file, _rows(_scale(options), options))

@@ -29,6 +29,7 @@ from launch.benchmarks.memory_block import BlockShape
 from launch.benchmarks.slow_link import slow_link
 from launch.benchmarks.timeline import plot
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
+from ultramem_megatron.faults.results_folder import results_folder
 from ultramem_megatron.memory.spans import parse_spans
 from ultramem_megatron.tools.rows import write
 
@@ -230,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Start the ranks; in a rank, measure."""
     words = sys.argv[1:] if argv is None else list(argv)
     options = _parse(words)
-    options.out.mkdir(parents=True, exist_ok=True)
+    results_folder(options.out)
     if "RANK" in os.environ:
         _run_rank(options)
         return 0

@@ -26,6 +26,7 @@ from launch.benchmarks.environment import environment_columns
 from launch.benchmarks.training_figure import draw
 from launch.benchmarks.training_models import SCALES, Scale
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
+from ultramem_megatron.faults.results_folder import results_folder
 from ultramem_megatron.tools.rows import write
 
 _WARM_UP = 3  # steps of each run that are not counted
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.plot:
         return draw(options.plot)
     logging.disable(logging.WARNING)  # Megatron's, of what this machine lacks
-    options.out.mkdir(parents=True, exist_ok=True)
+    results_folder(options.out)
     rows = measure(SCALES[options.scale], options.scale, options.steps, options.rounds)
     file = options.out / "training.csv"
     write(file, rows)

@@ -13,6 +13,7 @@ from typing import Any
 
 from launch.gpu_report import page
 from ultramem_megatron.errors import exit_on_user_error
+from ultramem_megatron.faults.results_folder import results_folder
 from ultramem_megatron.tools.gpu_report import PARTS, parse
 
 _ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_parts(folder: Path, parts: dict[str, float], minutes: float, large: bool) -> None:
     """Each module of `parts` in turn, with its minutes; all in `minutes`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    results_folder(folder)
     end = time.monotonic() + 60 * minutes
     found: dict[str, list[dict[str, Any]]] = {}
     for module, limit in parts.items():

@@ -270,8 +270,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         prepare(args.text, args.output, args.vocab_size, args.json_key, args.workers)
-    except (UltraMemError, OSError) as error:
+    except UltraMemError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {shown(Path(error.filename or '.'))}: {error.strerror}.", file=sys.stderr)
         return 2
     return 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.faults.results_folder import results_folder
 
 _COLOURS = {"dense": "tab:grey", "moe": "tab:orange", "pkm": "tab:green", "ultramem": "tab:blue"}
 _OTHERS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
@@ -26,7 +27,7 @@ def picture(file: Path, size: tuple[float, float], dpi: int = 120) -> Iterator[A
     if file.suffix.removeprefix(".") not in known:
         raise UltraMemError(f"{file}: the name of a picture must end in .{', .'.join(known)}.")
     yield figure
-    file.parent.mkdir(parents=True, exist_ok=True)
+    results_folder(file.parent)
     figure.savefig(file, dpi=dpi)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.faults.results_folder import results_folder
 
 Row = Mapping[str, Any]
 
@@ -22,7 +23,7 @@ def write(file: Path, rows: Iterable[Row]) -> None:
 
 def write_as_made(file: Path, rows: Iterable[Row]) -> list[Row]:
     """Write each before the next is made, for those that take long to measure; returns them."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    results_folder(file.parent)
     written: list[Row] = []
     remaining = iter(rows)
     with file.open("w", newline="", encoding="utf-8") as opened:

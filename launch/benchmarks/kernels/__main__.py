@@ -12,6 +12,7 @@ import torch
 from launch.benchmarks.kernels.plot import plot
 from launch.benchmarks.kernels.run import run
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
+from ultramem_megatron.faults.results_folder import results_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plotting.add_argument("csv", type=Path)
     options = parser.parse_args(argv)
     if options.command == "run":
-        options.out.mkdir(parents=True, exist_ok=True)
+        results_folder(options.out)
         options.csv = options.out / "kernels.csv"
         run(options.csv, _device(options.device), options.quick)
     for picture in plot(options.csv):

@@ -27,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse and do it."""
     options = _parse(argv)
     with contextlib.redirect_stdout(sys.stderr):
+        if options.load:  # a mistyped folder need not wait for Megatron
+            from ultramem_megatron.megatron.checkpoint.folder import loaded_iteration
+
+            loaded_iteration(options.load, options.ckpt_step)
         if options.load and options.kind == "hf":
             to_hf(options.load, options.folder, options.ckpt_step, options.tokenizer_model)
         elif options.load:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.faults.results_folder import results_folder
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.spans import parse_spans
 from ultramem_megatron.tools.export.plain_model import PlainConfig, PlainGPT
@@ -26,7 +27,7 @@ def save_plain(model: PlainGPT, folder: str | Path, notes: dict[str, Any] | None
     for name in (_CONFIG, _WEIGHTS):
         if os.path.lexists(folder / name):
             raise UltraMemError(f"{folder} holds {name} already. Choose another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    results_folder(folder)
     fields = dataclasses.asdict(model.config)
     if model.config.ultramem is not None:
         fields["ultramem"]["spans"] = "/".join(map(str, model.config.ultramem.spans))

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
+from ultramem_megatron.faults.results_folder import results_folder
 from ultramem_megatron.tools import rows
 
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             flag = "--" + name.replace("_", "-")
             raise UltraMemError(f"{flag} {getattr(options, name)}: must be a whole number >= 1.")
     text = _read_text(options.text)
+    out = results_folder(options.out)
 
     from ultramem_megatron.inference.loading import load_for_inference
     from ultramem_megatron.tools.inspect import pictures, tables
@@ -53,8 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.load, ckpt_step=options.ckpt_step, tokenizer_model=options.tokenizer_model
     )
     words, layers = record_reads(loaded, text, options.max_tokens)
-    out = options.out
-    out.mkdir(parents=True, exist_ok=True)
     rows.write(out / "fired.csv", chain(*(tables.fired(words, r, options.top) for r in layers)))
     shared = chain(*(tables.shared(words, r, options.values) for r in layers))
     rows.write(out / "shared.csv", shared)
