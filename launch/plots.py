@@ -15,7 +15,7 @@ from launch.ablations.experiments import EXPERIMENTS
 from launch.benchmarks import decode_figures, training_figure
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.tools import rows
-from ultramem_megatron.tools.paper import figure1c, figure9
+from ultramem_megatron.tools.paper import figure1c, figure9, topology
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,12 +30,18 @@ def _figure9(file: Path) -> None:
     figure9.draw(file.with_suffix(".png"), numbers)
 
 
+def _topology(file: Path) -> None:
+    numbers = rows.read(file, "ultramem paper topology --csv FILE", ("num_keys", "second_best"))
+    topology.draw(file.with_suffix(".png"), numbers)
+
+
 PICTURES: dict[str, Callable[[Path], None]] = {
     **dict.fromkeys(EXPERIMENTS, pictures.show),
     "decode": decode_figures.draw,
     "training": training_figure.draw,
     "figure1c": _figure1c,
     "figure9": _figure9,
+    "topology": _topology,
 }
 """By the name of the CSV; each draws beside the file that it is given."""
 

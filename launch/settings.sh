@@ -1,9 +1,9 @@
 # Settings from the environment, checked before anything uses them as numbers. Sourced.
 # shellcheck shell=bash
 
-# refuse MESSAGE: one line, and the exit status of a refusal, which nothing repeats.
+# refuse WORD...: one line, and the exit status of a refusal, which nothing repeats.
 refuse() {
-    echo "error: $1" >&2
+    echo "error: $*" >&2
     exit 2
 }
 
@@ -23,10 +23,17 @@ require_nodes() {
     fi
 }
 
+# require_python COMMAND: another exit status than a refusal's would be tried again, by Slurm too.
+require_python() {
+    [[ -n $(type -P -- "$1") ]] || refuse "$1 is no program. Make .venv with bash launch/setup.sh," \
+        "or set PYTHON to a Python that has this package."
+}
+
 # The GPUs that torch will see: those of nvidia-smi's list that CUDA_VISIBLE_DEVICES leaves, up to
-# the first that is not there. CUDA shows a process one MIG device, however many there are.
+# the first that is not there, and none where one is named twice. CUDA shows a process one MIG
+# device, however many there are.
 count_gpus() {
-    local listed gpus device seen=0 devices
+    local listed gpus device devices taken=()
     listed=$(nvidia-smi --list-gpus 2>/dev/null) || listed=
     gpus=$(grep -c '^GPU ' <<<"$listed") || true
     if [[ ! -v CUDA_VISIBLE_DEVICES ]]; then
@@ -37,14 +44,19 @@ count_gpus() {
     IFS=', ' read -ra devices <<<"$CUDA_VISIBLE_DEVICES"
     for device in "${devices[@]}"; do
         if [[ $device =~ ^[0-9]{1,3}$ ]]; then
-            ((10#$device < gpus)) || break
+            device=$((10#$device))
+            ((device < gpus)) || break
         elif [[ $device =~ ^(GPU|MIG)- ]]; then
             grep -q -F "(UUID: $device" <<<"$listed" || break
         else
             break
         fi
-        seen=$((seen + 1))
+        if [[ " ${taken[*]} " == *" $device "* ]]; then
+            taken=()
+            break
+        fi
+        taken+=("$device")
         [[ $device != MIG-* ]] || break
     done
-    echo "$seen"
+    echo "${#taken[@]}"
 }

@@ -28,6 +28,7 @@ if [[ ${1:-} == --dry-run ]]; then
 fi
 
 python=${PYTHON:-$root/.venv/bin/python}
+require_python "$python"
 nodes=${NNODES:-1}
 require_nodes "$nodes"
 if [[ $nodes == 1:1 ]]; then nodes=1; fi

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from ultramem_megatron.errors import CommandParser, exit_on_user_error
 from ultramem_megatron.patches.patch import Patch
 from ultramem_megatron.patches.registry import all_patches, is_applied
 
@@ -35,7 +36,7 @@ def describe(patch: Patch) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table of patches."""
-    argparse.ArgumentParser(
+    CommandParser(
         prog="ultramem patches",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -45,4 +46,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests import ROOT
+from ultramem_megatron import __version__
 from ultramem_megatron.__main__ import COMMANDS, listing, main
 
 _OLD = {
@@ -21,6 +22,9 @@ _OLD = {
     "integrity": "integrity",
 }
 """Module that was run with -m -> the command it is now; presets, data and patches kept theirs."""
+
+_PASS_ON = {"train", "run", "check", "plan", "verify", "bench", "gpu-report"}
+"""Flags that are not theirs are Megatron's or another process's to refuse."""
 
 
 def _python(*words: str) -> subprocess.CompletedProcess[str]:
@@ -42,7 +46,8 @@ def test_the_listing_has_a_line_for_every_command(capsys: pytest.CaptureFixture[
     [
         (["trian"], "'trian' is no command"),
         (["data"], "data prepare"),
-        (["data", "praepare"], "'data praepare' is no command"),
+        (["data", "praepare"], "'data praepare' is no command. There are: data prepare, data"),
+        (["-x"], "There are: train, run, "),
     ],
 )
 def test_a_wrong_command_is_refused_with_those_there_are(
@@ -51,7 +56,42 @@ def test_a_wrong_command_is_refused_with_those_there_are(
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - _PASS_ON))
+def test_a_wrong_flag_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main([*name.split(), "--nosuch"]))
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert shown.err.endswith(f" ultramem {name} --help says more.\n")
+    assert shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--version"], f"ultramem_megatron {__version__}\n"),
+        (["help"], listing() + "\n"),
+        (["data", "--help"], listing("data") + "\n"),
+    ],
+)
+def test_what_is_said_without_a_command(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 0
+    assert capsys.readouterr().out == said
+
+
+def test_no_text_asks_for_a_package_that_no_index_has() -> None:
+    asked = r"pip install [^`]*ultramem-megatron"
+    found = subprocess.run(["git", "grep", "-E", asked], cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (1, "")
 
 
 @pytest.mark.parametrize("words", [[], ["presets", "ultramem-1.6b-x12"]])

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from ultramem_megatron import __version__
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 
 
@@ -24,6 +25,7 @@ class Command(NamedTuple):
 
 
 _PACKAGE = "ultramem_megatron"
+_HELP = ("-h", "--help", "help")
 _NOBODY_READS = 141  # as a shell shows a process that SIGPIPE ended
 COMMANDS = {
     "train": Command("training.pretrain", "train a GPT with memory layers, by Megatron's flags"),
@@ -32,6 +34,7 @@ COMMANDS = {
     "evaluate": Command("tools.evaluate.__main__", "perplexity of data, tasks of lm-eval"),
     "inspect": Command("tools.inspect.__main__", "which values fire for which tokens"),
     "export": Command("tools.export.__main__", "a checkpoint as plain safetensors, and back"),
+    "quantize": Command("tools.quantize", "value tables of a Hugging Face folder in 8 bits"),
     "presets": Command("presets.__main__", "models of the paper as flags"),
     "flags": Command("megatron.flags.listing", "the --ultramem-* flags, with the values in force"),
     "check": Command("tools.check", "would these flags train? on a login node, without a GPU"),
@@ -65,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     with exit_on_user_error(), _reader_may_leave():
-        if not words or words[0] in ("-h", "--help"):
-            print(listing())
+        told = _told(words)
+        if told is not None:
+            print(told)
             return 0
         name, rest = _split(words)
         # What a command's own parser shows as usage, and where Megatron looks for its flags.
@@ -74,6 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = importlib.import_module(f"{_PACKAGE}.{COMMANDS[name].module}")
         return command.main() or 0
     return 0
+
+
+def _told(words: Sequence[str]) -> str | None:
+    """What is said without a command: the listing, the version; None where there is one to run."""
+    if not words or words[0] in _HELP:
+        return listing()
+    if words[0] == "--version":
+        return f"ultramem_megatron {__version__}"
+    several = words[0] not in COMMANDS and any(name.startswith(f"{words[0]} ") for name in COMMANDS)
+    return listing(words[0]) if several and words[1:] and words[1] in _HELP else None
 
 
 @contextmanager
@@ -97,9 +111,9 @@ def _split(words: Sequence[str]) -> tuple[str, Sequence[str]]:
         if name in COMMANDS:
             return name, words[count:]
     first = words[0]
-    if any(name.split()[0] == first for name in COMMANDS):
-        raise UltraMemError(f"'{' '.join(words[:2])}' is no command.\n{listing(first)}")
-    raise UltraMemError(f"'{first}' is no command.\n{listing()}")
+    near = [name for name in COMMANDS if name.split()[0] == first]
+    given = " ".join(words[: 2 if near else 1])
+    raise UltraMemError(f"'{given}' is no command. There are: {', '.join(near or COMMANDS)}.")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The one exception for what a user can put right: a flag, a size, a file."""
+"""The one exception for what a user can put right, a flag, a size, a file; its raising and end."""
 
+import argparse
 import errno
 import os
 import sys
@@ -35,6 +36,17 @@ class UltraMemError(ValueError):
     """Names what was given, what is allowed, and what to change."""
 
 
+class CommandParser(argparse.ArgumentParser):
+    """argparse's, which would print its usage, on every rank, and leave launchers no message.
+
+    Raises UltraMemError for words that it cannot take.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse with what is wrong."""
+        raise UltraMemError(f"{message}. {self.prog} --help says more.")
+
+
 class NonFiniteError(UltraMemError):
     """A loaded number is NaN or infinite. Whoever knows the checkpoint puts its folder before."""
 
@@ -51,10 +63,7 @@ def exit_on_user_error() -> Iterator[None]:
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package in _EXTRAS and find_spec(package) is None:
-            _refuse(
-                f"this command needs {package}, which is not installed. Run pip install "
-                f'"ultramem-megatron[{_EXTRAS[package]}]".'
-            )
+            _refuse(f"this command needs {package}, which is not installed. {how_to_get(package)}")
         if package != "megatron" or not _has_older_megatron():
             raise
         _refuse(
@@ -66,6 +75,11 @@ def exit_on_user_error() -> Iterator[None]:
         if found is None:
             raise
         _refuse(str(found))
+
+
+def how_to_get(package: str) -> str:
+    """What to run where a package of an extra is missing; this one itself is on no index."""
+    return f'Run pip install ".[{_EXTRAS[package]}]" in the checkout, or pip install {package}.'
 
 
 def user_error(error: BaseException) -> UltraMemError | None:

@@ -1,6 +1,7 @@
 """Trains what an experiment compares, and writes its CSV.
 
     python -m launch.ablations table2 [--seeds 1 2 3] [--jobs 2] [-- MEGATRON FLAGS]
+    python -m launch.ablations all                                        # hours
     python -m launch.ablations table2 --scale full -- <data, layout>      # prints the commands
 
 Small runs go through `ultramem train` on this machine. A finished run is never
@@ -32,6 +33,7 @@ from ultramem_megatron.presets.flags import flags as preset_flags
 from ultramem_megatron.tools import rows
 
 VOCAB_SIZE = 2048
+_ALL = "all"
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -42,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train the models of one of the paper's experiments and write its CSV.",
     )
     add = parser.add_argument
-    add("experiment", help=", ".join(EXPERIMENTS))
+    add("experiment", help=", ".join((*EXPERIMENTS, _ALL)))
     add("--scale", choices=("small", "full"), default="small", help="full: print commands")
     add("--seeds", type=int, nargs="+", help="default: those of the experiment")
     add("--steps", type=int, help="optimizer steps of a small run")
@@ -60,15 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(words[:end])
     args.extra = words[end + 1 :]
     try:
-        experiment = find_experiment(args.experiment)
-        seeds = tuple(args.seeds or experiment.seeds)
-        if args.scale == "full":
-            print("\n".join(full_commands(experiment, seeds, args.extra)))
-            return 0
-        return run_small(experiment, seeds, args)
+        names = list(EXPERIMENTS) if args.experiment == _ALL else [args.experiment]
+        return max(run(find_experiment(name), args) for name in names)
     except (UltraMemError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def run(experiment: Experiment, args: argparse.Namespace) -> int:
+    """Prints the commands of an experiment, or trains its models; returns the exit status."""
+    seeds = tuple(args.seeds or experiment.seeds)
+    if args.scale == "full":
+        print("\n".join(full_commands(experiment, seeds, args.extra)))
+        return 0
+    return run_small(experiment, seeds, args)
 
 
 def full_commands(

@@ -25,7 +25,7 @@ SMALL_TRAINING: Flags = {
     "lr": 3e-3,
     "min-lr": 3e-4,
     "lr-decay-style": "cosine",
-    "lr-warmup-fraction": 0.05,
+    "lr-warmup-fraction": 0.1,
     "adam-beta2": 0.95,
     "weight-decay": 0.1,
     "clip-grad": 1.0,

@@ -51,7 +51,8 @@ def _draw_table(results: Results, figure: Any) -> None:
     losses, differences = figure.subplots(1, 2, sharey=True)
     _draw_models(losses, results, "valid_loss")
     losses.set(xlabel="validation loss, nats per token")
-    baseline, paper = results.experiment.baseline, results.experiment.printed_losses
+    baseline = results.experiment.baseline
+    [paper] = results.experiment.paper.values()
     for place, (model, colour) in enumerate(colours(results.models).items()):
         values = results.differences(model, baseline, "valid_loss")
         _draw_spread(differences, values, place, colour)
@@ -106,9 +107,13 @@ def _draw_figure1a(results: Results, figure: Any) -> None:
 
 
 def _draw_figure10(results: Results, figure: Any) -> None:
-    perplexity, *others = figure.subplots(1, 3)
+    perplexity, *others = figure.subplots(1, 4)
     _draw_perplexity_ratio(perplexity, results, results.experiment.baseline)
-    panels = (("top1_score", "top-1 score, last memory"), ("output_std", "output std, last memory"))
+    panels = (
+        ("top1_score", "top-1 score, last memory"),
+        ("output_std", "output std, last memory"),
+        ("query_cosine", "cosine between tokens' queries, last memory"),
+    )
     for axes, (metric, label) in zip(others, panels, strict=True):
         _draw_curves(axes, results, metric)
         axes.set(ylabel=label)
@@ -187,7 +192,7 @@ _DRAWINGS: dict[str, tuple[Callable[[Results, Any], None], tuple[float, float]]]
     "recall": (_draw_recall, (8, 3)),
     "table2": (_draw_table, (10, 5)),
     "table3": (_draw_table, (10, 5)),
-    "figure10": (_draw_figure10, (13, 4)),
+    "figure10": (_draw_figure10, (17, 4)),
     "start": (_draw_start, (13, 4)),
     "figure6b": (_draw_figure6b, (6, 4)),
 }

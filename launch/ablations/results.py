@@ -3,13 +3,18 @@
 Differences are taken between runs of the same seed, which saw the same text in the same order.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from launch.ablations.experiments import Experiment, find_experiment
 from ultramem_megatron.tools import rows
+
+_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -54,26 +59,59 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), deviation
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % of the means of samples drawn from these with repetition (percentile bootstrap).
+
+    The same for the same values. Of few seeds it is too narrow: it knows no others. NaN below 3.
+    """
+    if len(values) < 3:
+        return math.nan, math.nan
+    drawn = np.random.default_rng(0).choice(values, (_RESAMPLES, len(values)))
+    low, high = np.quantile(drawn.mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
 def summary(results: Results) -> str:
     """A table in Markdown: losses, differences from the baseline, and the paper's."""
     if results.experiment.name == "recall":
         return _recall_summary(results)
-    baseline, paper = results.experiment.baseline, results.experiment.printed_losses
-    columns = ["validation loss", f"minus {baseline}'s", "paper: loss", f"minus {baseline}'s"]
-    head = ["model", "dense + sparse, M", "FLOPs, M", "seeds", *columns[: 4 if paper else 2]]
+    experiment = results.experiment
+    papers = [f"the paper's {size}" for size in experiment.paper]
+    head = ["model", "dense + sparse, M", "FLOPs, M", "seeds", "validation loss"]
+    head += [f"minus {experiment.baseline}'s", *papers]
+    if experiment.cumulative:
+        head += ["minus the row before's", *papers]
     rows = []
-    for model in results.models:
+    for model, before in zip(results.models, [None, *results.models], strict=False):
         losses = list(results.of(model, "valid_loss").values())
-        difference = spread(results.differences(model, baseline, "valid_loss"))
         cells = [model, *_sizes(results, model), str(len(losses)), _with_bar(*spread(losses))]
-        cells.append("" if model == baseline else _with_bar(*difference, sign="+"))
-        if paper:
-            known = paper.get(model)
-            cells += ["" if known is None else f"{known:g}"]
-            is_other = known is not None and model != baseline
-            cells += [f"{known - paper[baseline]:+.3f}" if is_other and known else ""]
+        cells += _compared(results, model, experiment.baseline)
+        if experiment.cumulative:
+            cells += _compared(results, model, before)
         rows.append(cells)
     return _markdown(head, rows)
+
+
+def _compared(results: Results, model: str, other: str | None) -> list[str]:
+    """The difference of two models' losses, and what it is in the paper, size by size."""
+    papers = results.experiment.paper.values()
+    if other is None or other == model:
+        return [""] * (1 + len(papers))
+    cells = [_difference(results.differences(model, other, "valid_loss"))]
+    for losses in papers:
+        known = model in losses and other in losses
+        cells.append(f"{losses[model] - losses[other]:+.3f}" if known else "")
+    return cells
+
+
+def _difference(values: Sequence[float]) -> str:
+    """Mean and interval, without a sign where the interval does not settle it."""
+    low, high = interval(values)
+    if math.isnan(low):
+        return " and ".join(f"{value:+.3f}" for value in values)
+    if low <= 0 <= high:
+        return f"not resolved: {low:+.3f} to {high:+.3f}"
+    return f"{statistics.fmean(values):+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def _recall_summary(results: Results) -> str:

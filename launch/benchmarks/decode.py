@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from launch.benchmarks.decode_models import SCALES, DecodeModel, Scale
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.tools import rows
 
 Row = dict[str, str | int | float]
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from launch.benchmarks.decode_figures import draw
 
     if words[:1] == ["plot"]:
-        parser = argparse.ArgumentParser(prog="ultramem bench decode plot")
+        parser = CommandParser(prog="ultramem bench decode plot")
         parser.add_argument("csv", type=Path, help="What the benchmark wrote.")
         return draw(parser.parse_args(words[1:]).csv)
     options = _parse(words)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     default = "1.6b" if torch.cuda.is_available() else "151m"
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem bench decode",
         epilog="Megatron's flags may follow; they hold for all models.",
         allow_abbrev=False,

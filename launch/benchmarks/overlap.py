@@ -28,7 +28,7 @@ from launch.benchmarks.environment import environment_columns
 from launch.benchmarks.memory_block import BlockShape
 from launch.benchmarks.slow_link import slow_link
 from launch.benchmarks.timeline import plot
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.memory.spans import parse_spans
 from ultramem_megatron.tools.rows import write
 
@@ -182,9 +182,7 @@ def _shown(row: Result) -> dict[str, Any]:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="ultramem bench overlap", description=__doc__.split("\n")[0]
-    )
+    parser = CommandParser(prog="ultramem bench overlap", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--ranks", type=int, default=2, help="processes, and parts of the table (default 2)")
     add(

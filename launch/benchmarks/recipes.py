@@ -22,7 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 
 CASES = Path(__file__).parents[2] / "tests" / "recipes" / "cases.txt"
 _PRELOADED = (
@@ -63,7 +63,7 @@ class Case(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Try the cases and write the table. Raises UltraMemError for a wrong --only or list."""
-    parser = argparse.ArgumentParser(prog="ultramem bench recipes", description=__doc__)
+    parser = CommandParser(prog="ultramem bench recipes", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, required=True, help="the CSV to write")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose names match")

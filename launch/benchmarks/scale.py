@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 from launch.benchmarks.environment import environment_columns
-from ultramem_megatron.errors import exit_on_user_error
+from ultramem_megatron.errors import CommandParser, exit_on_user_error
 from ultramem_megatron.tools.rows import write_as_made
 
 _PRESET = "ultramem-1.6b-x12"
@@ -52,7 +52,7 @@ _QUICK = (Case(64, 64, "number"), Case(512, 64, "number"))
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem bench scale",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

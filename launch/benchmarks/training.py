@@ -25,7 +25,7 @@ import torch
 from launch.benchmarks.environment import environment_columns
 from launch.benchmarks.training_figure import draw
 from launch.benchmarks.training_models import SCALES, Scale
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.tools.rows import write
 
 _WARM_UP = 3  # steps of each run that are not counted
@@ -129,9 +129,7 @@ def _row(model: str, runs: list[dict[str, Any]], sizes: Any, tokens: int) -> dic
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default = "151m" if torch.cuda.is_available() else "small"
-    parser = argparse.ArgumentParser(
-        prog="ultramem bench training", description=__doc__.split("\n")[0]
-    )
+    parser = CommandParser(prog="ultramem bench training", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, help="folder for CSV and plot")
     add("--plot", type=Path, metavar="CSV", help="only draw what was measured before")

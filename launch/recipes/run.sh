@@ -13,6 +13,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 # shellcheck source=launch/settings.sh
 source "$root/launch/settings.sh"
 python=${PYTHON:-$root/.venv/bin/python}
+require_python "$python"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 run=${RUN:-runs/$PRESET}
 dry_run=()

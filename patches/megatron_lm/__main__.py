@@ -4,12 +4,11 @@ The patches here are for people who keep a fork of Megatron-LM: one per version,
 pretrain_gpt.py, to be applied with `git apply`. They change no other file.
 """
 
-import argparse
 import shlex
 import subprocess
 from pathlib import Path
 
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 
 _SCRIPT = "pretrain_gpt.py"
 
@@ -39,7 +38,7 @@ def fitting_patch(checkout: Path) -> Path:
 
 def main() -> None:
     """Print the command that applies the fitting patch; exit with status 2 if none fits."""
-    parser = argparse.ArgumentParser(prog="ultramem patches megatron-lm")
+    parser = CommandParser(prog="ultramem patches megatron-lm")
     parser.add_argument("--check", metavar="PATH", type=Path, required=True, help="a checkout")
     checkout = parser.parse_args().check.resolve()
     patch = fitting_patch(checkout)

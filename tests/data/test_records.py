@@ -11,6 +11,7 @@ import pytest
 
 from tests.data.test_text import collected
 from ultramem_megatron.data import prepare
+from ultramem_megatron.data.records import read_records
 from ultramem_megatron.errors import UltraMemError
 
 TEXTS = [f"Record {i} — naïve.\n{'word ' * (i % 40)}" for i in range(300)]
@@ -132,6 +133,33 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("packed", "wrong"),
+    [
+        (
+            gzip.compress(b'{"text": "fine"}\n' * 9999)[:-20],
+            "ended before the end-of-stream marker",
+        ),
+        (b'{"text": "not packed"}\n', "Not a gzipped file"),
+        (gzip.compress(b"")[:10] + b"\xff" * 99, "Error -3 while decompressing"),
+    ],
+)
+def test_a_damaged_gz_is_named(tmp_path: Path, packed: bytes, wrong: str) -> None:
+    (tmp_path / "A.JSONL.GZ").write_bytes(packed)
+    with pytest.raises(
+        UltraMemError, match=rf"A\.JSONL\.GZ cannot be read: .*{wrong}.*Copy it again"
+    ):
+        list(read_records(tmp_path / "A.JSONL.GZ", "text"))
+
+
+def test_a_folder_without_records_says_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("plain")
+    with pytest.raises(
+        UltraMemError, match=r"no text under 'text' in 1 file.* With --json-key JSON"
+    ):
+        prepare.prepare(tmp_path, tmp_path.parent / "out", 300, json_key="text")
+
+
+@pytest.mark.parametrize(
     "state", ["{", "[]", '{"_data_files": []}', '{"_data_files": [{"filename": "../data.arrow"}]}']
 )
 def test_a_dataset_that_names_other_files_is_refused(tmp_path: Path, state: str) -> None:
@@ -156,5 +184,5 @@ def test_what_is_missing_to_read_tables_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UltraMemError, match=r'pip install "ultramem-megatron\[data\]"'):
+    with pytest.raises(UltraMemError, match=r'pip install "\.\[data\]" in the'):
         collected(tmp_path, "text")

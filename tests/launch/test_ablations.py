@@ -5,6 +5,7 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from launch.ablations import recall
 from launch.ablations.__main__ import main
 from launch.ablations.experiments import EXPERIMENTS, ULTRAMEM_ROW
 from launch.ablations.models import sizes
-from launch.ablations.results import Results, summary
+from launch.ablations.results import Results, interval, summary
 from ultramem_megatron.data import corpora
 from ultramem_megatron.data.own_folder import sizes as file_sizes
 from ultramem_megatron.presets import PRESETS
@@ -56,13 +57,15 @@ def test_an_experiment_is_trained_once_and_drawn(
 ) -> None:
     assert run(output, tmp_path, "figure10") == 0
     printed = capsys.readouterr().out
-    assert "[3/3]" in printed
+    assert "[5/5]" in printed
     assert "0 min left" in printed
     first = lines(tmp_path / "figure10.csv")
-    assert [line["model"] for line in first] == ["ultramem", "no-norms", "naive-init"]
+    assert [line["model"] for line in first] == [
+        model.name for model in EXPERIMENTS["figure10"].models
+    ]
     assert {line["seed"] for line in first} == {"1"}
     losses = [float(line["valid_loss"]) for line in first]
-    assert len(set(losses)) == 3
+    assert len(set(losses)) == 5
     assert all(2 < loss < 8 for loss in losses)
     metrics = {line["metric"] for line in lines(tmp_path / "figure10_curves.csv")}
     assert metrics == {"valid_loss", "train_loss", "top1_score", "output_std", "query_cosine"}
@@ -165,30 +168,47 @@ def test_unknown_experiments_and_missing_results(
 
 
 def test_models_stand_beside_what_the_paper_prints_of_them() -> None:
-    found = {name: experiment.printed_losses for name, experiment in EXPERIMENTS.items()}
-    assert found["figure1a"] == {"dense": 2.49, "moe": 2.30, "ultramem": 2.24}
-    assert (found["table2"]["pkm"], found["table2"]["ultramem"]) == (2.828, 2.736)
-    assert len(found["table2"]) == len(found["table3"]) == 12
-    changes = ("E=1", "E=16", "r=1", "r=3", "h=1", "h=8")
-    assert [found["table3"][name] for name in changes] == [
-        2.789,
-        2.762,
-        2.772,
-        2.7636,
-        2.764,
-        2.770,
-    ]
+    found = {name: experiment.paper for name, experiment in EXPERIMENTS.items()}
+    assert found["figure1a"] == {
+        "151M": {"dense": 2.96, "moe": 2.63, "ultramem": 2.67},
+        "1.6B": {"dense": 2.49, "moe": 2.30, "ultramem": 2.24},
+    }
+    table2, table3 = found["table2"]["151M"], found["table3"]["151M"]
+    assert (table2["pkm"], table2["ultramem"]) == (2.828, 2.736)
+    assert len(table2) == len(table3) == 12
+    changes = {"E=1": 2.789, "E=16": 2.762, "r=1": 2.772, "r=3": 2.7636, "h=1": 2.764, "h=8": 2.770}
+    assert changes.items() <= table3.items()
     # Those of other sizes or with other changes stand nowhere.
     assert found["recall"] == found["figure6b"] == found["figure10"] == {}
 
 
-def test_summary_pairs_seeds(tmp_path: Path) -> None:
+def _runs(losses: dict[str, tuple[float, ...]]) -> list[dict[str, str]]:
     sizes_ = {"dense_params": "1000000", "sparse_params": "0", "flops_per_token": "2000000"}
-    runs = [
+    return [
         {"model": model, "seed": str(seed), "valid_loss": str(loss), **sizes_}
-        for model, losses in {"dense": (3.0, 4.0), "moe": (2.5, 3.3)}.items()
-        for seed, loss in enumerate(losses, start=1)
+        for model, seeds in losses.items()
+        for seed, loss in enumerate(seeds, start=1)
     ]
+
+
+def test_summary_pairs_seeds_and_settles_only_what_they_settle() -> None:
+    runs = _runs({"dense": (3.0, 4.0, 5.0), "moe": (2.5, 3.3, 4.4), "ultramem": (3.1, 3.9, 5.0)})
     text = summary(Results(EXPERIMENTS["figure1a"], runs, []))
-    assert "| 3.500 ± 0.707 |" in text
-    assert "| -0.600 ± 0.141 | 2.3 | -0.190 |" in text
+    assert "| 4.000 ± 1.000 |  |  |  |" in text
+    assert "| -0.600 (-0.700 to -0.500) | -0.330 | -0.190 |" in text
+    assert "| not resolved: -0.100 to +0.100 | -0.290 | -0.250 |" in text
+    two = _runs({"dense": (3.0, 4.0), "moe": (2.5, 3.3)})
+    assert "| -0.500 and -0.700 | -0.330 |" in summary(Results(EXPERIMENTS["figure1a"], two, []))
+
+
+def test_a_row_stands_beside_the_row_before() -> None:
+    runs = _runs({"pkm": (3.0, 3.0, 3.0), "no-softmax": (2.9, 2.9, 2.9), "ive": (2.7, 2.7, 2.7)})
+    [*_, last] = summary(Results(EXPERIMENTS["table2"], runs, [])).splitlines()
+    assert "| -0.300 (-0.300 to -0.300) | -0.056 | -0.200 (-0.200 to -0.200) | -0.050 |" in last
+
+
+def test_the_interval_is_that_of_the_mean() -> None:
+    values = np.random.default_rng(1).normal(size=400).tolist()
+    low, high = interval(values)
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    assert low < np.mean(values) < high

@@ -59,6 +59,9 @@ def gpus(tmp_path, monkeypatch):
         (_EIGHT, None, 8),
         (_EIGHT, "2,3", 2),
         (_EIGHT, "2, 3 ,4", 3),
+        (_EIGHT, "0,1,0", 2),  # as torch: none, as one is named twice
+        (_EIGHT, "0,00", 2),
+        (_EIGHT, "1,2,3,1", 2),
         (_EIGHT, "0,9,1", 1),  # CUDA stops at what is not there
         (_EIGHT, "-1", 2),
         (_EIGHT, "", 2),  # hidden: two ranks on the CPU
@@ -128,3 +131,18 @@ def test_a_dry_run_shows_the_settings_with_the_command():
     assert _after(words, "--nnodes") == "1"
     assert _after(words, "--distributed-timeout-minutes") == "2"
     assert words[-2:] == ["--lr", "1"]
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "recipes/dense-151m.sh"])
+@pytest.mark.parametrize("python", ["nowhere/python", str(ROOT / "README.md")])
+def test_a_python_that_cannot_be_run_is_a_refusal(script, python):
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / script), "--lr", "1"],
+        env={**os.environ, "PYTHON": python},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")  # 127 would be requeued
+    assert done.stderr.startswith(f"error: {python} is no program. Make .venv with bash ")
+    assert done.stderr.count("\n") == 1

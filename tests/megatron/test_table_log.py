@@ -81,6 +81,14 @@ def test_steps_are_those_of_gradients_and_weights(alone, tmp_path):
             assert logged.value == pytest.approx(float(value), rel=rounding(torch.float32, 100))
 
 
+def test_filter_recall_is_logged(alone):
+    events, _ = alone
+    for layer in (1, 3):
+        [recall] = events.Scalars(f"ultramem/filter-recall/layer-{layer:03d}")
+        assert recall.step == 4
+        assert 0.5 < recall.value <= 1
+
+
 @pytest.mark.parametrize("layout", _LAYOUTS)
 def test_layouts_log_the_same(layout, alone, tmp_path):
     world_size, changes = _LAYOUTS[layout]

@@ -23,6 +23,14 @@ def _checked(*runs):
     return results
 
 
+def _checked_with_data(prefix, argv):
+    """As `_checked`, of one run, its data having 500 different tokens."""
+    from ultramem_megatron.data import indexed
+
+    indexed.write(prefix, [list(range(500))] * 4, 512)
+    return _checked(argv)
+
+
 def test_flags_that_train_pass_every_check(tmp_path):
     argv = tiny_gpt(
         **_MEMORY,
@@ -75,3 +83,12 @@ def test_each_refusal_stands_in_its_line(tmp_path):
     assert "span 1:9 leaves the model" in results[1][1]["flags"][1]
     assert results[2][0] == 0
     assert "spans cross stages" in results[2][1]["spans"][1]
+
+
+def test_data_of_another_tokenizer_are_refused(tmp_path):
+    flags = tiny_gpt(**_MEMORY, mock_data=None, train_data_path=tmp_path / "data", vocab_size=100)
+    ((checked,),) = run_on_ranks(1, _checked_with_data, tmp_path / "data", flags)
+    status, lines = checked
+    assert status == 2
+    assert {name for name, (word, _) in lines.items() if word == "REFUSED"} == {"data"}
+    assert "vocabulary" in lines["data"][1]

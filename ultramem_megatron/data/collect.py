@@ -7,7 +7,7 @@ from pathlib import Path
 from ultramem_megatron.data.files import Found, walk
 from ultramem_megatron.data.own_folder import shown
 from ultramem_megatron.data.progress import metered, say
-from ultramem_megatron.data.records import is_dataset, read_records, record_files
+from ultramem_megatron.data.records import RECORDS, is_dataset, read_records, record_files
 from ultramem_megatron.data.spool import Spool
 from ultramem_megatron.data.text import NotTextError, must_be_text, read_text, standard_library
 from ultramem_megatron.errors import UltraMemError
@@ -54,7 +54,7 @@ def collect(path: Path | None, json_key: str | None, output: Path, spool: Spool)
     if path is not None:
         for line in found.left_out():
             say(f"  {line}")
-    _check_enough(path, found, spool)
+    _check_enough(path, json_key, found, spool)
     return found
 
 
@@ -103,13 +103,18 @@ def _count(file: Path, used: bool, found: Found) -> None:
         found.skipped.append(file)
 
 
-def _check_enough(path: Path | None, found: Found, spool: Spool) -> None:
+def _check_enough(path: Path | None, json_key: str | None, found: Found, spool: Spool) -> None:
     text = f"--text {shown(path) if path is not None else '(default)'}"
     seen = found.files + len(found.skipped)
     if not seen:
         unread = ", or may not be read" if found.unreadable else ""
         raise UltraMemError(
             f"{text}: the folder holds no files (hidden ones do not count{unread})."
+        )
+    if not found.files and json_key is not None:
+        raise UltraMemError(
+            f"{text}: no text under {json_key!r} in {seen} file(s). With --json-key {RECORDS} "
+            "are read."
         )
     if not found.files:
         records = [file for file in found.skipped if is_dataset(file)]

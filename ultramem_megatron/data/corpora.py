@@ -8,7 +8,6 @@ and `definitions.tsv` (noun TAB definition). Nothing is installed and root is no
 GCIDE GPL, WordNet its own permissive one; the texts are fetched and never part of this project.
 """
 
-import argparse
 import contextlib
 import gzip
 import hashlib
@@ -25,7 +24,7 @@ from ultramem_megatron.data import text
 from ultramem_megatron.data.files import Found
 from ultramem_megatron.data.own_folder import OwnFolder, sizes
 from ultramem_megatron.data.progress import say
-from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.errors import CommandParser, UltraMemError
 
 FORMAT = 1  # raise it when the same packages would be turned into other text
 MANIFEST = "corpora.json"
@@ -194,7 +193,7 @@ def noun_definitions(glosses: Sequence[tuple[list[str], str, str]]) -> Iterator[
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem data corpora",
         description="Fetch dictionaries from Debian's archive as text to train on.",
     )
@@ -202,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--any-edition", action="store_true", help="take dictionaries with unknown checksums"
     )
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         folder = fetch(args.output, any_edition=args.any_edition)
     except (UltraMemError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -26,7 +26,7 @@ from ultramem_megatron.data.encode import encode
 from ultramem_megatron.data.own_folder import OwnFolder, shown
 from ultramem_megatron.data.progress import metered, say, stage
 from ultramem_megatron.data.spool import Documents, Spool, cut
-from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.errors import CommandParser, UltraMemError
 
 FORMAT = 2  # part of the key; raise it when the same text would be prepared differently
 MANIFEST = "data.json"
@@ -239,21 +239,27 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _path(word: str) -> Path:
+    if not word:  # of an unset variable; Path takes it for the current folder
+        raise argparse.ArgumentTypeError("is empty; '.' is the current folder")
+    return Path(word)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `ultramem data prepare`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem data prepare",
         description="Turn text into a tokenizer and Megatron datasets.",
     )
     add = parser.add_argument
     add(
         "--text",
-        type=Path,
+        type=_path,
         help="a file, or a folder read recursively: UTF-8 text, or with --json-key JSON lines, "
         "Parquet, a saved Hugging Face dataset (default: the Python standard library)",
     )
     add("--json-key", metavar="KEY", help="what names the text in records: JSON's key, or column")
-    add("--output", type=Path, required=True, help="folder to fill")
+    add("--output", type=_path, required=True, help="folder to fill")
     add("--vocab-size", type=int, default=8192, help="tokenizer entries (default: %(default)s)")
     add("--workers", type=int, help="processes that encode (default: one for each core)")
     return parser
@@ -261,8 +267,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
-    args = build_parser().parse_args(argv)
     try:
+        args = build_parser().parse_args(argv)
         prepare(args.text, args.output, args.vocab_size, args.json_key, args.workers)
     except (UltraMemError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,13 +2,14 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ultramem_megatron.data.files import Found, walk
 from ultramem_megatron.data.own_folder import shown
-from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.errors import UltraMemError, how_to_get
 
 _JSON = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 _TABLES = (".parquet", ".arrow")
@@ -16,9 +17,13 @@ _ROWS = 1024  # of a table, read at a time
 _HUGGING_FACE, _HUGGING_FACE_SPLITS = "state.json", "dataset_dict.json"  # of save_to_disk()
 
 
+RECORDS = "JSON lines (.jsonl, .ndjson, .json, also .gz) and tables (.parquet, .arrow)"
+"""What is read where a key is given, for people."""
+
+
 def is_dataset(path: Path) -> bool:
     """Whether only records can be meant: a table, or a dataset saved by Hugging Face's library."""
-    return path.name.endswith(_TABLES) or any(
+    return path.name.lower().endswith(_TABLES) or any(
         (path / name).is_file() for name in (_HUGGING_FACE, _HUGGING_FACE_SPLITS)
     )
 
@@ -64,25 +69,33 @@ def read_records(file: Path, key: str) -> Iterator[str]:
 
 
 def _json_lines(file: Path, key: str) -> Iterator[tuple[str, str]]:
-    with gzip.open(file) if file.name.endswith(".gz") else file.open("rb") as lines:
-        for count, line in enumerate(lines, start=1):
-            number = f"line {count}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.removeprefix(b"\xef\xbb\xbf") if count == 1 else line)
-            except (ValueError, RecursionError):
-                raise _wrong(file, number, "is not JSON in UTF-8; one object a line is") from None
-            if not isinstance(record, dict):
-                raise _wrong(file, number, f"is no object with {key!r}; one object a line is")
-            if key not in record:
-                keys = ", ".join(sorted(record)) or "none"
-                raise _wrong(file, number, f"has no key {key!r}; its keys: {keys}. Such a line is")
-            if record[key] is None:
-                continue
-            if not isinstance(record[key], str):
-                raise _wrong(file, number, f"{key!r} is no text but {record[key]!r:.40}; text is")
-            yield number, record[key]
+    for count, line in enumerate(_lines(file), start=1):
+        number = f"line {count}"
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.removeprefix(b"\xef\xbb\xbf") if count == 1 else line)
+        except (ValueError, RecursionError):
+            raise _wrong(file, number, "is not JSON in UTF-8; one object a line is") from None
+        if not isinstance(record, dict):
+            raise _wrong(file, number, f"is no object with {key!r}; one object a line is")
+        if key not in record:
+            keys = ", ".join(sorted(record)) or "none"
+            raise _wrong(file, number, f"has no key {key!r}; its keys: {keys}. Such a line is")
+        if record[key] is None:
+            continue
+        if not isinstance(record[key], str):
+            raise _wrong(file, number, f"{key!r} is no text but {record[key]!r:.40}; text is")
+        yield number, record[key]
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    packed = file.name.lower().endswith(".gz")
+    try:
+        with gzip.open(file) if packed else file.open("rb") as lines:
+            yield from lines
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise _damaged(file, error) from None
 
 
 def _table(file: Path, key: str) -> Iterator[tuple[str, str]]:
@@ -108,10 +121,7 @@ def _columns(file: Path, key: str) -> Iterator[list[str | None]]:
         for batch in batches:
             yield batch.column(key).to_pylist()
     except arrow.ArrowException as error:
-        raise UltraMemError(
-            f"--text: {shown(file)} cannot be read: {str(error).splitlines()[0]}. "
-            "Copy it again, or take it out of the folder."
-        ) from None
+        raise _damaged(file, error) from None
 
 
 def _check_column(arrow: Any, file: Path, schema: Any, key: str) -> None:
@@ -136,8 +146,7 @@ def _pyarrow(file: Path) -> Any:
         import pyarrow.parquet
     except ImportError:
         raise UltraMemError(
-            f"--text: {shown(file)} needs the package pyarrow to be read. Install it with the "
-            'extra "data": pip install "ultramem-megatron[data]"'
+            f"--text: {shown(file)} needs pyarrow, which is not installed. {how_to_get('pyarrow')}"
         ) from None
     return pyarrow
 
@@ -157,6 +166,13 @@ def _saved_files(folder: Path) -> Iterator[Path]:
         )
     for name in names:
         yield folder / name
+
+
+def _damaged(file: Path, error: Exception) -> UltraMemError:
+    return UltraMemError(
+        f"--text: {shown(file)} cannot be read: {str(error).splitlines()[0]}. "
+        "Copy it again, or take it out of the folder."
+    )
 
 
 def _wrong(file: Path, number: str, what: str) -> UltraMemError:

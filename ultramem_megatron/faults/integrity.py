@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.faults.manifest import MANIFEST, ManifestError, read_sums, sum_of
 from ultramem_megatron.faults.shares import Share, launched_share
 
@@ -188,7 +188,7 @@ def _described(checkpoints: Path, iteration: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the state of every iteration. Raises UltraMemError where there is none."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem integrity",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -15,13 +15,13 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from ultramem_megatron.errors import exit_on_user_error
+from ultramem_megatron.errors import CommandParser, exit_on_user_error
 from ultramem_megatron.inference.layout_flags import add_layout_arguments, layout_from
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

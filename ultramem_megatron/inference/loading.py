@@ -77,9 +77,14 @@ def load_model(
 
     local_layers: build Megatron's own layers even where Transformer Engine is installed.
     """
-    from ultramem_megatron.megatron.checkpoint.folder import checkpoint_folder, stored_args
+    from ultramem_megatron.megatron.checkpoint.folder import (
+        checkpoint_folder,
+        loaded_iteration,
+        stored_args,
+    )
     from ultramem_megatron.megatron.checkpoint.stored_flags import completed
 
+    loaded_iteration(load, ckpt_step)  # a mistyped folder need not wait for Megatron
     open_process()
     if cuda_graphs and not has_cuda():
         raise UltraMemError("--cuda-graphs: there is no NVIDIA GPU here. Decode without them.")

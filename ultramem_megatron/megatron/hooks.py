@@ -84,7 +84,7 @@ class MemoryHooks:
             tables = None
         by_layer = self.monitor.collect(None if tables is None else tables.pictures.keep)
         if tables is not None:
-            for layer, metrics in tables.steps.collect().items():
+            for layer, metrics in tables.scalars().items():
                 by_layer[layer] |= metrics
         scalars = {
             tensorboard_tag(layer, name): value

@@ -125,6 +125,7 @@ class UltraMemLayer(nn.Module):
         if self.training and torch.is_grad_enabled():
             rows, _ = split_address(addresses, self.config.num_values)
             self.statistics.record(query, retrieved, rows, out, self.config.topk)
+            self.statistics.record_recall(query, self.retrieval.recall)
         return out
 
     @property

@@ -1,5 +1,6 @@
 """What a memory layer saw since the last report, summed on the device, never read in a step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,9 @@ class MemoryStatistics:
     keys_per_side: int | None = None
     """Set it to have reads of the key grid counted too."""
     grid: Tensor | None = None
+    wants_recall: bool = False
+    """Set it to have the next forward keep `recall`, which takes as long as many."""
+    recall: Tensor | None = None
 
     @torch.no_grad()
     def record(
@@ -59,6 +63,17 @@ class MemoryStatistics:
         self.forwards, self.sums, self.hits = 0, None, None
         return taken
 
+    @torch.no_grad()
+    def record_recall(self, query: Tensor, measure: Callable[[Tensor], Tensor | None]) -> None:
+        """Keep what `measure` finds for the first tokens of query (T, ...), where it is wanted."""
+        if self.wants_recall and len(query):
+            self.recall, self.wants_recall = measure(query[:_RECALLED].detach()), False
+
+    def take_recall(self) -> Tensor | None:
+        """The last that was kept; another is wanted from now on."""
+        taken, self.recall, self.wants_recall = self.recall, None, True
+        return taken
+
     def take_grid(self) -> Tensor | None:
         """Reads of the key grid, (B, B); see `grid_counts`."""
         taken, self.grid = self.grid, None
@@ -66,6 +81,7 @@ class MemoryStatistics:
 
 
 _COMPARED = 256
+_RECALLED = 16
 
 
 def cosine_between(query: Tensor) -> Tensor:

@@ -4,14 +4,14 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
-from ultramem_megatron.errors import exit_on_user_error
+from ultramem_megatron.errors import CommandParser, exit_on_user_error
 from ultramem_megatron.presets import PRESETS, find_preset
 from ultramem_megatron.presets.flags import flags
 from ultramem_megatron.presets.preset import SOURCES, Preset, Settings
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem presets",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ultramem_megatron
-from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.errors import CommandParser, UltraMemError
 
 BENCHMARKS = {
     "kernels": "lookup, selections and a whole layer, each way of computing them",
@@ -28,7 +28,7 @@ _CHECKOUT = Path(ultramem_megatron.__file__).resolve().parents[1]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Become the benchmark's own process. Raises UltraMemError without a checkout."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem bench",
         description=__doc__,
         epilog=_listing(),

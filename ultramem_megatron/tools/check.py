@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.tools.quiet import quiet
 
 
@@ -30,7 +30,7 @@ class Line(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line for each check; the exit status. Raises UltraMemError without flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem check",
         usage="%(prog)s [--gpus N] <flags of ultramem train>",
         description=__doc__,
@@ -208,8 +208,8 @@ def _save(run: Any) -> str:
 _CHECKS: dict[str, Callable[[Any], str]] = {
     "training": _training,
     "spans": _spans,
+    "tokenizer": _tokenizer,  # which gives the size of the vocabulary to the next ones
     "data": _data,
-    "tokenizer": _tokenizer,  # which gives the size of the vocabulary to the next
     "memory": _memory,
     "checkpoint": _checkpoint,
     "save": _save,

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.errors import CommandParser, UltraMemError
 from ultramem_megatron.tools.bench import become
 
 PARTS = {
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """out, a folder; minutes; only, names of PARTS. Raises UltraMemError."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem gpu-report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -9,7 +9,7 @@ memory/tables. With the paper's own `ultramem paper figure9` draws where both mo
 import argparse
 from collections.abc import Sequence
 
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.memory.tables.traffic import Exchange
 
 
@@ -43,7 +43,7 @@ def table(x: Exchange, sizes: Sequence[int]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem traffic",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -4,7 +4,6 @@ ultramem bench kernels run --out DIR [--quick] [--device cpu|cuda]
 ultramem bench kernels plot DIR/kernels.csv
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +11,12 @@ import torch
 
 from launch.benchmarks.kernels.plot import plot
 from launch.benchmarks.kernels.run import run
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, run, plot."""
-    parser = argparse.ArgumentParser(prog="ultramem bench kernels")
+    parser = CommandParser(prog="ultramem bench kernels")
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="Check and time everything; write CSV and plots.")
     running.add_argument("--out", type=Path, required=True, help="Folder of kernels.csv and plots.")

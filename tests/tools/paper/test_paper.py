@@ -9,6 +9,7 @@ from tests.ranks import run_on_ranks
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.presets import printed
 from ultramem_megatron.presets.printed import TABLE_1, TABLE_2, TABLE_3
+from ultramem_megatron.tools.paper import topology
 from ultramem_megatron.tools.paper.__main__ import main
 
 # Where the inferred sizes do not round to the printed digits: (row, column) -> largest difference.
@@ -80,7 +81,8 @@ def test_what_the_paper_prints_where_ours_would_not_tell():
         assert TABLE_2[x10 + row] == ("172.37", "1.536", "344.98")
     assert TABLE_2[x10 + "query-conv"] == ("172.38", "1.536", "345.02")
     assert (TABLE_3["E = 9"], TABLE_3["E = 16"]) == ("14.9", "26.4")
-    assert list(printed.TABLE_1_LOSS.values()) == [2.49, 2.30, 2.24]
+    assert list(printed.TABLE_1_LOSS) == list(printed.TABLE_1)
+    assert list(printed.TABLE_1_LOSS.values())[6:9] == [2.49, 2.30, 2.24]
     first, *_, last = printed.TABLE_2_LOSS.values()
     assert (first, last) == (2.828, 2.736)
     # Rows that stand in both tables.
@@ -156,3 +158,12 @@ def test_figure_9_and_its_numbers(tmp_path):
 def test_a_figure_goes_somewhere():
     with pytest.raises(UltraMemError, match="figure9: give --plot FILE, --csv FILE or both"):
         main(["figure9"])
+
+
+def test_product_keys_keep_the_best_values_in_one_row_or_column(monkeypatch):
+    monkeypatch.setattr(topology, "_KEYS", (60,))
+    found = {row["retrieval"]: row for row in topology.points()}
+    # Of sums the second best differs from the best on one side alone.
+    assert found["product keys"]["second_best"] == 1
+    assert found["Tucker, r = 2"]["all"] < found["product keys"]["all"]
+    assert found["Tucker, r = 2"]["by_chance"] == pytest.approx(2 / 61, abs=1e-4)

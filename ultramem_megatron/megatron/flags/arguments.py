@@ -134,9 +134,9 @@ def _add_log_arguments(group: Any) -> None:
         type=whole_number,
         metavar="STEPS",
         help="Every so many steps, a multiple of --log-interval, log of each value table: reads "
-        "per value as a histogram, reads of the key grid as a picture, the norm of its gradient "
-        "and |update| / |weights| of the step. At such a step host memory holds a copy of a rank's "
-        "tables. Default: never.",
+        "per value as a histogram, reads of the key grid as a picture, the norm of its gradient, "
+        "|update| / |weights| of the step, and what the rank-1 filter misses. At such a step "
+        "host memory holds a copy of a rank's tables. Default: never.",
     )
 
 

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ultramem_megatron.errors import exit_on_user_error
+from ultramem_megatron.errors import CommandParser, exit_on_user_error
 from ultramem_megatron.megatron.flags.arguments import GROUPS, add_ultramem_arguments
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.presets import preset_fields
@@ -22,7 +22,7 @@ _WIDTH, _FLAG, _INDENT = 100, 36, " " * 8
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print them. Raises UltraMemError for an unknown preset."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem flags",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

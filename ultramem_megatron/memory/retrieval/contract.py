@@ -46,6 +46,13 @@ class Retrieval(nn.Module):
         """
         return None
 
+    def recall(self, query: Tensor) -> Tensor | None:
+        """Share of the best pairs of keys that a search which shortlists can find does find.
+
+        query: as for `forward`, of few tokens. A scalar; None where nothing is missed.
+        """
+        return None
+
     def report(self) -> dict[str, float]:
         """Figures for the log, by the kind's `reports`, in order; what does not apply is NaN."""
         return {}

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ultramem_megatron.kernels.precision import as_multiplied
+from ultramem_megatron.kernels.precision import as_multiplied, at_least_float32
 from ultramem_megatron.kernels.side_topk import side_topk
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
@@ -45,6 +45,12 @@ class ProductKeys(nn.Module):
         """
         keys = self._normed() if self.fixed is None else self.fixed
         return side_topk(self._per_head_and_rank(query), keys, directions, topk)
+
+    def scores(self, query: Tensor) -> Tensor:
+        """Scores of every key (T, H, S, R, N), at least float32, for queries as `forward` takes."""
+        keys = at_least_float32(self._normed() if self.fixed is None else self.fixed)
+        queries = self._per_head_and_rank(at_least_float32(query))
+        return torch.einsum("thsrk,hsnrk->thsrn", queries, keys)
 
     def fix(self) -> None:
         """Normalise the keys once for all uses, until `train()`: for weights that stay as they are.

@@ -12,6 +12,7 @@ from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
 from ultramem_megatron.memory.retrieval.contract import Grids, Retrieval, RetrievalKind
+from ultramem_megatron.memory.retrieval.filter_recall import filter_recall
 from ultramem_megatron.memory.retrieval.retrieved import Retrieved
 from ultramem_megatron.memory.retrieval.tucker_core import TuckerCores, singular_value_penalty
 
@@ -53,6 +54,12 @@ class TuckerRetrieval(Retrieval):
         if not self._is_penalised:
             return None
         return self._penalty(self.cores.singular_values())
+
+    def recall(self, query: Tensor) -> Tensor:
+        """See Retrieval.recall and filter_recall.py."""
+        directions = torch.stack([self.cores.u, self.cores.t])
+        core = self.cores.total()
+        return filter_recall(self.keys.scores(query), directions, core, self.config.shortlist)
 
     def report(self) -> dict[str, float]:
         """Leading singular values of the summed cores, mean over heads, and the weighted penalty.

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error, how_to_get
 from ultramem_megatron.inference.layout_flags import add_layout_arguments, layout_from
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -83,8 +83,7 @@ def _perplexities(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _tasks(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if importlib.util.find_spec("lm_eval") is None:
         raise UltraMemError(
-            "--tasks needs lm-evaluation-harness, which is not installed. Run pip install "
-            '"ultramem-megatron[eval]", or pip install lm_eval.'
+            f"--tasks needs lm-evaluation-harness, which is not installed. {how_to_get('lm_eval')}"
         )
     from ultramem_megatron.inference.loading import load_for_inference
     from ultramem_megatron.tools.evaluate.harness import run_tasks

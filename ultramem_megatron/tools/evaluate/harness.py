@@ -1,6 +1,6 @@
 """Our models as models of lm-evaluation-harness (package `lm_eval`), which is not ours to install.
 
-Needs `pip install "ultramem-megatron[eval]"`. Import this module only where it is there.
+Needs `pip install ".[eval]"` in the checkout. Import this module only where it is there.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 
 if TYPE_CHECKING:
     from ultramem_megatron.tools.export.plain_model import PlainGPT
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

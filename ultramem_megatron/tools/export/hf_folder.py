@@ -63,17 +63,29 @@ def save_hf(
     setattr(model.config, _TRAINED_WITH, tokenizer.flags)
     model.save_pretrained(folder, max_shard_size=shard)
     tokenizer.save(folder)
+    copy_sources(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    finish(folder)
+
+
+def copy_sources(folder: Path) -> None:
+    """The model's own files, as an export has them."""
     for name in hf.SOURCES:
         shutil.copyfile(Path(hf.__file__).parent / name, folder / name)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    _finish(folder)
 
 
 def hf_model(plain: PlainGPT) -> UltraMemGPTForCausalLM:
     """The same model for transformers, on the same tensors where they need not be cut."""
+    model = with_weights(hf_config(plain.config), hf_state(plain))
+    check_same(plain, lambda tokens: model(tokens).logits, "those of the model for transformers")
+    return model
+
+
+def with_weights(config: UltraMemGPTConfig, state: dict[str, Tensor]) -> UltraMemGPTForCausalLM:
+    """The model of these tensors, which it keeps. Raises UltraMemError where it has others."""
     with torch.device("meta"):
-        model = UltraMemGPTForCausalLM(hf_config(plain.config))
-    given = model.load_state_dict(hf_state(plain), assign=True, strict=False)
+        model = UltraMemGPTForCausalLM(config)
+    given = model.load_state_dict(state, assign=True, strict=False)
     missing = set(given.missing_keys) - set(model.all_tied_weights_keys)
     if missing or given.unexpected_keys:
         raise UltraMemError(
@@ -81,9 +93,7 @@ def hf_model(plain: PlainGPT) -> UltraMemGPTForCausalLM:
             f"{', '.join(sorted([*missing, *given.unexpected_keys])[:3])}. Export it without hf."
         )
     model.tie_weights()
-    model.eval()
-    check_same(plain, lambda tokens: model(tokens).logits, "those of the model for transformers")
-    return model
+    return model.eval()
 
 
 def load_hf(folder: str | Path, device: str = "cpu") -> tuple[PlainGPT, dict[str, Any]]:
@@ -93,10 +103,10 @@ def load_hf(folder: str | Path, device: str = "cpu") -> tuple[PlainGPT, dict[str
     UltraMemError, naming the file, where something is missing, damaged or not what it should be.
     """
     folder = Path(folder)
-    content, config = _read_config(folder / "config.json")
-    _check_sums(folder)
+    content, config = read_config(folder)
+    check_sums(folder)
     plain_fields = plain_config(config)
-    state = _read_weights(folder, device)
+    state = read_weights(folder, device)
     try:
         joined = plain_state(plain_fields, state)
     except UltraMemError as error:
@@ -107,7 +117,9 @@ def load_hf(folder: str | Path, device: str = "cpu") -> tuple[PlainGPT, dict[str
     return plain.eval(), _tokenizer_flags(folder, content)
 
 
-def _read_config(file: Path) -> tuple[dict[str, Any], UltraMemGPTConfig]:
+def read_config(folder: Path) -> tuple[dict[str, Any], UltraMemGPTConfig]:
+    """config.json as it stands, and what it says of the model. Raises UltraMemError."""
+    file = folder / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -120,6 +132,11 @@ def _read_config(file: Path) -> tuple[dict[str, Any], UltraMemGPTConfig]:
             f"{file}: its model_type is {kind!r:.80}, not {UltraMemGPTConfig.model_type!r}. Give a "
             f"folder that ultramem export --to hf wrote."
         )
+    if content.get("value_quantization"):
+        raise UltraMemError(
+            f"{folder}: its value tables are quantized, which cannot be undone. Give the folder "
+            f"that it was made from."
+        )
     try:
         config = UltraMemGPTConfig.from_dict(content)
         plain_config(config)
@@ -128,7 +145,8 @@ def _read_config(file: Path) -> tuple[dict[str, Any], UltraMemGPTConfig]:
     return content, config
 
 
-def _read_weights(folder: Path, device: str) -> dict[str, Tensor]:
+def read_weights(folder: Path, device: str) -> dict[str, Tensor]:
+    """All tensors by transformers' names. Raises UltraMemError."""
     index = folder / "model.safetensors.index.json"
     names: Iterable[str] = ["model.safetensors"]
     try:
@@ -158,7 +176,7 @@ def _tokenizer_flags(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     return {name: flags.get(name) for name in ("tokenizer_type", "tokenizer_model")}
 
 
-def _finish(folder: Path) -> None:
+def finish(folder: Path) -> None:
     """The sums of all files; and the modes that the user's umask gives, which some writers skip."""
     umask = os.umask(0)
     os.umask(umask)
@@ -174,8 +192,8 @@ def _sum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_sums(folder: Path) -> None:
-    """Weights as they were written, where nobody has saved others in their place."""
+def check_sums(folder: Path) -> None:
+    """Raise UltraMemError for weights that are not as they were written, where their sums are."""
     try:
         lines = (folder / SUMS).read_text().splitlines()
     except OSError:

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.tools import rows
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem inspect",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

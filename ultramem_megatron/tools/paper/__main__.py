@@ -3,24 +3,25 @@
     ultramem paper tables [--csv FILE]                   # tables 1-3 and figure 1c, beside ours
     ultramem paper figure1c [--plot FILE] [--csv FILE]   # weight bytes of a decode step
     ultramem paper figure9 [--plot FILE] [--csv FILE]    # where both partitions move the same
+    ultramem paper topology [--plot FILE] [--csv FILE]   # best values in one row or column
 
-Nothing is trained or measured: models are built without storage and counted.
+Nothing is trained or timed.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.tools import rows
-from ultramem_megatron.tools.paper import figure1c, figure9
+from ultramem_megatron.tools.paper import figure1c, figure9, topology
 from ultramem_megatron.tools.quiet import quiet
 
-_FIGURES = {"figure1c": figure1c, "figure9": figure9}
+_FIGURES = {"figure1c": figure1c, "figure9": figure9, "topology": topology}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem paper",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

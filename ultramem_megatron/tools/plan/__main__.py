@@ -15,13 +15,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.presets import find_preset
 from ultramem_megatron.tools.quiet import quiet
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem plan",
         usage="%(prog)s [PRESET] [--gpus N ...] [--json] [Megatron's and --ultramem flags]",
         description=__doc__,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.errors import CommandParser, UltraMemError
 
 _SHOWN_LINES = 30
 _LAUNCHER_REPORTS = "torch/distributed/elastic/multiprocessing/api.py"
@@ -36,7 +36,7 @@ _OVERRIDES = (
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[list[str]]]:
     """Our options, the common Megatron flags, and those of the two layouts."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ultramem verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -9,6 +9,7 @@ SOURCES = (
     "layers_ultramem.py",
     "memory_ultramem.py",
     "modeling_ultramem.py",
+    "quantized_ultramem.py",
     "retrieval_ultramem.py",
 )
 """The files that are copied."""

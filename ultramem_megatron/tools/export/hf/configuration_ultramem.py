@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 
 RETRIEVALS = ("tdqkr", "pkm")
 VALUES = ("pooled",)
+FORMATS = ("int8", "fp8")
 
 
 class UltraMemGPTConfig(PreTrainedConfig):
@@ -21,6 +22,9 @@ class UltraMemGPTConfig(PreTrainedConfig):
     value_dim, topk, heads, share_query, retrieval, tucker_rank, rank_layout, cores, values,
     value_expansion, value_projection, softmax, qk_norm, query_conv_kernel, query_centering,
     aux_loss_weight, aux_loss_margin; others, of training in Megatron, are kept.
+
+    value_quantization: None, or {"format": "int8" or "fp8", "block": values with a scale in common}
+    of the value tables, all alike; such a model's tables are not trained.
     """
 
     model_type = "ultramem"
@@ -59,6 +63,7 @@ class UltraMemGPTConfig(PreTrainedConfig):
     norm_topk_prob: bool = True
     router_float32: bool = False
     memory: dict[str, Any] | None = None
+    value_quantization: dict[str, Any] | None = None
     use_cache: bool = True
     initializer_range: float = 0.02
     pad_token_id: int | None = None
@@ -81,6 +86,10 @@ class UltraMemGPTConfig(PreTrainedConfig):
             "position_embedding": (self.position_embedding, ("rope", "learned_absolute", "none")),
             "memory.retrieval": (memory["retrieval"], RETRIEVALS),
             "memory.values": (memory["values"], VALUES),
+            "value_quantization.format": (
+                (self.value_quantization or {"format": FORMATS[0]})["format"],
+                FORMATS,
+            ),
             "rope_type": ((self.rope_parameters or {}).get("rope_type", "default"), ("default",)),
         }
         for name, (given, allowed) in known.items():

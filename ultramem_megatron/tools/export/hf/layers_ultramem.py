@@ -170,7 +170,9 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
         self.ends_span = layer_idx + 1 in [end for _, end in config.spans]
         self.memory: UltraMemMemory | None = None
         if config.memory is not None and layer_idx + 1 in starts:
-            self.memory = UltraMemMemory(config.memory, config.hidden_size, config.norm_eps)
+            self.memory = UltraMemMemory(
+                config.memory, config.hidden_size, config.norm_eps, config.value_quantization
+            )
             # Inputs of the convolution are kept in the cache, behind the layers' keys.
             self.cache_idx = config.num_hidden_layers + starts.index(layer_idx + 1)
 

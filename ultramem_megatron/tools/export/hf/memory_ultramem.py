@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .quantized_ultramem import QuantizedTable
 from .retrieval_ultramem import (
     Float32Buffers,
     ProductKeyRetrieval,
@@ -159,7 +160,13 @@ class ValueTable(nn.Module):
 class UltraMemMemory(nn.Module):
     """One memory layer, (B, S, D) -> (B, S, D)."""
 
-    def __init__(self, memory: dict[str, Any], hidden_size: int, eps: float) -> None:
+    def __init__(
+        self,
+        memory: dict[str, Any],
+        hidden_size: int,
+        eps: float,
+        quantization: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.softmax, self.side = memory["softmax"], keys_per_side(memory)
         self.history = max(memory["query_conv_kernel"] - 1, 0)
@@ -167,7 +174,7 @@ class UltraMemMemory(nn.Module):
         kind = TuckerRetrieval if memory["retrieval"] == "tdqkr" else ProductKeyRetrieval
         self.retrieval = kind(memory, eps)
         self.shuffle = Shuffle(self.side) if memory["value_expansion"] > 1 else None
-        self.values = ValueTable(memory)
+        self.values = QuantizedTable(memory, quantization) if quantization else ValueTable(memory)
         width = memory["value_expansion"] * memory["value_dim"]
         projected = memory["value_projection"]
         self.value_proj = nn.Linear(width, hidden_size, bias=False) if projected else None
@@ -201,7 +208,7 @@ class UltraMemMemory(nn.Module):
         if self.shuffle is not None:
             row, column = self.shuffle(row, column)
         addresses = (row * self.side + column).flatten(1)
-        pooled = self.values(addresses, scores.flatten(1, 2))
+        pooled = self.values(addresses, scores.flatten(1, 2)).to(query.dtype)
         return pooled if self.value_proj is None else self.value_proj(pooled)
 
     def _follow_weights(self) -> None:

@@ -32,7 +32,7 @@ class UltraMemPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["UltraMemDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["common", "cores.u", "cores.t"]
+    _keep_in_fp32_modules_strict = ["common", "cores.u", "cores.t", "values.scales"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
