@@ -6,6 +6,7 @@ tests/preloaded.py says. Test modules should import Megatron inside the function
 that pytest itself need not.
 """
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -220,14 +221,19 @@ def _join(processes: Sequence[BaseProcess], timeout: float) -> list[int]:
 
 def _kill(processes: Sequence[BaseProcess]) -> None:
     """End ranks that did not end by themselves, after they have written their stacks."""
-    for process in processes:
-        if process.pid is not None:
-            os.kill(process.pid, signal.SIGUSR1)  # faulthandler
+    _signal(processes, os.kill, signal.SIGUSR1)  # faulthandler
     if processes:
         time.sleep(0.3)
+    _signal(processes, os.killpg, signal.SIGKILL)
+
+
+def _signal(
+    processes: Sequence[BaseProcess], send: Callable[[int, int], None], number: int
+) -> None:
     for process in processes:
-        if process.pid is not None:
-            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself after all
+            if process.pid is not None:
+                send(process.pid, number)
 
 
 def _results(

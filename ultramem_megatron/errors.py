@@ -1,6 +1,7 @@
 """The one exception for what a user can put right, a flag, a size, a file; its raising and end."""
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -82,9 +83,14 @@ def how_to_get(package: str) -> str:
 
 
 def user_error(error: BaseException) -> UltraMemError | None:
-    """The UltraMemError that `error` is or, as torch's CheckpointException, has from some rank."""
+    """The UltraMemError that `error` is or, as torch's CheckpointException, has from some rank.
+
+    So is a path that no file system takes.
+    """
     if isinstance(error, UltraMemError):
         return error
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return UltraMemError(f"{error.filename!s:.80}: {error.strerror}. Give another path.")
     failures: dict[int, object] = getattr(error, "failures", {})  # rank -> (error, traceback)
     found = (user_error(pair[0]) for pair in failures.values() if isinstance(pair, tuple))
     return next((one for one in found if one is not None), None)

@@ -48,8 +48,29 @@ MANIFESTS = {
     "a list": "[1, 2]",
     "a file outside": json.dumps({**dict.fromkeys(prepare.KEYS), "sizes": {"../text.txt": 1}}),
     "a file by its path": json.dumps({**dict.fromkeys(prepare.KEYS), "sizes": {"/etc/x": 1}}),
+    "no name of a file": json.dumps({**dict.fromkeys(prepare.KEYS), "sizes": {"a\0b": 1}}),
+    "half a letter": json.dumps({**dict.fromkeys(prepare.KEYS), "sizes": {"\ud800": 1}}),
+    "too deep": "[" * 100_000,
     "sizes that are none": json.dumps({**dict.fromkeys(prepare.KEYS), "sizes": [3]}),
 }
+
+
+@pytest.mark.parametrize("name", ["own.json", ".own.lock"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("elsewhere.json")])
+def test_pipes_and_links_in_our_places_are_left_alone(
+    name: str, make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    folder = OwnFolder(tmp_path / "own", "own.json", ("key",))
+    folder.path.mkdir()
+    (folder.path / "own.json").write_text('{"key": 1, "sizes": {}}')
+    (folder.path / name).unlink(missing_ok=True)
+    (folder.path / "elsewhere.json").write_text('{"key": 1, "sizes": {}}')
+    make(folder.path / name)
+    before = contents(folder.path)
+    refused = pytest.raises(UltraMemError, match="nothing of others is replaced")
+    with refused, folder.locked(lambda: None):
+        pass
+    assert contents(folder.path) == before
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS.values(), ids=MANIFESTS.keys())

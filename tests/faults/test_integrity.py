@@ -123,6 +123,8 @@ def test_a_checkpoint_without_sums_says_how_to_load_it(saved):
         ('{"files": {}}', r"lists no file"),
         ('{"files": {"a": 1}}', "has no SHA-256 for a"),
         ('{"files": {"../a": "0"}}', "names '../a', which is no file of the folder"),
+        (r'{"files": {"a\u0000b": "0"}}', "which is no file of the folder"),
+        (r'{"files": {"\ud800": "0"}}', "which is no file of the folder"),
         ('{"algorithm": "md5", "files": {}}', "sums of the kind 'md5', not sha256"),
         ("[" * 100_000, "no readable integrity.json"),
         (b"\xff\xfe\x00", "no readable integrity.json"),

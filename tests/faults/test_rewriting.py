@@ -8,7 +8,9 @@ import pytest
 from tests.faults.test_killed_saves import killed_before, operations_of
 from tests.ranks import RanksFailed
 from tests.training_runs import run_pretrain, tiny_gpt
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.faults import integrity
+from ultramem_megatron.faults.rewriting import beside
 from ultramem_megatron.faults.run_lock import only_run
 
 _AGAIN = "iter_0000003"
@@ -56,6 +58,22 @@ def test_a_finished_run_that_is_started_again(asynchronous, finished):
         _AGAIN,
         integrity.TRACKER,
     ]
+
+
+def test_what_others_put_beside_iterations_stays(tmp_path):
+    """Every folder named replaced_iter_... or rewriting_iter_... once went at the next start."""
+    others = ("replaced_iter_0000003", "rewriting_iter_0000003", "ultramem_replaced_iter_old")
+    for name in others:
+        (tmp_path / name).mkdir()
+    away = tmp_path / "away"
+    away.mkdir()
+    (tmp_path / "ultramem_rewriting_iter_0000003").symlink_to(away)
+    (tmp_path / "ultramem_replaced_iter_0000002").mkdir()  # a training's own, killed in between
+    refused = pytest.raises(UltraMemError, match="was not made by a training: move it away")
+    with only_run(str(tmp_path)), refused:
+        beside(tmp_path / _AGAIN)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {*others, "away", "ultramem_rewriting_iter_0000003", "iter_0000002"}
 
 
 @pytest.mark.long

@@ -58,6 +58,8 @@ class OwnFolder:
         """Hold the folder alone; `waiting` is called where another process has it."""
         self.read()
         self.path.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(self._lock) and (self._lock.is_symlink() or not self._lock.is_file()):
+            self._refuse(f"has something else in the place of {self._lock.name}")
         with self._lock.open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,9 +117,11 @@ class OwnFolder:
 
     def _content(self) -> dict[str, Any] | None:
         """The manifest if it is one of ours."""
+        if self._manifest.is_symlink() or not self._manifest.is_file():
+            return None
         try:
             content = json.loads(self._manifest.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         if not isinstance(content, dict) or not content.keys() >= {*self.keys, "sizes"}:
             return None
@@ -194,4 +198,10 @@ def shown(path: Path) -> str:
 
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and path.parts != ()
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half of a pair, which JSON can say
+        return False
+    return (
+        "\0" not in name and not path.is_absolute() and ".." not in path.parts and path.parts != ()
+    )

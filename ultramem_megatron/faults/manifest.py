@@ -81,10 +81,18 @@ def _sums_in(manifest: Any) -> dict[str, str]:
         raise ManifestError(f"{MANIFEST} has sums of the kind {algorithm!r:.40}, not {_ALGORITHM}")
     sums: dict[str, str] = manifest["files"]
     for name, found in sums.items():
-        if Path(name).name != name or name == "..":
+        if not _is_name(name):
             raise ManifestError(f"{MANIFEST} names {name!r:.100}, which is no file of the folder")
         if not isinstance(found, str) or len(found) != 64 or not _DIGITS.issuperset(found):
             raise ManifestError(f"{MANIFEST} has no SHA-256 for {name}")
     if not sums:
         raise ManifestError(f"{MANIFEST} lists no file")
     return sums
+
+
+def _is_name(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half of a pair, which JSON can say
+        return False
+    return Path(name).name == name and name != ".." and "\0" not in name

@@ -5,10 +5,15 @@ anew in the folder of another, or has nothing left to train. Killed halfway in p
 neither the old nor the new.
 """
 
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-_NEW, _OLD = "rewriting_", "replaced_"
+from ultramem_megatron.errors import UltraMemError
+
+_NEW, _OLD = "ultramem_rewriting_", "ultramem_replaced_"
+_ITERATION = re.compile(r"iter_\d{7,}")
 
 
 def is_complete(iteration: Path) -> bool:
@@ -17,11 +22,17 @@ def is_complete(iteration: Path) -> bool:
 
 
 def beside(iteration: Path) -> Path:
-    """An empty folder in which to write a complete iteration again."""
+    """An empty folder in which to write a complete iteration again.
+
+    Raises UltraMemError: its place is taken by what a training did not make.
+    """
     new = iteration.with_name(_NEW + iteration.name)
-    if new.exists():
+    if _is_ours(new, _NEW):
         shutil.rmtree(new)
-    new.mkdir()
+    try:
+        new.mkdir()
+    except FileExistsError:
+        raise UltraMemError(f"{new} was not made by a training: move it away.") from None
     return new
 
 
@@ -38,11 +49,21 @@ def finish_swaps(checkpoints: Path) -> None:
 
     Only for who holds the folder (`run_lock`).
     """
-    for old in checkpoints.glob(f"{_OLD}iter_*"):
+    for old in _leavings(checkpoints, _OLD):
         iteration = checkpoints / old.name.removeprefix(_OLD)
         if iteration.exists():
             shutil.rmtree(old)
         else:
             old.rename(iteration)
-    for new in checkpoints.glob(f"{_NEW}iter_*"):
+    for new in _leavings(checkpoints, _NEW):
         shutil.rmtree(new)
+
+
+def _leavings(checkpoints: Path, prefix: str) -> Iterator[Path]:
+    return (path for path in checkpoints.glob(f"{prefix}*") if _is_ours(path, prefix))
+
+
+def _is_ours(path: Path, prefix: str) -> bool:
+    """Whether a training made it, by its name; what others put beside iterations stays."""
+    named = _ITERATION.fullmatch(path.name.removeprefix(prefix)) is not None
+    return named and path.is_dir() and not path.is_symlink()

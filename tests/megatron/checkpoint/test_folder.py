@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.errors import UltraMemError, user_error
 from ultramem_megatron.faults.integrity import RELEASE, TRACKER
 from ultramem_megatron.megatron.checkpoint.folder import (
     NoCheckpointError,
@@ -89,3 +89,18 @@ def test_a_damaged_metadata_json_is_named(content, tmp_path):
     (tmp_path / "iter_0000003" / "metadata.json").write_bytes(content)
     with pytest.raises(UltraMemError, match=r"iter_0000003/metadata\.json is damaged"):
         checkpoint_folder(load)
+
+
+@pytest.mark.parametrize("content", [b'"zarr", "sharded_backend_version": 1', b"1", b'"../x"'])
+def test_another_backend_is_no_torch_dist(content, tmp_path):
+    load = _saved(tmp_path, "3", "iter_0000003")
+    metadata = b'{"sharded_backend": ' + content + b"}"
+    (tmp_path / "iter_0000003" / "metadata.json").write_bytes(metadata)
+    with pytest.raises(UltraMemError, match="iter_0000003 is not a torch_dist checkpoint"):
+        checkpoint_folder(load)
+
+
+def test_a_path_that_no_file_system_takes_is_one_line():
+    with pytest.raises(OSError, match="File name too long") as refused:
+        loaded_iteration("x" * 5000)
+    assert "xxx: File name too long. Give another path." in str(user_error(refused.value))

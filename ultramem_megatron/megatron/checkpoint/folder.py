@@ -66,12 +66,15 @@ def checkpoint_folder(load: str, ckpt_step: int | None = None, flag: str = "--lo
 
 def is_torch_dist(folder: Path) -> bool:
     """Whether an iteration was saved as --ckpt-format torch_dist says. Raises UltraMemError."""
-    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import maybe_load_config
 
     try:
-        return bool(dist_checkpointing.check_is_distributed_checkpoint(str(folder)))
+        config = maybe_load_config(str(folder))
     except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UltraMemError(f"{folder}/metadata.json is damaged: {error}.") from None
+    # Other backends are asked for by name, and versions are compared as numbers.
+    wanted = ("torch_dist", 1)
+    return config is not None and wanted == (config.sharded_backend, config.sharded_backend_version)
 
 
 def stored_args(folder: str) -> Namespace:
