@@ -18,7 +18,7 @@ _KINDS = {
     "reshardable": {**_DISTRIBUTED, "dist_ckpt_optim_fully_reshardable": True},
     "muon": {"optimizer": "muon", "bf16": True},
 }
-_QUICK = ("lazy", "distributed")
+_QUICK = ("lazy",)
 
 
 def _groups(optimizer):
