@@ -89,8 +89,9 @@ def _require_permission_to_start(args: Namespace) -> None:
     if args.load_or_start and same:
         return
     if args.load_or_start:
+        where = f"save to {args.save}" if args.save else "save nowhere"
         raise UltraMemError(
-            f"--load {args.load}: no checkpoint there, and this run would save to {args.save}: "
+            f"--load {args.load}: no checkpoint there, and this run would {where}: "
             f"--load-or-start is for one folder, given as --load and as --save. Correct --load."
         )
     raise UltraMemError(

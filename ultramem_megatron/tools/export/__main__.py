@@ -69,8 +69,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def to_plain(load: str, folder: str, ckpt_step: int | None = None) -> None:
     """Write the model of a checkpoint as plain files. Raises UltraMemError."""
-    from ultramem_megatron.tools.export.files import save_plain
+    from ultramem_megatron.tools.export.files import refuse_written, save_plain
 
+    refuse_written(Path(folder))  # before a model is loaded
     plain, args = _loaded(load, ckpt_step)
     notes = {"tokenizer_type": args.tokenizer_type, "tokenizer_model": args.tokenizer_model}
     save_plain(plain, folder, notes)

@@ -21,12 +21,17 @@ FORMAT = "ultramem_megatron plain GPT, version 1"
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
-def save_plain(model: PlainGPT, folder: str | Path, notes: dict[str, Any] | None = None) -> None:
-    """Write both files. notes: anything that JSON holds, kept under "notes" (tokenizer, ...)."""
-    folder = Path(folder)
+def refuse_written(folder: Path) -> None:
+    """Raise UltraMemError for a folder that has either file: nothing is overwritten."""
     for name in (_CONFIG, _WEIGHTS):
         if os.path.lexists(folder / name):
             raise UltraMemError(f"{folder} holds {name} already. Choose another folder.")
+
+
+def save_plain(model: PlainGPT, folder: str | Path, notes: dict[str, Any] | None = None) -> None:
+    """Write both files. notes: anything that JSON holds, kept under "notes" (tokenizer, ...)."""
+    folder = Path(folder)
+    refuse_written(folder)
     results_folder(folder)
     fields = dataclasses.asdict(model.config)
     if model.config.ultramem is not None:
