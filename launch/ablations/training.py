@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from multiprocessing import forkserver
 from pathlib import Path
@@ -80,9 +80,9 @@ class Training:
         return [*words, *self.extra]
 
     def key(self) -> str:
-        """Hash of everything that decides the result: flags and data."""
+        """Hash of everything that decides the result: flags and data, wherever they lie."""
         data = json.loads((self.data / "data.json").read_text(encoding="utf-8"))["key"]
-        decisive = [data, self.arguments(Path("."))]
+        decisive = [data, replace(self, data=Path("data")).arguments(Path("."))]
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
 
