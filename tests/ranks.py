@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -41,6 +42,7 @@ _PRELOADED = (
 _GRACE_SECONDS = 3.0
 """How long the other ranks may go on after one has failed; they usually wait for it for ever."""
 _OUTPUT_LINES = 60
+_LISTENED_AT = range(15000, 32000)
 
 
 class RanksFailed(AssertionError):  # noqa: N818 - reads as what happened
@@ -92,10 +94,15 @@ def init_gloo() -> tuple[int, int]:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of this machine that nobody uses now.
+
+    Below those that systems give to outgoing connections, which could take it before its user does.
+    """
+    for port in random.SystemRandom().sample(_LISTENED_AT, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port among a hundred")
 
 
 def _server() -> Any:

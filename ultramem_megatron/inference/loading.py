@@ -84,10 +84,10 @@ def load_model(
     )
     from ultramem_megatron.megatron.checkpoint.stored_flags import completed
 
-    loaded_iteration(load, ckpt_step)  # a mistyped folder need not wait for Megatron
-    open_process()
     if cuda_graphs and not has_cuda():
         raise UltraMemError("--cuda-graphs: there is no NVIDIA GPU here. Decode without them.")
+    loaded_iteration(load, ckpt_step)  # a mistyped folder need not wait for Megatron
+    open_process()
     folder = checkpoint_folder(load, ckpt_step)
     args = completed(stored_args(folder))
     model = build_model(
