@@ -1,16 +1,12 @@
 """Pictures of the experiments: points are seeds, bars and bands one standard deviation of them."""
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.ablations.results import Results, read, spread, summary
 from ultramem_megatron.tools.pictures import colours, picture
-
-_WINDOW = 10
-"""Steps whose training losses are averaged."""
 
 _FEW_POINTS = 30
 """Up to here a curve shows where it was measured."""
@@ -139,7 +135,7 @@ def _draw_start(results: Results, figure: Any) -> None:
 def _draw_perplexity_ratio(axes: Any, results: Results, baseline: str) -> None:
     """Training perplexity over the baseline's on the same batches; losses alone lie on each other.
 
-    Means over _WINDOW steps, then over seeds with a band of one deviation.
+    Means over seeds with a band of one deviation.
     """
     losses: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for line in results.curves:
@@ -149,11 +145,8 @@ def _draw_perplexity_ratio(axes: Any, results: Results, baseline: str) -> None:
     for model, colour in colours(results.models).items():
         by_token: dict[int, list[float]] = {}
         for seed in {seed for name, seed in losses if name == model and (baseline, seed) in losses}:
-            pairs = list(zip(losses[model, seed], losses[baseline, seed], strict=True))
-            for start in range(0, len(pairs), _WINDOW):
-                window = pairs[start : start + _WINDOW]
-                gap = statistics.fmean(own[1] - other[1] for own, other in window)
-                by_token.setdefault(window[-1][0][0], []).append(math.exp(gap))
+            for own, other in zip(losses[model, seed], losses[baseline, seed], strict=True):
+                by_token.setdefault(own[0], []).append(math.exp(own[1] - other[1]))
         _draw_band(axes, by_token, model, colour)
     axes.set(xlabel="training tokens", ylabel=f"training perplexity, {baseline}'s = 1")
     axes.legend()
