@@ -1,4 +1,4 @@
-"""Both top-m in Triton: in the interpreter, and as machine code for GPUs that are not here."""
+"""Convolution and both top-m in Triton: interpreted, and compiled for GPUs that are not here."""
 
 import os
 import subprocess
@@ -7,21 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests import ROOT
 from tests.kernels.compiled import compile_for
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 
-_OPS = ("side", "tucker")
+_CHECKS = ("test_side_topk.py", "test_tucker_topk.py", "test_causal_convolution.py")
 
 
-def _interpreted(op):
-    checks = Path(__file__).with_name(f"test_{op}_topk.py")
+def _interpreted(checks):
     return subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", str(checks)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", checks],
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=ROOT,
+        cwd=Path(__file__).parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -30,15 +28,40 @@ def _interpreted(op):
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Both at once: each keeps one core busy."""
-    return {op: _interpreted(op) for op in _OPS}
+    """All at once: each keeps one core busy."""
+    return {checks: _interpreted(checks) for checks in _CHECKS}
 
 
-@pytest.mark.parametrize("op", _OPS)
-def test_in_the_interpreter(op, interpreted):
-    output, _ = interpreted[op].communicate()
-    assert interpreted[op].returncode == 0, output[-8000:]
+@pytest.mark.parametrize("checks", _CHECKS)
+def test_in_the_interpreter(checks, interpreted):
+    output, _ = interpreted[checks].communicate()
+    assert interpreted[checks].returncode == 0, output[-8000:]
     assert " passed" in output
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_convolution_compiles_to_vector_loads_without_spills(capability):
+    import triton.language as tl
+
+    from ultramem_megatron.kernels.causal_convolution import fused, triton_kernels
+
+    names = ("x", "weight", "history", "out", "grad", "grad_x", "grad_history")
+    types = {**dict.fromkeys(names, "*bf16"), "reach": "*i64", "partial": "*fp32"}
+    types |= {"channels": "i32"}
+    loose = dict.fromkeys(("rows", "shift", "parts"), "i32")
+    kinds = {"TAPS": 5, "WITH_HISTORY": True, "WITH_REACH": True, "PRECISE": tl.float32}
+    backward = {"TILES": fused.ROWS // fused.BACKWARD["BLOCK_R"], "SLOTS": 8, **fused.BACKWARD}
+    for kernel, sizes, most in (
+        (triton_kernels.forward_kernel, fused.FORWARD, 128),
+        (triton_kernels.backward_kernel, backward, 210),
+    ):
+        own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        free = {name: kind for name, kind in loose.items() if name in kernel.arg_names}
+        built = compile_for(capability, kernel, own, {**kinds, **sizes}, any_number=free)
+        assert built.spilled == 0
+        assert built.registers <= most
+        assert "ld.global.v4.b32" in built.ptx
+        assert "st.global.v4.b32" in built.ptx
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
