@@ -12,7 +12,12 @@ from tests.kernels.compiled import compile_for
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 
-_CHECKS = ("test_side_topk.py", "test_tucker_topk.py", "test_causal_convolution.py")
+_CHECKS = (
+    "test_side_topk.py",
+    "test_tucker_topk.py",
+    "test_causal_convolution.py",
+    "test_small_svd.py",
+)
 
 
 def _interpreted(checks):
