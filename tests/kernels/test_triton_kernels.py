@@ -17,6 +17,7 @@ _CHECKS = (
     "test_tucker_topk.py",
     "test_causal_convolution.py",
     "test_small_svd.py",
+    "test_grid_shuffle.py",
 )
 
 
