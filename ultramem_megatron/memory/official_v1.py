@@ -182,7 +182,7 @@ def _our_names(state: dict[str, Tensor], cores: int) -> dict[str, Tensor]:
         "retrieval.cores.weight": torch.stack([state[f"tucker_core.{i}"] for i in range(cores)]),
         "retrieval.cores.u": state["tucker_core_u"][0, :, 0],
         "retrieval.cores.t": state["tucker_core_v"][0, :, 0],
-        "shuffle.permutation": state["shuffle_index"].to(torch.int32),
+        "shuffle.permutation": state["shuffle_index"],
         "values.weight": state["values_for_look_up"],
         "query.proj.weight": state["query_proj.weight"],
         "value_proj.weight": state["values_proj.weight"],

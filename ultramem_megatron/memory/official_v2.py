@@ -150,7 +150,7 @@ class _Names:
             "retrieval.cores.weight": torch.stack(cores),
             "retrieval.cores.u": of("tucker_core_u")[0, :, 0],
             "retrieval.cores.t": of("tucker_core_v")[0, :, 0],
-            "shuffle.permutation": of("shuffle_index").to(torch.int32),
+            "shuffle.permutation": of("shuffle_index"),
             "query.proj.weight": of("query_proj.weight")[: self.used],
             "value_proj.weight": of("values_proj.weight"),
         }

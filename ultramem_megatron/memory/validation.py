@@ -173,10 +173,9 @@ def _check_values(config: UltraMemConfig, hidden_size: int) -> None:
         raise UltraMemError(
             f"{flag('softmax')} and {flag('relu_scores')} are both given; choose one of them."
         )
-    virtual = max(config.value_expansion * config.num_values, config.keys_per_side**2)
-    if virtual >= 2**31:
+    if config.num_values >= 2**31:
         raise UltraMemError(
-            f"{flag('num_keys')} {config.num_keys} with {flag('value_expansion')} "
-            f"{config.value_expansion} gives {virtual} virtual values; addresses are 32-bit, so at "
-            f"most {2**31 - 1} are possible in one layer. Use fewer keys, or more spans."
+            f"{flag('num_keys')} {config.num_keys} gives {config.num_values} values; rows are "
+            f"numbered in 32 bits where tables are shared, so at most {2**31 - 1} are possible in "
+            f"one table. Use fewer keys, or more spans."
         )

@@ -51,9 +51,10 @@ class StoredShuffle(nn.Module):
     permutation: Tensor
 
     def __init__(self, permutation: Tensor) -> None:
-        """permutation: (E*N,), any integer dtype; kept as int32."""
+        """permutation: (E*N,), any integer dtype; kept as int32, or int64 from 2^31 on."""
         super().__init__()
-        self.register_buffer("permutation", permutation.to(torch.int32))
+        narrow = torch.int32 if len(permutation) <= 2**31 else torch.int64
+        self.register_buffer("permutation", permutation.to(narrow))
 
     def forward(self, addresses: Tensor) -> Tensor:
         """Shuffled addresses, same shape, int64."""

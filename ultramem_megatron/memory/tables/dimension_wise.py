@@ -22,7 +22,7 @@ from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.memory.tables.contract import Partition
 from ultramem_megatron.memory.tables.layout import TableLayout
-from ultramem_megatron.memory.tables.traffic import ADDRESS_BYTES, PRODUCT_BYTES, Exchange, Volume
+from ultramem_megatron.memory.tables.traffic import PRODUCT_BYTES, Exchange, Volume, address_bytes
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DimensionWiseReader:
     def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """See TableReader.read."""
         tokens = len(addresses)
-        gathering = gather_tokens(addresses.to(torch.int32), self.group, "addresses")
+        gathering = gather_tokens(self._narrow(addresses), self.group, "addresses")
         sending = self._send_scores(scores, part)
         yield
         rows, groups = split_address(gathering.wait().long(), self.layout.num_values)
@@ -53,7 +53,7 @@ class DimensionWiseReader:
     def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
         """See TableReader.dot: partial products of all tokens go home and are added up there."""
         size, tokens = self.layout.size, len(addresses)
-        gathering = gather_tokens(addresses.to(torch.int32), self.group, "addresses")
+        gathering = gather_tokens(self._narrow(addresses), self.group, "addresses")
         slices = x.to(part.dtype).view(tokens, size, part.shape[1]).transpose(0, 1)
         sending = all_to_all(slices.flatten(0, 1), self.group, "pre-value inputs")
         yield
@@ -62,6 +62,10 @@ class DimensionWiseReader:
         returning = all_to_all(partial, self.group, "pre-value products")
         yield
         return returning.wait().view(size, tokens, -1).sum(0)
+
+    def _narrow(self, addresses: Tensor) -> Tensor:
+        bytes_each = address_bytes(self.num_groups * self.layout.num_values)
+        return addresses.to(torch.int32) if bytes_each == 4 else addresses
 
     def _send_scores(self, scores: Tensor, part: Tensor) -> Transfer:
         """Scores (T, P, C) to (G*T, P, c): of all tokens, for the cores of this rank's columns."""
@@ -80,7 +84,7 @@ def volume(x: Exchange) -> Volume:
     """Addresses and scores of all tokens come in, pooled slices go home."""
     others = x.size - 1
     cores = max(1, x.cores // x.size)  # cores whose columns one rank holds
-    addresses = ADDRESS_BYTES * x.picks * others
+    addresses = x.address_bytes * x.picks * others
     scores = x.number_bytes * cores * x.picks * others
     pooled = x.number_bytes * x.expansion * x.value_dim * others / x.size
     dots = _volume_of_dots(x) if x.pre_dim else Volume(0.0, 0.0)
@@ -92,7 +96,7 @@ def _volume_of_dots(x: Exchange) -> Volume:
     others = x.size - 1
     inputs = x.number_bytes * x.pre_dim * others / x.size
     products = PRODUCT_BYTES * x.picks * others
-    return Volume(ADDRESS_BYTES * x.picks * others + inputs + products, inputs + products)
+    return Volume(x.address_bytes * x.picks * others + inputs + products, inputs + products)
 
 
 def _check(layout: TableLayout) -> None:

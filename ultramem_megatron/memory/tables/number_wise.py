@@ -29,8 +29,8 @@ from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.memory.tables.contract import Partition
 from ultramem_megatron.memory.tables.layout import TableLayout
 from ultramem_megatron.memory.tables.traffic import (
-    ADDRESS_BYTES,
     PRODUCT_BYTES,
+    ROW_BYTES,
     Exchange,
     Volume,
     distinct,
@@ -209,7 +209,7 @@ def _sums(values: Tensor, buckets: Tensor, count: int) -> Tensor:
 def volume_of_rows(x: Exchange) -> Volume:
     """Addresses go to the owners, rows come back."""
     away = (x.size - 1) / x.size
-    addresses = ADDRESS_BYTES * x.picks * away
+    addresses = ROW_BYTES * x.picks * away
     rows = x.number_bytes * x.picks * x.value_dim * away
     return Volume(addresses + rows, rows)
 
@@ -217,7 +217,7 @@ def volume_of_rows(x: Exchange) -> Volume:
 def volume_of_sums(x: Exchange) -> Volume:
     """Addresses and scores go to the owners, one sum per owner and group comes back."""
     away = (x.size - 1) / x.size
-    addresses = 2 * ADDRESS_BYTES * x.picks * away  # the row, and the number of its sum
+    addresses = 2 * ROW_BYTES * x.picks * away  # the row, and the number of its sum
     scores = x.number_bytes * x.cores * x.picks * away
     sums = x.number_bytes * x.value_dim * distinct(x.size * x.expansion, x.picks) * away
     return Volume(addresses + scores + sums, scores + sums)
@@ -233,7 +233,7 @@ def volume(x: Exchange) -> Volume:
 def _volume_of_dots(x: Exchange) -> Volume:
     """Of pre-values: indices, an input for each owner that a token asks, products."""
     away = (x.size - 1) / x.size
-    indices = 2 * ADDRESS_BYTES * x.picks * away
+    indices = 2 * ROW_BYTES * x.picks * away
     inputs = x.number_bytes * x.pre_dim * distinct(x.size, x.picks) * away
     products = PRODUCT_BYTES * x.picks * away
     return Volume(indices + inputs + products, inputs + products)

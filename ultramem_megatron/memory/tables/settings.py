@@ -8,7 +8,7 @@ from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.tables.contract import Partition
 from ultramem_megatron.memory.tables.layout import TableLayout
 from ultramem_megatron.memory.tables.partitions import PARTITIONS
-from ultramem_megatron.memory.tables.traffic import Exchange
+from ultramem_megatron.memory.tables.traffic import Exchange, address_bytes
 
 
 @dataclass(frozen=True)
@@ -57,5 +57,6 @@ def exchange_of(config: UltraMemConfig, size: int, number_bytes: int) -> Exchang
         expansion=config.value_expansion,
         cores=config.cores,
         number_bytes=number_bytes,
+        address_bytes=address_bytes(config.value_expansion * config.num_values),
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "8")),
     )

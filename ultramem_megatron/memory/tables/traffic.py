@@ -12,7 +12,7 @@ P ranks, M picks per token (m*H), Dv value dim, E expansion, h cores, b bytes pe
 from dataclasses import dataclass
 from typing import NamedTuple
 
-ADDRESS_BYTES = 4  # int32
+ROW_BYTES = 4  # int32: of a row of one rank, or of the number of a sum
 PRODUCT_BYTES = 4  # float32: of a pre-value and its token's input
 
 
@@ -43,11 +43,18 @@ class Exchange:
     """Dp: width of a pre-value, 0: there are none."""
     number_bytes: int = 2
     """b: bytes of a score or of an element of a value (bf16: 2)."""
+    address_bytes: int = 4
+    """Of an address where columns are shared, see `address_bytes`."""
     ranks_per_node: int = 8
     node_bandwidth: float = 350e9
     """bytes/s between ranks of a node (NVLink of an H100, as achieved by all-to-all)."""
     network_bandwidth: float = 45e9
     """bytes/s of one rank to other nodes (400 Gb/s InfiniBand)."""
+
+
+def address_bytes(virtual_values: int) -> int:
+    """Bytes in which an address, group * N + row, travels: E*N of them are possible."""
+    return 4 if virtual_values <= 2**31 else 8
 
 
 def distinct(buckets: int, draws: int) -> float:
