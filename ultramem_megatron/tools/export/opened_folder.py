@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import GenerationConfig
+
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.tools.export.hf.modeling_ultramem import UltraMemGPTForCausalLM
 from ultramem_megatron.tools.export.hf_folder import (
@@ -53,6 +55,8 @@ def open_folder(folder: Path) -> OpenedFolder:
     _, config = read_config(folder, quantized=True)
     check_sums(folder)
     model = with_weights(config, read_weights(folder, "cpu"))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     tokenizer = None
     if has_tokenizer(folder):
         from transformers import AutoTokenizer
