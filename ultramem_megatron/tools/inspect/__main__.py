@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.write(out / "usage.csv", usage)
         pictures.draw_usage(usage, out / "usage.png")
     else:
-        where = logged or "what was given"
+        where = logged or "a folder for transformers (--tensorboard)"
         print(f"no metrics of memories in {where}: usage over training is left out")
     for layer in layers:
         values = layer.values.unique().numel()
