@@ -1,6 +1,8 @@
 """Editing values: what is listed is what is added, and the named rows change and nothing else."""
 
 import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -151,3 +153,17 @@ def test_a_list_alone_writes_nothing(folder, capsys, monkeypatch, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if "%" in line]) == 3
     assert not list(Path().iterdir())
+
+
+def test_code_in_a_folder_is_not_run(folder, tmp_path):
+    shutil.copytree(folder / "hf", tmp_path / "hf")
+    planted = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    for file in (*(tmp_path / "hf").glob("*.py"), tmp_path / "hf/tokenizer_mine.py"):
+        file.write_text(planted)
+    main([str(tmp_path / "hf"), *_FRANCE])
+    settings = tmp_path / "hf/tokenizer_config.json"
+    wanted = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["tokenizer_mine.Mine"] * 2}}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **wanted}))
+    with pytest.raises(UltraMemError, match=r"The tokenizer in .* cannot be opened"):
+        main([str(tmp_path / "hf"), *_FRANCE])
+    assert not (tmp_path / "ran").exists()

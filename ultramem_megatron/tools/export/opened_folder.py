@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from transformers import GenerationConfig
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.tools.export.hf.configuration_ultramem import UltraMemGPTConfig
 from ultramem_megatron.tools.export.hf.modeling_ultramem import UltraMemGPTForCausalLM
 from ultramem_megatron.tools.export.hf_folder import (
     check_sums,
@@ -57,13 +58,22 @@ def open_folder(folder: Path) -> OpenedFolder:
     model = with_weights(config, read_weights(folder, "cpu"))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    tokenizer = None
-    if has_tokenizer(folder):
-        from transformers import AutoTokenizer
+    return OpenedFolder(model, _tokenizer(folder, config) if has_tokenizer(folder) else None)
 
+
+def _tokenizer(folder: Path, config: UltraMemGPTConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
         # Given the config, transformers need not ask whether it may run the folder's code.
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
-    return OpenedFolder(model, tokenizer)
+        return AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the libraries behind it have no exception in common
+        raise UltraMemError(
+            f"The tokenizer in {folder} cannot be opened: {str(error).splitlines()[0]:.200}. Copy "
+            f"the folder again."
+        ) from error
 
 
 def _numbers(text: str, what: str) -> list[int]:
