@@ -7,13 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests import ROOT
-from tests.closeness import assert_close
 from tests.kernels.compiled import compile_for
-from tests.kernels.lookup_cases import NAMES, ODD_SIZES, exact_rounding, inputs, results
-from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
@@ -92,26 +88,36 @@ def test_forward_compiles_to_vector_loads_without_spills(capability, tokens, sli
     assert "mul.wide.s64" in built.ptx or "mul.lo.s64" in built.ptx or "mad.lo.s64" in built.ptx
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_backward_compiles_to_vector_loads_and_atomics_without_spills(capability, dtype):
+@pytest.mark.parametrize("tokens", [8192, 64])
+def test_backward_compiles_to_vector_loads_and_atomics_without_spills(capability, dtype, tokens):
     import triton.language as tl
 
     from ultramem_megatron.kernels.lookup_reduce import triton_backward
 
-    constants = {"PRECISE": tl.float32, **triton_backward.block_sizes(512)}
+    constants = {"PRECISE": tl.float32, "ADD_ROWS": True}
+    constants |= triton_backward.picks_sizes(tokens, 84, 2, 512)
     counts = {"cores": "i32", "num_groups": "i32"}
     types = _types(dtype, floats=("grad", "table"), scores="*fp32", **counts)
     types |= {"target": "*fp32", "score_grad": "*fp32"}
-    built = compile_for(
-        capability, triton_backward.picks_kernel, types, {**constants, "ADD_ROWS": True}
-    )
+    built = compile_for(capability, triton_backward.picks_kernel, types, constants)
     assert built.spilled == 0
     assert built.registers <= 168
-    assert "ld.global.v4.b32" in built.ptx
-    if capability == 90:  # vector atomics came with sm_90
+    assert "ld.global.v4.b32" in built.ptx or "ld.global.v2.b32" in built.ptx
+    if capability >= 90:  # vector atomics came with sm_90
         assert re.search(r"(red|atom).global.gpu.relaxed.add.v4.f32", built.ptx)  # Triton 3.9|3.6
 
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_sums_in_order_compile_to_vector_loads_without_spills(capability, dtype):
+    import triton.language as tl
+
+    from ultramem_megatron.kernels.lookup_reduce import triton_backward
+
+    constants = {"PRECISE": tl.float32, **triton_backward.row_sizes(512)}
+    counts = {"cores": "i32", "num_groups": "i32"}
     types = _types(dtype, floats=("grad",), scores="*fp32", target="*fp32", **counts)
     types |= {"row_n": "*i64", "order_n": "*i64", "count": "i32"}
     del types["rows"]
@@ -119,29 +125,3 @@ def test_backward_compiles_to_vector_loads_and_atomics_without_spills(capability
     assert built.spilled == 0
     assert built.registers <= 168
     assert "ld.global.v4.b32" in built.ptx
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_equals_the_reference_on_a_gpu(deterministic, monkeypatch):
-    monkeypatch.setenv("ULTRAMEM_KERNELS", "triton")
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        for sizes in ODD_SIZES:
-            case = inputs(sizes)
-            found = results(lookup_reduce, _on_gpu(case))
-            expected = results(lookup_reduce_reference, case)
-            for name, ours, theirs in zip(NAMES, found, expected, strict=True):
-                assert_close(ours.cpu(), theirs, exact_rounding(sizes), f"{name} of {sizes}")
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def _on_gpu(case):
-    return case._replace(
-        **{
-            name: x.detach().cuda().requires_grad_(x.requires_grad)
-            for name, x in case._asdict().items()
-            if isinstance(x, torch.Tensor)
-        }
-    )

@@ -147,6 +147,19 @@ def test_what_cannot_be_edited_is_refused_in_a_line(folder, tmp_path, words, mes
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_named_is_not_switched_off_besides(folder, tmp_path):
+    opened = open_folder(folder / "hf")
+    first, second = contributions(opened, read_fact(opened, prompt("France"), " Paris"))[:2]
+    words = ["--zero-most", "2", "--scale", f"1:{first.value}=2"]
+    main([str(folder / "hf"), str(tmp_path / "out"), *_FRANCE, *words])
+    was, now = (
+        open_folder(where).model.model.layers[0].memory.values.weight
+        for where in (folder / "hf", tmp_path / "out")
+    )
+    assert torch.equal(now[first.value], was[first.value] * 2)
+    assert not now[second.value].any()
+
+
 def test_a_list_alone_writes_nothing(folder, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     main([str(folder / "hf"), *_FRANCE, "--top", "3"])

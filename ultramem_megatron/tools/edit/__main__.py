@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     opened = open_folder(options.folder)
     fact = read_fact(opened, options.prompt, options.fact)
     fired = contributions(opened, fact)
-    edits += [Edit(one.layer, one.value, factor=0.0) for one in fired[: options.zero_most]]
+    named = {(edit.layer, edit.value) for edit in edits}
+    most = [one for one in fired[: options.zero_most] if (one.layer, one.value) not in named]
+    edits += [Edit(one.layer, one.value, factor=0.0) for one in most]
     check_edits(edits, {n: number_of_values(m) for n, m in memories_of(opened).items()})
     _list(fired, options.top)
     _show("before" if edits else "it says", said(opened, fact, options.tokens))
