@@ -35,6 +35,7 @@ COMMANDS = {
     "inspect": Command("tools.inspect.__main__", "which values fire for which tokens"),
     "export": Command("tools.export.__main__", "a checkpoint as plain safetensors, and back"),
     "quantize": Command("tools.quantize", "value tables of a Hugging Face folder in 8 bits"),
+    "edit": Command("tools.edit.__main__", "which values a fact is read from; switch them off"),
     "presets": Command("presets.__main__", "models of the paper as flags"),
     "flags": Command("megatron.flags.listing", "the --ultramem-* flags, with the values in force"),
     "check": Command("tools.check", "would these flags train? on a login node, without a GPU"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _AT_ONCE = 2**16  # rows
-_WRITTEN_ANEW = ("config.json", "SHA256SUMS", ".py", ".safetensors", ".safetensors.index.json")
+_WRITTEN_ANEW = ("SHA256SUMS", ".py", ".safetensors", ".safetensors.index.json")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,7 +54,8 @@ def quantize(folder: Path, out: Path, kind: str, block: int | None) -> None:
     config.value_quantization = {"format": kind, "block": block}
     hf_folder.with_weights(config, state).save_pretrained(out, max_shard_size=hf_folder.SHARD)
     for file in sorted(folder.iterdir()):
-        if file.is_file() and not file.name.endswith(_WRITTEN_ANEW):
+        written = file.name == "config.json" or file.name.endswith(_WRITTEN_ANEW)
+        if file.is_file() and not written:
             shutil.copyfile(file, out / file.name)
     _say_so(out / "README.md", kind, block)
     hf_folder.copy_sources(out)

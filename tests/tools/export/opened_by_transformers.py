@@ -49,7 +49,9 @@ def written(folder, prompt):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, table_memory="disk"
+    )
     batch = tokenizer([prompt, prompt[:5]], return_tensors="pt", padding=True)
     ids = model.generate(**batch, max_new_tokens=12, do_sample=False)
     config = model.generation_config
@@ -59,6 +61,7 @@ def written(folder, prompt):
         "eos": (tokenizer.eos_token_id, config.eos_token_id),
         "room": tokenizer.model_max_length,
         "suppressed": config.suppress_tokens,
+        "pages": model.table_pages(),
     }
 
 

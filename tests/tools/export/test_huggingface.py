@@ -148,6 +148,8 @@ def test_the_folder_writes_what_the_checkpoint_made_of_it_writes(exported, opene
     assert found["eos"] == (0, 0)
     assert found["room"] == 32
     assert found["suppressed"] == list(range(400, 512))
+    assert found["pages"]
+    assert all(0 < here <= of for here, of in found["pages"].values())
 
 
 def test_what_picks_keys_stays_in_float32(opened):

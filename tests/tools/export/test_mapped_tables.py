@@ -12,6 +12,7 @@ from tests.tools.export.test_hf_folder import _plain
 from ultramem_megatron.tools.export.hf.modeling_ultramem import UltraMemGPTForCausalLM
 from ultramem_megatron.tools.export.hf_folder import save_hf
 from ultramem_megatron.tools.export.hf_tokenizer import HFTokenizer
+from ultramem_megatron.tools.quantize import quantize
 
 
 def _resident(file: Path) -> int:
@@ -48,3 +49,50 @@ def test_only_what_is_read_of_a_table_comes_into_memory(tmp_path):
         assert 0 < _resident(file) < table.nbytes // 2
         table.sum()  # all of it
         assert _resident(file) >= table.nbytes
+
+
+def _rows(model):
+    """Collects the rows that are read of the only table."""
+    memory = model.model.layers[0].memory
+    side, found = memory.side, []
+
+    def keep(_, args):
+        found.append(args[0] % (side * side // memory.values.expansion))
+
+    memory.values.register_forward_pre_hook(keep)
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="madvise and mincore are Linux's")
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_left_on_disk_no_page_but_those_of_its_rows_comes(tmp_path, kind):
+    save_hf(_plain(num_keys=1024, value_dim=16), tmp_path / "hf", HFTokenizer(), "card")
+    if kind == "int8":
+        quantize(tmp_path / "hf", tmp_path / "int8", "int8", None)
+    folder = tmp_path / ("hf" if kind == "float" else "int8")
+    _forget(folder / "model.safetensors")
+    model = UltraMemGPTForCausalLM.from_pretrained(folder, table_memory="disk")
+    found = _rows(model)
+    before = model.table_pages()
+    held, of = map(sum, zip(*before.values(), strict=True))
+    assert held < of / 2, "more was in memory than is read ahead of other weights"
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+    rows = torch.cat(found).flatten().unique()
+    for name, tensor in model.table_tensors().items():
+        page = os.sysconf("SC_PAGESIZE")
+        of_row = (tensor.data_ptr() % page + rows * tensor[0].nbytes) // page
+        now = model.table_pages()[name][0]
+        assert 0 < now <= before[name][0] + len(of_row.unique()), name
+
+
+def test_what_cannot_be_left_on_disk_is_refused(tmp_path):
+    save_hf(_plain(), tmp_path / "hf", HFTokenizer(), "card")
+    with pytest.raises(
+        ValueError, match=r"'disk', but model\.layers\.0\.memory\.values\.weight is"
+    ):
+        UltraMemGPTForCausalLM.from_pretrained(
+            tmp_path / "hf", table_memory="disk", dtype=torch.bfloat16
+        )
+    with pytest.raises(ValueError, match="table_memory is 'gpu'; this model knows host, disk"):
+        UltraMemGPTForCausalLM.from_pretrained(tmp_path / "hf", table_memory="gpu")

@@ -117,8 +117,13 @@ def load_hf(folder: str | Path, device: str = "cpu") -> tuple[PlainGPT, dict[str
     return plain.eval(), _tokenizer_flags(folder, content)
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], UltraMemGPTConfig]:
-    """config.json as it stands, and what it says of the model. Raises UltraMemError."""
+def read_config(
+    folder: Path, *, quantized: bool = False
+) -> tuple[dict[str, Any], UltraMemGPTConfig]:
+    """config.json as it stands, and what it says of the model. Raises UltraMemError.
+
+    quantized: value tables may be in 8 bits.
+    """
     file = folder / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -132,7 +137,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], UltraMemGPTConfig]:
             f"{file}: its model_type is {kind!r:.80}, not {UltraMemGPTConfig.model_type!r}. Give a "
             f"folder that ultramem export --to hf wrote."
         )
-    if content.get("value_quantization"):
+    if content.get("value_quantization") and not quantized:
         raise UltraMemError(
             f"{folder}: its value tables are quantized, which cannot be undone. Give the folder "
             f"that it was made from."

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 RETRIEVALS = ("tdqkr", "pkm")
 VALUES = ("pooled",)
 FORMATS = ("int8", "fp8")
+TABLE_MEMORIES = ("host", "disk")
 
 
 class UltraMemGPTConfig(PreTrainedConfig):
@@ -25,6 +26,9 @@ class UltraMemGPTConfig(PreTrainedConfig):
 
     value_quantization: None, or {"format": "int8" or "fp8", "block": values with a scale in common}
     of the value tables, all alike; such a model's tables are not trained.
+
+    table_memory: of a model on a CPU, "host": value tables come into memory as the system reads
+    their files, ahead of what is asked for; "disk": nothing but the pages with rows that are read.
     """
 
     model_type = "ultramem"
@@ -64,6 +68,7 @@ class UltraMemGPTConfig(PreTrainedConfig):
     router_float32: bool = False
     memory: dict[str, Any] | None = None
     value_quantization: dict[str, Any] | None = None
+    table_memory: str = "host"
     use_cache: bool = True
     initializer_range: float = 0.02
     pad_token_id: int | None = None
@@ -76,9 +81,10 @@ class UltraMemGPTConfig(PreTrainedConfig):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 1e4}
         super().__post_init__(**kwargs)
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError for what is not known here, also if it was set later."""
         memory = self.memory or {"retrieval": RETRIEVALS[0], "values": VALUES[0]}
         known = {
             "hidden_act": (self.hidden_act, ("gelu", "silu")),
@@ -90,6 +96,7 @@ class UltraMemGPTConfig(PreTrainedConfig):
                 (self.value_quantization or {"format": FORMATS[0]})["format"],
                 FORMATS,
             ),
+            "table_memory": (self.table_memory, TABLE_MEMORIES),
             "rope_type": ((self.rope_parameters or {}).get("rope_type", "default"), ("default",)),
         }
         for name, (given, allowed) in known.items():

@@ -174,7 +174,9 @@ class UltraMemMemory(nn.Module):
         kind = TuckerRetrieval if memory["retrieval"] == "tdqkr" else ProductKeyRetrieval
         self.retrieval = kind(memory, eps)
         self.shuffle = Shuffle(self.side) if memory["value_expansion"] > 1 else None
-        self.values = QuantizedTable(memory, quantization) if quantization else ValueTable(memory)
+        self.values: QuantizedTable | ValueTable = (
+            QuantizedTable(memory, quantization) if quantization else ValueTable(memory)
+        )
         width = memory["value_expansion"] * memory["value_dim"]
         projected = memory["value_projection"]
         self.value_proj = nn.Linear(width, hidden_size, bias=False) if projected else None

@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ultramem import UltraMemGPTConfig
 from .layers_ultramem import UltraMemAttention, UltraMemDecoderLayer, UltraMemRouter, norm
+from .mapped_ultramem import leave_on_disk, pages_in_memory
 from .memory_ultramem import QueryConvolution, QueryMean, Shuffle, UltraMemMemory, ValueTable
 from .retrieval_ultramem import Cores, Keys
 
@@ -38,6 +39,30 @@ class UltraMemPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": UltraMemDecoderLayer, "attentions": UltraMemAttention}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As PreTrainedModel's; table_memory: see the configuration. Raises ValueError."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.config.check()  # arguments are set after it was made
+        if model.config.table_memory == "disk":
+            for name, tensor in model.table_tensors().items():
+                leave_on_disk(name, tensor)
+        return loaded
+
+    def table_tensors(self) -> dict[str, Tensor]:
+        """What the value tables consist of: their weights, or codes and scales."""
+        memories = (m for m in self.named_modules() if isinstance(m[1], UltraMemMemory))
+        return {
+            f"{name}.values.{part}": tensor
+            for name, memory in memories
+            for part, tensor in memory.values.state_dict(keep_vars=True).items()
+        }
+
+    def table_pages(self) -> dict[str, tuple[int, int]]:
+        """Pages of each that are in memory, and all of them, where files are mapped (Linux)."""
+        return {name: pages_in_memory(tensor) for name, tensor in self.table_tensors().items()}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
