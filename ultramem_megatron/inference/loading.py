@@ -125,6 +125,11 @@ def build_model(
     """
     from ultramem_megatron.megatron.flags.arguments import config_from_args
 
+    if args.hybrid_layer_pattern is not None:
+        raise UltraMemError(
+            f"--hybrid-layer-pattern {args.hybrid_layer_pattern}: a HybridModel is trained and "
+            f"resumed, but not yet decoded, evaluated or exported. Use a GPT's checkpoint."
+        )
     ultramem = config_from_args(args)
     tables = describe_ranks(args, ultramem, layout)
     describe_machine(args, local_layers)
@@ -165,11 +170,10 @@ def _initialize(args: Namespace, tables: TableSettings) -> None:
 def _build(args: Namespace, ultramem: UltraMemConfig | None, tables: TableSettings) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.module import Float16Module
-    from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from ultramem_megatron.megatron.model_from_flags import fill
+    from ultramem_megatron.megatron.model_from_flags import fill, transformer_from_args
 
-    config = core_transformer_config_from_args(args)
+    config = transformer_from_args(args)
     model_config = fill(args, config, ultramem, tables)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = model_config.get_builder_cls()(model_config).build_model(groups)

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.hybrid import pattern
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.placement import table_groups, uncut
 from ultramem_megatron.memory.spans import Span
@@ -30,6 +31,7 @@ class Chunk(NamedTuple):
 
 def pipeline_chunks(config: TransformerConfig) -> list[Chunk]:
     """Every chunk of the whole pipeline, in layer order."""
+    by_pattern = pattern.kept_stages(config)
     layout = config.pipeline_model_parallel_layout
     stages = range(config.pipeline_model_parallel_size)
     virtual_stages: Sequence[int | None] = (
@@ -40,9 +42,11 @@ def pipeline_chunks(config: TransformerConfig) -> list[Chunk]:
     chunks: list[Chunk] = []
     for vp_stage in virtual_stages:
         for pp_rank in stages:
-            if layout is not None:
+            offset = chunks[-1].last if chunks else 0
+            if by_pattern is not None:
+                count = len(by_pattern[len(chunks)])
+            elif layout is not None:
                 # Megatron's own counting functions would look up the current rank here.
-                offset = chunks[-1].last if chunks else 0
                 count = layout.layout[pp_rank][vp_stage or 0].count(LayerType.decoder)
             else:
                 offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
