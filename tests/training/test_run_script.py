@@ -89,7 +89,11 @@ def test_a_script_trains_what_our_command_trains(memory, tmp_path):
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("gpt_config_from_args(args)", "None", "does not build its GPT from gpt_config_from_args"),
+        (
+            "gpt_config_from_args(args)",
+            "None",
+            "does not build its model from gpt_config_from_args",
+        ),
         (
             "gpt_config_from_args(args)",
             "gpt_config_from_args(args, model_config_cls=dict)",

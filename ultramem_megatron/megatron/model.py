@@ -15,7 +15,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training import print_rank_0
-from megatron.training.models.base import ModelBuilder
+from megatron.training.models.base import ModelBuilder, ModelConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from ultramem_megatron.megatron import hooks
@@ -45,7 +45,7 @@ from ultramem_megatron.memory.tables.settings import TableSettings
 
 
 @dataclass(kw_only=True)
-class MemorySettings:
+class MemorySettings(ModelConfig):
     """What a model config has beside Megatron's own: the memories (None: a plain model).
 
     table_partition: how value tables are cut over Megatron's expert-parallel group, "number" or

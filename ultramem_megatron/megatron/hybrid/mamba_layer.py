@@ -32,7 +32,7 @@ class PassingMambaLayer(MambaLayer):
         if self.role.unpacks:
             hidden_states, pending = self.role.unpack(hidden_states, self.layer_number)
         output: Tensor = super().forward(hidden_states, *args, **kwargs)
-        if self.role.ends_at(self.layer_number):
+        if pending is not None and self.role.ends_at(self.layer_number):
             output, pending = output + pending, None
         if self.role.packs:
             output = self.role.pack(output, pending)

@@ -166,10 +166,11 @@ def built_stage(run: Run, stage: int = 0) -> Iterator[list[Any]]:
 def _chunks(run: Run) -> list[Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
     from ultramem_megatron.megatron.model_from_flags import fill
 
     config = fill(run.args, run.transformer, run.ultramem, run.tables)
-    if run.ultramem is None:
+    if run.ultramem is None and isinstance(config, UltraMemGPTModelConfig):
         config.transformer_layer_spec = _plain_spec
     builder = config.get_builder_cls()(config)
     groups = ProcessGroupCollection.use_mpu_process_groups()

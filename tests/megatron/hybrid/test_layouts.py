@@ -1,0 +1,49 @@
+"""A HybridModel with memories: every layout trains the model that one rank trains."""
+
+import pytest
+
+from tests.megatron.test_table_parallelism import _check, _Start
+
+_MAMBA = {"mamba_state_dim": 8, "mamba_head_dim": 8, "mamba_num_groups": 2}
+_HYBRID = {
+    "hybrid_layer_pattern": "M-*-M-*-",
+    "num_layers": None,
+    "ultramem_spans": "2:3/4:5/6:8",
+    **_MAMBA,
+}
+_NUMBER = {"ultramem_partition": "number"}
+_DIMENSION = {"ultramem_partition": "dimension"}
+_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+_PP = {"pipeline_model_parallel_size": 2}
+_CROSSING = {**_PP, "hybrid_layer_pattern": "M-*-|M-*-"}  # spans 4:5
+_VPP = {**_PP, "hybrid_layer_pattern": "M-|*-|M-|*-"}
+_RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 3,
+}
+_long = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return _Start(tmp_path_factory.mktemp("start"), **_HYBRID)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        pytest.param(2, {**_SP, **_NUMBER}, id="TP2 SP number"),
+        pytest.param(2, {**_CROSSING, **_RECOMPUTE}, id="PP2 crossing, recompute"),
+        pytest.param(2, _DIMENSION, id="DP2 dimension", marks=_long),
+        pytest.param(2, {"tensor_model_parallel_size": 2}, id="TP2", marks=_long),
+        pytest.param(2, {**_RECOMPUTE, **_NUMBER}, id="DP2 recompute", marks=_long),
+        pytest.param(2, {**_PP, "hybrid_layer_pattern": "M-*|-M-*-"}, id="PP2", marks=_long),
+        pytest.param(2, _VPP, id="PP2 interleaved, crossing", marks=_long),
+        pytest.param(4, {**_CROSSING, **_SP, **_DIMENSION}, id="PP2 TP2 SP", marks=_long),
+        pytest.param(4, {**_VPP, **_NUMBER}, id="PP2 interleaved DP2", marks=_long),
+        pytest.param(2, {"context_parallel_size": 2, **_NUMBER}, id="CP2", marks=_long),
+    ],
+)
+def test_layout_trains_like_one_rank(start, world_size, layout):
+    _check(start, world_size, **layout)
