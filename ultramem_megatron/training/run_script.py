@@ -103,7 +103,9 @@ def _with_memories(script: Path, original: Callable[..., Any]) -> Callable[..., 
 
     @functools.wraps(original)
     def config_from_args(args: Namespace, *rest: Any, **kw: Any) -> Any:
-        if not _asks_for_memories(args):
+        # Megatron has a HybridModel's layers of Transformer Engine alone.
+        needs_layers = args.hybrid_layer_pattern is not None and args.transformer_impl == "local"
+        if not (_asks_for_memories(args) or needs_layers):
             return original(args, *rest, **kw)
         if rest or kw:
             raise UltraMemError(
@@ -121,13 +123,13 @@ def _check_pattern(script: Path, maker: str, pattern: str | None) -> None:
     """A pattern describes a HybridModel, which a script for GPTs cannot train, and vice versa."""
     if maker == "gpt_config_from_args" and pattern is not None:
         raise UltraMemError(
-            f"--hybrid-layer-pattern {pattern}: {script.name} trains a GPT. Use pretrain_hybrid.py, "
-            f"or drop the flag."
+            f"--hybrid-layer-pattern {pattern}: {script.name} trains a GPT. Use "
+            f"pretrain_hybrid.py, or drop the flag."
         )
     if maker == "hybrid_config_from_args" and pattern is None:
         raise UltraMemError(
-            f"{script.name} trains a HybridModel, but there is no --hybrid-layer-pattern. Give one, "
-            f"for example *-*-*-*-, or use pretrain_gpt.py."
+            f"{script.name} trains a HybridModel, but --hybrid-layer-pattern is not given. Give "
+            f"one, for example *-*-*-*-, or use pretrain_gpt.py."
         )
 
 

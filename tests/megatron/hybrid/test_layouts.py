@@ -47,3 +47,31 @@ def start(tmp_path_factory):
 )
 def test_layout_trains_like_one_rank(start, world_size, layout):
     _check(start, world_size, **layout)
+
+
+_EXPERTS = {
+    **_HYBRID,
+    "hybrid_layer_pattern": "*EM-*E",
+    "ultramem_spans": "2:3/4:6",
+    "num_experts": 4,
+    "moe_router_topk": 2,
+}
+
+
+@_long
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        pytest.param(2, {"ultramem_parallel_size": 1}, id="DP2"),
+        pytest.param(2, {**_NUMBER, "expert_model_parallel_size": 2}, id="EP2"),
+        pytest.param(2, {**_SP, **_DIMENSION, "expert_model_parallel_size": 2}, id="TP2 SP EP2"),
+        pytest.param(2, {**_PP, "hybrid_layer_pattern": "*EM|-*E"}, id="PP2"),
+    ],
+)
+def test_layout_with_experts_trains_like_one_rank(experts, world_size, layout):
+    _check(experts, world_size, **layout)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return _Start(tmp_path_factory.mktemp("experts"), **_EXPERTS)
