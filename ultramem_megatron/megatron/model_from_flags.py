@@ -24,10 +24,10 @@ from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuse
 from ultramem_megatron.megatron.flags.slips import refuse_slips_of_training
 from ultramem_megatron.megatron.flags.table_flags import settings_from_args
 from ultramem_megatron.megatron.hybrid.model import UltraMemHybridModelConfig
-from ultramem_megatron.megatron.hybrid.pattern import keep_pattern
 from ultramem_megatron.megatron.hybrid.refusals import refuse_pattern
 from ultramem_megatron.megatron.model import MemorySettings, UltraMemGPTModelConfig
 from ultramem_megatron.megatron.pipeline.layout import check_pipeline, check_shared_tables
+from ultramem_megatron.megatron.pipeline.pattern import keep_pattern
 from ultramem_megatron.megatron.table_groups import initialize_model_parallel
 from ultramem_megatron.megatron.upcycle import dense_checkpoint
 from ultramem_megatron.memory.config import UltraMemConfig

@@ -9,7 +9,6 @@ from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.checkpoint.design import differing_flags
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.megatron.flags.layout_flags import lay_on_one_rank
-from ultramem_megatron.megatron.hybrid.pattern import keep_pattern, readable_layers, stages
 from ultramem_megatron.megatron.hybrid.refusals import refuse_pattern
 from ultramem_megatron.megatron.pipeline.layout import (
     layout_flag,
@@ -17,6 +16,7 @@ from ultramem_megatron.megatron.pipeline.layout import (
     spans_cross_stages,
     suggest_layout,
 )
+from ultramem_megatron.megatron.pipeline.pattern import keep_pattern, readable_layers, stages
 from ultramem_megatron.memory.spans import parse_spans
 
 

@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.hybrid.pattern import readable_layers
+from ultramem_megatron.megatron.pipeline.pattern import readable_layers
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.initialization import INITIALISATIONS
 from ultramem_megatron.memory.retrieval import RETRIEVALS

@@ -7,7 +7,7 @@ import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.hybrid.pattern import FLAG, READABLE, readable_layers, stages
+from ultramem_megatron.megatron.pipeline.pattern import FLAG, READABLE, readable_layers, stages
 from ultramem_megatron.memory.config import UltraMemConfig
 
 _NAMES = {

@@ -16,11 +16,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ultramem_megatron.megatron.hybrid.mamba_layer import PassingMambaLayer
-from ultramem_megatron.megatron.hybrid.pattern import kept_stages
 from ultramem_megatron.megatron.layer.specs import memory_specs, with_role
 from ultramem_megatron.megatron.layer.transformer_layer import LayerRole
 from ultramem_megatron.megatron.optimizer.scalar_parameters import leave_to_scalar_optimizer
 from ultramem_megatron.megatron.pipeline.layout import pipeline_chunks, spans_cross_stages
+from ultramem_megatron.megatron.pipeline.pattern import kept_stages
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.spans import span_covering
 

@@ -13,7 +13,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ultramem_megatron.megatron.hybrid.pattern import EXPERTS, MLP, kept_stages
+from ultramem_megatron.megatron.pipeline.pattern import EXPERTS, MLP, kept_stages
 from ultramem_megatron.memory.initialization.feed_forward import mlp_std
 
 _ROUTED_TOKENS = 4096

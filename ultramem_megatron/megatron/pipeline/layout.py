@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.hybrid import pattern
+from ultramem_megatron.megatron.pipeline import pattern
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.placement import table_groups, uncut
 from ultramem_megatron.memory.spans import Span

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ultramem_megatron.megatron.hybrid.pattern import ATTENTION, kept_stages
+from ultramem_megatron.megatron.pipeline.pattern import ATTENTION, kept_stages
 from ultramem_megatron.memory.tables.value_table import is_value_table
 from ultramem_megatron.tools.plan.build import Run, built_stage, command_line, parse
 
