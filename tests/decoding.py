@@ -52,6 +52,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "ultramem_softmax": True,
     },
 }
+KINDS["hybrid"] = {
+    **KINDS["ultramem-conv"],
+    "num_layers": None,
+    "hybrid_layer_pattern": "*-*-",
+    "ultramem_spans": "2:3/4:4",
+}
 KINDS["moe-ultramem"] = KINDS["moe"] | KINDS["ultramem"]
 
 

@@ -117,7 +117,7 @@ def build_model(
     local_layers: bool = False,
     cuda_graphs: bool = False,
 ) -> Any:
-    """The GPT that Megatron's flags `args` describe, on the ranks of this run, newly initialised.
+    """The model that Megatron's flags `args` describe, on the ranks of this run, newly initialised.
 
     `args` is changed to describe these ranks instead of those of the training run. cuda_graphs: let
     Megatron capture its transformer block, memories included, as one CUDA graph for each number of
@@ -125,10 +125,9 @@ def build_model(
     """
     from ultramem_megatron.megatron.flags.arguments import config_from_args
 
-    if args.hybrid_layer_pattern is not None and not __import__("os").environ.get("HY"):
+    if args.hybrid_layer_pattern is not None and cuda_graphs:
         raise UltraMemError(
-            f"--hybrid-layer-pattern {args.hybrid_layer_pattern}: a HybridModel is trained and "
-            f"resumed, but not yet decoded, evaluated or exported. Use a GPT's checkpoint."
+            f"--cuda-graphs: a HybridModel ({args.hybrid_layer_pattern}) is decoded without them."
         )
     ultramem = config_from_args(args)
     tables = describe_ranks(args, ultramem, layout)
