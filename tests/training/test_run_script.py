@@ -89,6 +89,7 @@ def test_a_script_trains_what_our_command_trains(memory, tmp_path):
 _HYBRID = {"num_layers": None, "hybrid_layer_pattern": "*-*-", "ultramem_spans": "2:4"}
 
 
+@pytest.mark.long
 def test_a_script_for_hybrid_models_trains_what_our_command_trains(tmp_path):
     flags = {**_FLAGS, **_HYBRID}
     script = _write(tmp_path, _SCRIPT.replace("gpt_config_from_args", "hybrid_config_from_args"))

@@ -1,8 +1,10 @@
 """A HybridModel with memories: every layout trains the model that one rank trains."""
 
 import pytest
+import torch
 
-from tests.megatron.test_table_parallelism import _check, _Start
+from tests.megatron.test_table_parallelism import _check, _flags, _Start
+from tests.whole_model import assert_same_training, first_decided, train, train_watched
 
 _MAMBA = {"mamba_state_dim": 8, "mamba_head_dim": 8, "mamba_num_groups": 2}
 _HYBRID = {
@@ -30,23 +32,55 @@ def start(tmp_path_factory):
     return _Start(tmp_path_factory.mktemp("start"), **_HYBRID)
 
 
+def test_shards_train_like_one_rank():
+    """The quick one, from initial weights, which for Mamba and for stages depend on the ranks."""
+    design = {**_HYBRID, "hybrid_layer_pattern": "*-*-*-", "ultramem_spans": "2:3/4:6"}
+
+    def attempt(seed):
+        run, closest_call = train_watched(1, _flags(**design, seed=seed))
+        return (seed, run), closest_call
+
+    seed, expected = first_decided(attempt)
+    run = train(2, _flags(**design, **_SP, **_NUMBER, **_RECOMPUTE, seed=seed))
+    assert_same_training(run, expected)
+
+
+@_long
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
         pytest.param(2, {**_SP, **_NUMBER}, id="TP2 SP number"),
         pytest.param(2, {**_CROSSING, **_RECOMPUTE}, id="PP2 crossing, recompute"),
-        pytest.param(2, _DIMENSION, id="DP2 dimension", marks=_long),
-        pytest.param(2, {"tensor_model_parallel_size": 2}, id="TP2", marks=_long),
-        pytest.param(2, {**_RECOMPUTE, **_NUMBER}, id="DP2 recompute", marks=_long),
-        pytest.param(2, {**_PP, "hybrid_layer_pattern": "M-*|-M-*-"}, id="PP2", marks=_long),
-        pytest.param(2, _VPP, id="PP2 interleaved, crossing", marks=_long),
-        pytest.param(4, {**_CROSSING, **_SP, **_DIMENSION}, id="PP2 TP2 SP", marks=_long),
-        pytest.param(4, {**_VPP, **_NUMBER}, id="PP2 interleaved DP2", marks=_long),
-        pytest.param(2, {"context_parallel_size": 2, **_NUMBER}, id="CP2", marks=_long),
+        pytest.param(2, _DIMENSION, id="DP2 dimension"),
+        pytest.param(2, {"tensor_model_parallel_size": 2}, id="TP2"),
+        pytest.param(2, {**_RECOMPUTE, **_NUMBER}, id="DP2 recompute"),
+        pytest.param(2, {**_PP, "hybrid_layer_pattern": "M-*|-M-*-"}, id="PP2"),
+        pytest.param(2, _VPP, id="PP2 interleaved, crossing"),
+        pytest.param(4, {**_CROSSING, **_SP, **_DIMENSION}, id="PP2 TP2 SP"),
+        pytest.param(4, {**_VPP, **_NUMBER}, id="PP2 interleaved DP2"),
+        pytest.param(2, {"context_parallel_size": 2, **_NUMBER}, id="CP2"),
     ],
 )
 def test_layout_trains_like_one_rank(start, world_size, layout):
     _check(start, world_size, **layout)
+
+
+@_long
+def test_the_distributed_optimizer_trains_like_one_rank(tmp_path):
+    start = _Start(
+        tmp_path, **_HYBRID, use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=True
+    )
+    overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    _check(start, 2, **overlap, **_NUMBER)
+
+
+@_long
+@pytest.mark.parametrize("precision", [{"bf16": True}, {"fp16": True, "initial_loss_scale": 4096}])
+def test_half_precision_follows_float32(start, precision):
+    flags = {**start.flags, **precision, "load": start.folder, "no_load_optim": True}
+    expected = train(1, _flags(**{**flags, "bf16": None, "fp16": None}))
+    losses = train(1, _flags(**flags)).losses
+    assert losses == pytest.approx(expected.losses, rel=torch.finfo(torch.bfloat16).eps / 2)
 
 
 _EXPERTS = {

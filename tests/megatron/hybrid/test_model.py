@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.training_runs import run_pretrain, tiny_gpt
-from tests.whole_model import STEADY, assert_same_training, train
+from tests.whole_model import AFTER_STEPS, STEADY, assert_same_training, train
 
 _MEMORY = {
     "ultramem_num_keys": 12,
@@ -28,8 +28,6 @@ _ALL = {
     "hybrid_layer_pattern": "M-*EM-",
     "num_layers": None,
     "ultramem_spans": "2:3/4:6",
-    "hidden_dropout": 0.1,
-    "attention_dropout": 0.1,
 }
 
 
@@ -43,24 +41,36 @@ def plain(tmp_path_factory):
     return folder, _run(save=folder, save_interval=1)
 
 
-@pytest.mark.parametrize(
-    "recompute",
-    [
-        {"recompute_method": "uniform", "recompute_num_layers": 4},
-        pytest.param(
-            {"recompute_method": "block", "recompute_num_layers": 3}, marks=pytest.mark.long
-        ),
-    ],
-    ids=str,
-)
-def test_recomputation_changes_nothing(plain, recompute):
-    assert_same_training(_run(recompute_granularity="full", **recompute), plain[1], 0.0)
+_UNIFORM = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 4,
+}
+_BLOCK = {**_UNIFORM, "recompute_method": "block", "recompute_num_layers": 3}
 
 
+def test_recomputation_changes_nothing(plain):
+    assert_same_training(_run(**_UNIFORM), plain[1], 0.0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recompute", [_UNIFORM, _BLOCK], ids=["uniform", "block"])
+def test_recomputation_draws_the_same_dropout(recompute):
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    assert_same_training(_run(**dropout, **recompute), _run(**dropout), 0.0)
+
+
+def test_a_run_resumed_in_two_stages_goes_on_as_one_rank_does(plain):
+    folder, run = plain
+    stages = {"pipeline_model_parallel_size": 2, "hybrid_layer_pattern": "M-*E|M-"}  # cuts 4:6
+    flags = tiny_gpt(**{**_ALL, **stages, "load": folder, "ckpt_step": 1})
+    assert run_pretrain(2, flags).losses == pytest.approx(run.losses[1:], rel=AFTER_STEPS)
+
+
+@pytest.mark.long
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(plain):
     folder, run = plain
-    resumed = _run(load=folder, ckpt_step=1)
-    assert resumed.losses == run.losses[1:]
+    assert _run(load=folder, ckpt_step=1).losses == run.losses[1:]
 
 
 def _in_gpt(name):

@@ -33,6 +33,7 @@ def _flags(pattern, spans="2:3", **changes):
         "ultramem_num_keys": 8,
         "ultramem_topk": 4,
         "ultramem_overlap": False,
+        "mla_down_proj_fusion": False,
     }
     return Namespace(**{**flags, **changes})
 
@@ -45,6 +46,7 @@ def _flags(pattern, spans="2:3", **changes):
         (_flags("M*M*", "2:2"), "there is none, so it can have no memories"),
         (_flags("*-*-/*-"), "heads for later tokens"),
         (_flags("*-*-", ultramem_overlap=True), "--ultramem-overlap cannot be combined with"),
+        (_flags("+-+-", mla_down_proj_fusion=True), "--mla-down-proj-fusion cannot be combined"),
         (_flags("*E*E"), "Add --num-experts"),
         (_flags("*-*-*-", pipeline_model_parallel_size=2), r"for example \*-\*\|-\*-"),
         (_flags("*-G-", transformer_impl="local"), r"a gated delta net \('G'\) needs"),

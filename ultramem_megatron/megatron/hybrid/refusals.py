@@ -67,6 +67,11 @@ def _check_memories(args: Namespace, given: str, ultramem: UltraMemConfig) -> No
             f"{given} cannot be combined with memory layers: its heads for later tokens ('/') are "
             f"built from the same layers. Leave out what follows the '/'."
         )
+    if args.mla_down_proj_fusion:
+        raise UltraMemError(
+            f"--mla-down-proj-fusion cannot be combined with memory layers and {given}: it looks "
+            f"for latent attention in one spec of all its layers. Drop the flag."
+        )
     if args.ultramem_overlap:
         raise UltraMemError(
             f"--ultramem-overlap cannot be combined with {given}: a HybridModel hands on tensors "
