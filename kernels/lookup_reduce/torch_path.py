@@ -61,6 +61,8 @@ def _score_gradient(
     """d scores (T, P, C) for grad (T, E, V): <row, grad of its group>, slice by slice."""
     if scores.numel() == 0:
         return torch.zeros_like(scores)
+    if table.is_cuda and table.dtype == torch.bfloat16:
+        return _dots_of_gathered(grad, table, rows, groups, scores)
     cores = scores.shape[2]
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         _sliced(grad.flatten(0, 1), cores),
@@ -72,6 +74,21 @@ def _score_gradient(
         padding_idx=-1,
     )
     return dots.view_as(scores).to(scores.dtype)
+
+
+def _dots_of_gathered(
+    grad: Tensor, table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor
+) -> Tensor:
+    """The same from gathered rows, some tokens at a time: what PyTorch has for bfloat16 on GPUs."""
+    dots = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    _, picks, cores = scores.shape
+    step = max(1, _CHUNK_BYTES // (picks * table.shape[1] * 4))
+    for first in range(0, len(rows), step):
+        part = slice(first, first + step)
+        value = table[rows[part]].float()  # (t, P, V)
+        wanted = grad[part].float().gather(1, groups[part].unsqueeze(-1).expand_as(value))
+        dots[part] = (value * wanted).unflatten(-1, (cores, -1)).sum(-1).to(scores.dtype)
+    return dots
 
 
 def row_gradients(grad: Tensor, rows: Tensor, groups: Tensor, scores: Tensor) -> RowGradients:

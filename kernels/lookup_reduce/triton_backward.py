@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ultramem_megatron.kernels.lookup_reduce.triton_forward import precise
 
+MANY_PROGRAMS = 4096
+"""From here on a GPU is busy with programs of sixteen picks."""
+
 
 def backward(
     grad: Tensor,
@@ -59,7 +62,7 @@ def _picks(
 ) -> None:
     tokens, picks, cores = scores.shape
     width = table.shape[1]
-    sizes = block_sizes(width // cores)
+    sizes = picks_sizes(tokens, picks, cores, width // cores)
     picks_kernel[(tokens, triton.cdiv(picks, sizes["BLOCK_P"]), cores)](
         grad,
         table.contiguous(),
@@ -84,7 +87,7 @@ def _sorted_rows(
 ) -> None:
     tokens, picks, cores = scores.shape
     width = target.shape[1]
-    sizes = block_sizes(width // cores)
+    sizes = row_sizes(width // cores)
     row_n, order_n = rows.flatten().sort(stable=True)
     blocks = cores * triton.cdiv(width // cores, sizes["BLOCK_W"])
     sorted_rows_kernel[(tokens * picks, blocks)](
@@ -105,8 +108,19 @@ def _sorted_rows(
     )
 
 
-def block_sizes(slice_width: int) -> dict[str, int]:
-    """One warp, a few rows in flight."""
+def picks_sizes(tokens: int, picks: int, cores: int, slice_width: int) -> dict[str, int]:
+    """Launch constants of `picks_kernel`.
+
+    Within 0.6 % of the best of 41 settings on an H200 at 8,192 tokens of width 1024 (84 picks), and
+    of 26 at width 384 (160 picks), both with C = 2; few tokens are cut finer, as there.
+    """
+    most = min(128, triton.next_power_of_2(slice_width))
+    many = tokens * triton.cdiv(picks, 16) * cores >= MANY_PROGRAMS
+    return {"BLOCK_P": 16 if many else 4, "BLOCK_W": most, "num_warps": 2 if many else 1}
+
+
+def row_sizes(slice_width: int) -> dict[str, int]:
+    """Launch constants of `sorted_rows_kernel`: one warp, a few rows in flight."""
     return {"BLOCK_P": 4, "BLOCK_W": min(256, triton.next_power_of_2(slice_width)), "num_warps": 1}
 
 

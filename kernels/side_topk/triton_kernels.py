@@ -1,7 +1,8 @@
 """Side top-m in Triton: one program per token, head and side.
 
 Letters as in reference.py; P = H*S pairs of head and side. Scores are as the matrix products leave
-them, (R, P, T, N).
+them, (R, P, T, A): rows of A scores, of which those of the N keys count. The number of tokens is
+not specialised: in decoding every new one would be compiled for.
 """
 
 import triton
@@ -11,16 +12,16 @@ from ultramem_megatron.kernels.triton_selection import ABSENT, mask_of_largest, 
 
 
 @triton.jit
-def _combined_keys(row, rank_stride, direction, index, inside, RANKS: tl.constexpr):
-    """Ordered keys of sum_a direction[a] * scores[a, index]; ABSENT where not inside."""
+def _combined_keys(row, rank_stride, direction, index, inside, num_keys, RANKS: tl.constexpr):
+    """Ordered keys of sum_a direction[a] * scores[a, index]; ABSENT outside and beyond the keys."""
     total = tl.zeros(index.shape, tl.float32)
     for rank in tl.static_range(RANKS):
         scores = tl.load(row + rank * rank_stride + index, mask=inside, other=0.0)
         total += tl.load(direction + rank) * scores.to(tl.float32)
-    return tl.where(inside, ordered_keys(total), ABSENT)
+    return tl.where(inside & (index < num_keys), ordered_keys(total), ABSENT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def select_kernel(
     scores,
     directions,
@@ -28,6 +29,7 @@ def select_kernel(
     picked,
     num_tokens,
     num_keys,
+    width,
     num_pairs,
     RANKS: tl.constexpr,
     TOPK: tl.constexpr,
@@ -35,21 +37,22 @@ def select_kernel(
     CHUNKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """indices (T, P, m) and picked (T, P, R, m) from scores (R, P, T, N), directions (P, R).
+    """indices (T, P, m) and picked (T, P, R, m) from scores (R, P, T, A), directions (P, R).
 
-    CHUNK keys are a chunk; CHUNKS and CANDIDATES are powers of two, at least ceil(N / CHUNK) >= m
-    and m * CHUNK.
+    width: A. CHUNK keys are a chunk; CHUNKS and CANDIDATES are powers of two, at least
+    ceil(N / CHUNK) >= m and m * CHUNK.
     """
     program = tl.program_id(0).to(tl.int64)  # token * P + pair
     token, pair = program // num_pairs, program % num_pairs
-    row = scores + (pair * num_tokens + token) * num_keys
-    rank_stride = num_pairs.to(tl.int64) * num_tokens * num_keys
+    row = scores + (pair * num_tokens + token) * width
+    rank_stride = num_pairs.to(tl.int64) * num_tokens * width
     direction = directions + pair * RANKS
     indices += program * TOPK
 
     chunk = tl.arange(0, CHUNKS)
     index = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    keys = _combined_keys(row, rank_stride, direction, index, index < num_keys, RANKS)
+    # Masked by the width, which whole vectors divide, not by the number of keys.
+    keys = _combined_keys(row, rank_stride, direction, index, index < width, num_keys, RANKS)
     best_chunks = mask_of_largest(tl.max(keys, 1), TOPK)
     slot = tl.cumsum(best_chunks.to(tl.int32), 0) - 1
     tl.store(indices + slot, chunk.to(tl.int64), mask=best_chunks)  # the output as scratch space
@@ -59,9 +62,9 @@ def select_kernel(
     listed = candidate < TOPK * CHUNK
     chunk_of = tl.load(indices + candidate // CHUNK, mask=listed, other=0).to(tl.int32)
     key_index = chunk_of * CHUNK + candidate % CHUNK
-    inside = listed & (key_index < num_keys)
+    inside = listed & (key_index < width)
     best = mask_of_largest(
-        _combined_keys(row, rank_stride, direction, key_index, inside, RANKS), TOPK
+        _combined_keys(row, rank_stride, direction, key_index, inside, num_keys, RANKS), TOPK
     )
     tl.debug_barrier()
     slot = tl.cumsum(best.to(tl.int32), 0) - 1
@@ -72,29 +75,29 @@ def select_kernel(
         tl.store(target, value.to(tl.float32), mask=best)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def scatter_kernel(
     grad_picked,
     indices,
     grad,
     num_tokens,
-    num_keys,
+    width,
     num_pairs,
     RANKS: tl.constexpr,
     TOPK: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad (R, P, T, N), written in full: grad_picked (T, P, R, m) at indices, zero elsewhere."""
+    """grad (R, P, T, A), written in full: grad_picked (T, P, R, m) at indices, zero elsewhere."""
     program = tl.program_id(0).to(tl.int64)
     token, pair = program // num_pairs, program % num_pairs
-    row = grad + (pair * num_tokens + token) * num_keys
-    rank_stride = num_pairs.to(tl.int64) * num_tokens * num_keys
+    row = grad + (pair * num_tokens + token) * width
+    rank_stride = num_pairs.to(tl.int64) * num_tokens * width
     offset = tl.arange(0, BLOCK)
     for rank in tl.static_range(RANKS):
-        for start in range(0, num_keys, BLOCK):
+        for start in range(0, width, BLOCK):
             zeros = tl.zeros([BLOCK], grad.dtype.element_ty)
-            tl.store(row + rank * rank_stride + start + offset, zeros, start + offset < num_keys)
+            tl.store(row + rank * rank_stride + start + offset, zeros, start + offset < width)
     tl.debug_barrier()  # the row is still in the cache
     slot = tl.arange(0, SLOTS)
     index = tl.load(indices + program * TOPK + slot, mask=slot < TOPK, other=0)

@@ -23,6 +23,7 @@ KNOWN = {
     "side top-m forward and backward, 1.6B shape, T 8192": Known(5301, "<= 1750"),
     "side top-m forward, keys a multiple of 64, T 8192": Known(700),
     "grid top-m forward, 1.6B shape, T 8192": Known(118),
+    "query convolution forward and backward, width 2048, T 8192": Known(1800, "<= 120", 40),
     "layer forward and backward, preset, T 8192": Known(12017, "<= 5400", 3600),
     "layer forward and backward, no convolution, T 8192": Known(10075),
     "layer forward and backward, aligned keys, no convolution, T 8192": Known(6854),

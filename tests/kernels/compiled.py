@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 
@@ -22,19 +23,24 @@ class Compiled:
 
 
 def compile_for(
-    capability: int, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]
+    capability: int,
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    any_number: Mapping[str, str] = MappingProxyType({}),
 ) -> Compiled:
-    """Compile `kernel` for compute capability 80 or 90.
+    """Compile `kernel` for compute capability 80, 90 or 100.
 
     types: Triton's name of each argument's type ("*bf16", "i32"), all divisible by 16, as whole
-    tensors and sizes of real models are. constants: the constexpr arguments, and num_warps.
+    tensors and sizes of real models are. any_number: those of arguments of which nothing is known.
+    constants: the constexpr arguments, and num_warps.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    signature = {name: types.get(name, "constexpr") for name in names}
+    signature = {name: {**types, **any_number}.get(name, "constexpr") for name in names}
     values = {(names.index(k),): v for k, v in constants.items() if k in names}
     attributes = {(names.index(k),): [["tt.divisibility", 16]] for k in types}
     source = ASTSource(kernel, signature, values, attributes)

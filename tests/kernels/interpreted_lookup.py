@@ -21,6 +21,7 @@ from tests.kernels.lookup_cases import (
 from ultramem_megatron.kernels.lookup_reduce import (
     lookup_reduce,
     lookup_reduce_reference,
+    triton_backward,
     triton_forward,
 )
 
@@ -39,6 +40,8 @@ def order_of_sums(request):
 @pytest.mark.usefixtures("nan_filled_empty")
 def test_equals_the_reference(sizes, few_programs, monkeypatch):
     monkeypatch.setattr(triton_forward, "FEW_PROGRAMS", few_programs)
+    if few_programs == 0:
+        monkeypatch.setattr(triton_backward, "MANY_PROGRAMS", 0)
     assert_equals_reference(lookup_reduce, sizes)
 
 
@@ -49,8 +52,34 @@ def test_the_transposed_lookup_equals_its_reference(sizes, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rounding_is_no_worse_than_the_references(dtype):
-    assert_rounds_like_reference(lookup_reduce, Sizes(4, 20, 2, 8, 4), dtype)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(4, 20, 2, 8, 4),
+        Sizes(2, 70, 1, 192, 4),  # three blocks of columns, two of picks
+        Sizes(1, 40, 2, 130, 9),
+        Sizes(2, 9, 1, 24, 40),
+    ],
+    ids=str,
+)
+def test_rounding_is_no_worse_than_the_references(sizes, dtype):
+    assert_rounds_like_reference(lookup_reduce, sizes, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "units"),
+    [(torch.float16, 0.5), (torch.bfloat16, 1)],  # the interpreter cuts bfloat16 off
+    ids=str,
+)
+def test_scores_keep_their_precision_beside_a_table_of_less(dtype, units):
+    sizes = Sizes(3, 4, 2, 40, 4)
+    case = inputs(sizes, dtype)
+    apart = torch.arange(4).expand(3, 4)  # a pick a group: nothing averages out
+    scores = torch.rand(3, 4, 2) + 1
+    exact = lookup_reduce_reference(case.table.double(), case.rows, apart, scores.double(), 4)
+    found = lookup_reduce(case.table.detach(), case.rows, apart, scores, 4).double()
+    error = ((found - exact) / exact).abs().max().item()
+    assert error <= 1.01 * units * torch.finfo(dtype).eps  # of the output's rounding alone
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.closeness import assert_close
+from tests.closeness import assert_close, rounding
 from tests.kernels.compiler import NATIVE
 from tests.kernels.lookup_cases import (
     ODD_SIZES,
@@ -18,7 +18,11 @@ from tests.kernels.lookup_cases import (
     inputs,
     results,
 )
-from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference
+from ultramem_megatron.kernels.lookup_reduce import (
+    lookup_reduce,
+    lookup_reduce_reference,
+    torch_path,
+)
 
 
 @pytest.fixture(autouse=True, params=["torch", NATIVE])
@@ -115,3 +119,13 @@ def test_addresses_beyond_2_to_31_bytes():
     out.sum().backward()
     assert table.main_grad[-1].tolist() == [1] * 260 + [10] * 260
     assert scores.grad.tolist() == [[[520, 520], [780, 780]]]
+
+
+@pytest.mark.parametrize("sizes", ODD_SIZES, ids=str)
+def test_gathered_rows_give_the_same_score_gradients(sizes):
+    """What a GPU does in bfloat16; the arithmetic is float32's."""
+    case = inputs(sizes)
+    _, _, expected = results(lookup_reduce_reference, case)
+    with torch.no_grad():
+        found = torch_path._dots_of_gathered(case.grad, *case[:4])
+    assert_close(found, expected, rounding(torch.float32, sizes.width))

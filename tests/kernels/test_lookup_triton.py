@@ -7,13 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests import ROOT
-from tests.closeness import assert_close
 from tests.kernels.compiled import compile_for
-from tests.kernels.lookup_cases import NAMES, ODD_SIZES, exact_rounding, inputs, results
-from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
@@ -32,6 +28,7 @@ def test_in_the_interpreter():
 
 
 _POINTERS = {"rows": "*i64", "groups": "*i64"}
+_SIXTEEN_BYTES = r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global \[.*0x10"
 _SIZE_TYPES = {"picks": "i32", "width": "i32", "slice_width": "i32"}
 
 
@@ -40,61 +37,87 @@ def _types(dtype, *, floats, **others):
     return {**dict.fromkeys(floats, f"*{dtype}"), **_POINTERS, **_SIZE_TYPES, **others}
 
 
-def _compile_pool(capability, dtype, slice_width, groups, few_tokens=False):
+def _compile_pool(capability, dtype, tokens, slice_width, picks, groups):
     import triton.language as tl
 
-    from ultramem_megatron.kernels.lookup_reduce.triton_forward import (
-        block_sizes,
-        few_tokens_block_sizes,
-        pool_kernel,
-    )
+    from ultramem_megatron.kernels.lookup_reduce import triton_forward
 
-    sizes = few_tokens_block_sizes if few_tokens else block_sizes
+    if dtype == "fp32":
+        operands, sizes = tl.float32, triton_forward.block_sizes(2 * tokens, slice_width, groups)
+    else:
+        operands = {"bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
+        sizes = triton_forward.tensor_core_sizes(2 * tokens, slice_width, picks, groups)
     types = _types(dtype, floats=("table", "out"), scores="*fp32", cores="i32", num_groups="i32")
-    constants = {"PRECISE": tl.float32, **sizes(slice_width, groups)}
-    return compile_for(capability, pool_kernel, types, constants)
+    constants = {"PRECISE": tl.float32, "OPERANDS": operands, **sizes}
+    return compile_for(capability, triton_forward.pool_kernel, types, constants)
+
+
+# Tokens, width of one of two cores' slices, picks, groups: 1.6B in training and decoding, the
+# authors' 227M, many groups, a slice that blocks do not divide.
+_SHAPES = [
+    (8192, 512, 84, 4),
+    (64, 512, 84, 4),
+    (1, 512, 84, 4),
+    (8192, 192, 160, 4),
+    (8192, 512, 84, 16),
+    (8192, 160, 84, 9),
+    (8192, 512, 84, 64),
+]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("shape", _SHAPES, ids=str)
+def test_forward_on_tensor_cores_compiles(capability, shape):
+    built = _compile_pool(capability, "bf16", *shape)
+    # That tile read at 90 % of a copy's speed on an H200 with 168 registers and 24 bytes spilled.
+    assert built.spilled <= 24
+    assert built.registers <= 210
+    assert "mma.sync.aligned.m16n8k16" in built.ptx
+    assert re.search(_SIXTEEN_BYTES, built.ptx)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("dtype", "groups"), [("bf16", 4), ("fp32", 1), ("bf16", 16)])
-def test_forward_for_few_tokens_compiles_without_spills(capability, dtype, groups):
-    built = _compile_pool(capability, dtype, 256, groups, few_tokens=True)
-    assert built.spilled == 0
-    assert built.registers <= 168
-    assert "ld.global" in built.ptx
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize(("slice_width", "groups"), [(512, 4), (192, 1), (192, 16)])
-def test_forward_compiles_to_vector_loads_without_spills(capability, dtype, slice_width, groups):
-    built = _compile_pool(capability, dtype, slice_width, groups)
+@pytest.mark.parametrize(
+    ("tokens", "slice_width", "groups"), [(8192, 512, 4), (8192, 192, 16), (8, 256, 1)]
+)
+def test_forward_compiles_to_vector_loads_without_spills(capability, tokens, slice_width, groups):
+    built = _compile_pool(capability, "fp32", tokens, slice_width, 84, groups)
     assert built.spilled == 0
     assert built.registers <= 168  # three warps a scheduler
-    assert "ld.global.v4.b32" in built.ptx
+    assert re.search(_SIXTEEN_BYTES, built.ptx)
     assert "mul.wide.s64" in built.ptx or "mul.lo.s64" in built.ptx or "mad.lo.s64" in built.ptx
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_backward_compiles_to_vector_loads_and_atomics_without_spills(capability, dtype):
+@pytest.mark.parametrize("tokens", [8192, 64])
+def test_backward_compiles_to_vector_loads_and_atomics_without_spills(capability, dtype, tokens):
     import triton.language as tl
 
     from ultramem_megatron.kernels.lookup_reduce import triton_backward
 
-    constants = {"PRECISE": tl.float32, **triton_backward.block_sizes(512)}
+    constants = {"PRECISE": tl.float32, "ADD_ROWS": True}
+    constants |= triton_backward.picks_sizes(tokens, 84, 2, 512)
     counts = {"cores": "i32", "num_groups": "i32"}
     types = _types(dtype, floats=("grad", "table"), scores="*fp32", **counts)
     types |= {"target": "*fp32", "score_grad": "*fp32"}
-    built = compile_for(
-        capability, triton_backward.picks_kernel, types, {**constants, "ADD_ROWS": True}
-    )
+    built = compile_for(capability, triton_backward.picks_kernel, types, constants)
     assert built.spilled == 0
     assert built.registers <= 168
-    assert "ld.global.v4.b32" in built.ptx
-    if capability == 90:  # vector atomics came with sm_90
+    assert "ld.global.v4.b32" in built.ptx or "ld.global.v2.b32" in built.ptx
+    if capability >= 90:  # vector atomics came with sm_90
         assert re.search(r"(red|atom).global.gpu.relaxed.add.v4.f32", built.ptx)  # Triton 3.9|3.6
 
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_sums_in_order_compile_to_vector_loads_without_spills(capability, dtype):
+    import triton.language as tl
+
+    from ultramem_megatron.kernels.lookup_reduce import triton_backward
+
+    constants = {"PRECISE": tl.float32, **triton_backward.row_sizes(512)}
+    counts = {"cores": "i32", "num_groups": "i32"}
     types = _types(dtype, floats=("grad",), scores="*fp32", target="*fp32", **counts)
     types |= {"row_n": "*i64", "order_n": "*i64", "count": "i32"}
     del types["rows"]
@@ -102,29 +125,3 @@ def test_backward_compiles_to_vector_loads_and_atomics_without_spills(capability
     assert built.spilled == 0
     assert built.registers <= 168
     assert "ld.global.v4.b32" in built.ptx
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_equals_the_reference_on_a_gpu(deterministic, monkeypatch):
-    monkeypatch.setenv("ULTRAMEM_KERNELS", "triton")
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        for sizes in ODD_SIZES:
-            case = inputs(sizes)
-            found = results(lookup_reduce, _on_gpu(case))
-            expected = results(lookup_reduce_reference, case)
-            for name, ours, theirs in zip(NAMES, found, expected, strict=True):
-                assert_close(ours.cpu(), theirs, exact_rounding(sizes), f"{name} of {sizes}")
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def _on_gpu(case):
-    return case._replace(
-        **{
-            name: x.detach().cuda().requires_grad_(x.requires_grad)
-            for name, x in case._asdict().items()
-            if isinstance(x, torch.Tensor)
-        }
-    )

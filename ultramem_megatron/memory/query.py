@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.kernels.causal_convolution import causal_convolution
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
@@ -23,26 +23,8 @@ class CausalConvolution(nn.Module):
     def forward(
         self, x: Tensor, history: Tensor | None = None, reach: Tensor | None = None
     ) -> Tensor:
-        """x: (S, B, D), P pieces of equal length, each without gaps in time, one after the other.
-
-        history: the (P, kernel-1, B, D) inputs before each piece; None: x is one, zeros before it.
-        reach: (S, B), how many inputs before a token are of its document; None: all.
-        """
-        kernel = self.weight.shape[1]
-        if history is None:
-            history = x.new_zeros(1, kernel - 1, *x.shape[1:])
-        pieces = x.reshape(len(history), len(x) // len(history), *x.shape[1:])
-        padded = torch.cat([history, pieces], 1)  # (P, kernel-1+S/P, B, D)
-        # A sum of shifted views: a convolution would want its own order of dimensions, there and
-        # back, and CPUs take several times as long for it.
-        out = at_least_float32(x.new_zeros(1, 1, 1, 1))
-        for tap in range(kernel):
-            seen = padded[:, tap : tap + pieces.shape[1]]
-            if reach is not None:
-                own = reach >= kernel - 1 - tap
-                seen = seen.where(own.view(*pieces.shape[:3], 1), 0)
-            out = torch.addcmul(out, seen, self.weight[:, tap])
-        return out.to(x.dtype).flatten(0, 1)
+        """x: (S, B, D) to the same; see `causal_convolution_reference`."""
+        return causal_convolution(x, self.weight, history, reach)
 
 
 class QueryProjection(nn.Module):

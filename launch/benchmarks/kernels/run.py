@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from launch.benchmarks.environment import environment_columns
-from launch.benchmarks.kernels import layers, lookups, measure, topks
+from launch.benchmarks.kernels import convolutions, layers, lookups, measure, topks
 from launch.benchmarks.kernels.candidate import Candidate, check
 from launch.benchmarks.kernels.ratios import print_ratios
 from launch.benchmarks.kernels.shapes import Shape, sweeps
@@ -28,6 +28,7 @@ _OPS: dict[str, Callable[[Shape, torch.device], list[Candidate]]] = {
     "lookup": lookups.candidates,
     "side top-m": topks.side_candidates,
     "grid top-m": topks.tucker_candidates,
+    "query convolution": convolutions.candidates,
     "layer": layers.candidates,
 }
 

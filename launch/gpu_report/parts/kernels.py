@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from launch.benchmarks.kernels import lookups, topks
+from launch.benchmarks.kernels import convolutions, lookups, topks
 from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.measure import timed
 from launch.benchmarks.kernels.shapes import Shape
@@ -16,6 +16,7 @@ _Build = Callable[[Shape, torch.device], list[Candidate]]
 _PAPER = Shape(hidden=1600, num_keys=1789, topk=42, value_dim=1024, dtype=torch.bfloat16)
 _ALIGNED = dataclasses.replace(_PAPER, num_keys=1792)
 _227M = Shape(hidden=384, num_keys=808, topk=80, value_dim=384, dtype=torch.bfloat16)
+_HIDDEN = dataclasses.replace(_PAPER, hidden=2048)
 _TINY = Shape(hidden=32, num_keys=40, topk=6, value_dim=16)
 _TOKENS = (64, 8192)
 _CASES: tuple[tuple[str, _Build, str, Shape], ...] = (
@@ -24,6 +25,7 @@ _CASES: tuple[tuple[str, _Build, str, Shape], ...] = (
     ("side top-m", topks.side_candidates, "1.6B shape", _PAPER),
     ("side top-m", topks.side_candidates, "keys a multiple of 64", _ALIGNED),
     ("grid top-m", topks.tucker_candidates, "1.6B shape", _PAPER),
+    ("query convolution", convolutions.candidates, "width 2048", _HIDDEN),
 )
 
 
@@ -39,8 +41,10 @@ def rows(large: bool) -> Iterator[Row]:
 
 def _times(op: str, build: _Build, shape: Shape, name: str, device: torch.device) -> Iterator[Row]:
     torch.manual_seed(1)
-    default = implementations(device)[-1]
-    for candidate in build(shape, device):
+    own = implementations(device)
+    candidates = build(shape, device)
+    default = [candidate.name for candidate in candidates if candidate.name in own][-1]
+    for candidate in candidates:
         ours = candidate.name == default
         if not ours and "embedding_bag" not in candidate.name:
             continue  # the others take seconds, and GBs, at these sizes

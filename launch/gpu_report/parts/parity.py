@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from launch.benchmarks.kernels import layers, lookups, topks
+from launch.benchmarks.kernels import convolutions, layers, lookups, topks
 from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.shapes import Shape
 from launch.gpu_report.row import Row, attempted
@@ -18,6 +18,7 @@ _OPS: dict[str, Callable[[Shape, torch.device], list[Candidate]]] = {
     "lookup": lookups.candidates,
     "side top-m": topks.side_candidates,
     "grid top-m": topks.tucker_candidates,
+    "query convolution": convolutions.candidates,
     "layer": layers.candidates,
 }
 _PAPER = Shape(hidden=1600, num_keys=1100, topk=42, value_dim=1024)

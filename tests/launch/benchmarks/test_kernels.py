@@ -73,7 +73,7 @@ def test_a_run_writes_tidy_rows_and_plots(tmp_path):
     run_on_ranks(1, _quick_run, tmp_path)
     with (tmp_path / "kernels.csv").open(newline="") as handle:
         rows = list(csv.DictReader(handle))
-    assert {row["op"] for row in rows} == {"lookup", "side top-m", "grid top-m", "layer"}
+    assert {row["op"] for row in rows} == set(run._OPS)
     assert {row["passes"] for row in rows} == {"forward", "forward+backward"}
     named = {row["candidate"] for row in rows if row["op"] == "layer"}
     assert {"reference", "torch", "plain", "dense MLP, equal FLOPs"} <= named

@@ -12,6 +12,7 @@ from tests import ROOT
 from tests.ranks import RanksFailed
 from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.flags import refusals
 from ultramem_megatron.megatron.flags.refusals import (
     refuse_unsupported_flags,
     refuse_unsupported_settings,
@@ -156,3 +157,13 @@ def test_nothing_is_refused_that_is_off_or_without_memories():
     refuse_unsupported_settings(off)
     refuse_unsupported_flags(Namespace(**off, **_OTHERS), _DESIGN)
     refuse_unsupported_flags(Namespace(fp8="e4m3"), None)
+
+
+def test_weights_made_on_the_cpu_are_refused_beside_a_gpu(monkeypatch):
+    """Seen on one: the first step ends with tensors on two devices."""
+    names = (*refusals._TRAIN_REFUSES, "dataloader_type")
+    given = Namespace(**dict.fromkeys(names), use_cpu_initialization=True)
+    refusals.refuse_other_tasks(given)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UltraMemError, match=r"--use-cpu-initialization: .* Drop the flag"):
+        refusals.refuse_other_tasks(given)

@@ -12,8 +12,6 @@ from ultramem_megatron.patches.cpu import devices as cpu_devices
 from ultramem_megatron.patches.cpu import no_compile as cpu_no_compile
 from ultramem_megatron.patches.patch import Editor
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
-
 
 @pytest.fixture
 def on_cpu() -> Any:

@@ -4,6 +4,8 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.placement import placements
@@ -154,7 +156,7 @@ def refuse_unsupported_settings(settings: Mapping[str, Any]) -> None:
 
 
 def refuse_other_tasks(args: Namespace) -> None:
-    """Raise for flags that ask for another task than pre-training a GPT.
+    """Raise for flags that ask for another task than pre-training, or for it in another place.
 
     Raises:
         UltraMemError: names the flag and what to do.
@@ -165,6 +167,11 @@ def refuse_other_tasks(args: Namespace) -> None:
                 f"{_flag(name)} is not supported by ultramem train (plain GPT pre-training); "
                 f"remove the flag."
             )
+    if args.use_cpu_initialization and torch.cuda.is_available():
+        raise UltraMemError(
+            "--use-cpu-initialization: beside a GPU Megatron's builders leave the weights on the "
+            "CPU, and the first step fails. Drop the flag."
+        )
     if args.dataloader_type == "external":
         raise UltraMemError(
             "--dataloader-type external is for scripts that bring their own loader (energon); "

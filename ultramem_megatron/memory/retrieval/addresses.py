@@ -8,6 +8,7 @@ is computed instead.
 import torch
 from torch import Tensor, nn
 
+from ultramem_megatron.kernels.grid_shuffle import grid_shuffle
 from ultramem_megatron.memory.config import UltraMemConfig
 
 _MOST_BINS = 128
@@ -16,8 +17,8 @@ _MOST_BINS = 128
 class GridShuffle(nn.Module):
     """A fixed random permutation of the side x side grid from a few tables of `side` numbers.
 
-    A Feistel network on Z_side x Z_side: each round adds a random function of one coordinate to the
-    other, which is invertible for any side. Its tables are saved with the model.
+    See `grid_shuffle_reference`. The tables, random functions of a coordinate, are saved with the
+    model.
     """
 
     ROUNDS = 4
@@ -41,11 +42,7 @@ class GridShuffle(nn.Module):
 
     def forward(self, addresses: Tensor) -> Tensor:
         """Shuffled addresses, same shape, int64, a permutation of 0..side^2-1."""
-        row, column = addresses // self.side, addresses % self.side
-        for index in range(0, self.ROUNDS, 2):
-            row = (row + self.tables[index][column]) % self.side
-            column = (column + self.tables[index + 1][row]) % self.side
-        return row * self.side + column
+        return grid_shuffle(addresses, self.tables)
 
 
 class StoredShuffle(nn.Module):

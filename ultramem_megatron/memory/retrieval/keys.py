@@ -9,8 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ultramem_megatron.kernels.precision import as_multiplied, at_least_float32
-from ultramem_megatron.kernels.side_topk import side_topk
+from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.kernels.side_topk import kept_keys, side_topk
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
@@ -44,11 +44,12 @@ class ProductKeys(nn.Module):
         Returns keys (T, H, S, m), ascending, and their scores (T, H, S, R, m), at least float32.
         """
         keys = self._normed() if self.fixed is None else self.fixed
-        return side_topk(self._per_head_and_rank(query), keys, directions, topk)
+        count = self.config.keys_per_side
+        return side_topk(self._per_head_and_rank(query), keys, directions, topk, count)
 
     def scores(self, query: Tensor) -> Tensor:
         """Scores of every key (T, H, S, R, N), at least float32, for queries as `forward` takes."""
-        keys = at_least_float32(self._normed() if self.fixed is None else self.fixed)
+        keys = at_least_float32(self._normed())
         queries = self._per_head_and_rank(at_least_float32(query))
         return torch.einsum("thsrk,hsnrk->thsrn", queries, keys)
 
@@ -59,7 +60,7 @@ class ProductKeys(nn.Module):
         """
         with torch.no_grad():
             normed = self._normed()
-        self.fixed = as_multiplied(normed)  # to convert them takes as long as to norm them
+        self.fixed = kept_keys(normed)  # to convert them takes as long as to norm them
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module.train; in training mode keys are normalised at each use."""

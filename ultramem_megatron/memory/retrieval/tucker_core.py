@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.kernels.small_svd import singular_values, small_svd
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
@@ -40,11 +41,12 @@ class TuckerCores(PreciseBuffers):
 
     @torch.no_grad()
     def reset(self, draw: Draw, scales: Scales) -> None:
-        """Initial values."""
+        """Initial values; the first filter's sign is the same whatever kernels run later."""
         if scales.cores is None:
             draw.uniform_(self.weight, "cores")
         else:
             draw.normal_(self.weight, scales.cores, "cores")
+        self._keep(*torch.linalg.svd(self.total()))
 
     def forward(self, update_filter: bool = False) -> Tensor:
         """The cores (C, H, R, R); `update_filter` first brings u and t up to date with them."""
@@ -58,24 +60,31 @@ class TuckerCores(PreciseBuffers):
 
     def singular_values(self) -> Tensor:
         """Singular values of the summed cores, (H, R), largest first; differentiable."""
-        return torch.linalg.svdvals(self.total())
+        return singular_values(self.total())
 
     @torch.no_grad()
     def _update_filter(self) -> None:
         """Recompute u and t from the cores; repeating it with the same cores changes nothing.
 
-        u and t are determined up to a common sign, which decides which quadrant of the grid is
-        shortlisted; the sign nearer to the stored pair (in L1) is kept, +1 on a tie. Raises
-        UltraMemError where the cores are not finite.
+        Raises UltraMemError where the cores are not finite, on a CPU: a GPU would have the host
+        wait for the answer, and there the loss is NaN next.
         """
         total = self.total()
-        if not (total.is_meta or bool(torch.isfinite(total).all())):
+        if total.device.type == "cpu" and not bool(torch.isfinite(total).all()):
             raise UltraMemError(
                 "retrieval.cores.weight holds NaN or infinity: the run has diverged. Go on from an "
                 "earlier checkpoint (--ckpt-step) with a lower --lr. Without "
                 "--no-check-for-nan-in-loss-and-grad a run ends where that begins."
             )
-        left, self.spectrum, right = torch.linalg.svd(total)
+        self._keep(*small_svd(total))
+
+    def _keep(self, left: Tensor, values: Tensor, right: Tensor) -> None:
+        """Take the leading pair of a decomposition into u and t.
+
+        They are determined up to a common sign, which decides which quadrant of the grid is
+        shortlisted; the sign nearer to the stored pair (in L1) is kept, +1 on a tie.
+        """
+        self.spectrum = values
         u, t = left[..., :, 0], right[..., 0, :]
         kept = _distance(u, t, self.u, self.t)
         flipped = _distance(-u, -t, self.u, self.t)

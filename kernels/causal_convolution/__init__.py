@@ -1,0 +1,6 @@
+"""Causal depthwise convolution over time, in pieces, within documents."""
+
+from ultramem_megatron.kernels.causal_convolution.choice import causal_convolution
+from ultramem_megatron.kernels.causal_convolution.reference import causal_convolution_reference
+
+__all__ = ["causal_convolution", "causal_convolution_reference"]

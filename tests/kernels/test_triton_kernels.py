@@ -1,0 +1,114 @@
+"""Convolution and both top-m in Triton: interpreted, and compiled for GPUs that are not here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.compiled import compile_for
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+
+_CHECKS = (
+    "test_side_topk.py",
+    "test_tucker_topk.py",
+    "test_causal_convolution.py",
+    "test_small_svd.py",
+    "test_grid_shuffle.py",
+)
+
+
+def _interpreted(checks):
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", checks],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """All at once: each keeps one core busy."""
+    return {checks: _interpreted(checks) for checks in _CHECKS}
+
+
+@pytest.mark.parametrize("checks", _CHECKS)
+def test_in_the_interpreter(checks, interpreted):
+    output, _ = interpreted[checks].communicate()
+    assert interpreted[checks].returncode == 0, output[-8000:]
+    assert " passed" in output
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_convolution_compiles_to_vector_loads_without_spills(capability):
+    import triton.language as tl
+
+    from ultramem_megatron.kernels.causal_convolution import fused, triton_kernels
+
+    names = ("x", "weight", "history", "out", "grad", "grad_x", "grad_history")
+    types = {**dict.fromkeys(names, "*bf16"), "reach": "*i64", "partial": "*fp32"}
+    types |= {"channels": "i32"}
+    loose = dict.fromkeys(("rows", "shift", "parts"), "i32")
+    kinds = {"TAPS": 5, "WITH_HISTORY": True, "WITH_REACH": True, "PRECISE": tl.float32}
+    backward = {"TILES": fused.ROWS // fused.BACKWARD["BLOCK_R"], "SLOTS": 8, **fused.BACKWARD}
+    for kernel, sizes, most in (
+        (triton_kernels.forward_kernel, fused.FORWARD, 128),
+        (triton_kernels.backward_kernel, backward, 210),
+    ):
+        own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        free = {name: kind for name, kind in loose.items() if name in kernel.arg_names}
+        built = compile_for(capability, kernel, own, {**kinds, **sizes}, any_number=free)
+        assert built.spilled == 0
+        assert built.registers <= most
+        assert "ld.global.v4.b32" in built.ptx
+        assert "st.global.v4.b32" in built.ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("num_keys", "topk", "words"), [(3578, 42, 4), (2200, 42, 4), (1616, 80, 2)]
+)
+def test_side_top_m_compiles_to_vector_loads_without_spills(capability, num_keys, topk, words):
+    """The keys of 1.6B, 151M and 227M: none is a multiple of 64. The last has chunks of 8 bytes."""
+    from ultramem_megatron.kernels.side_topk.fused import select_sizes
+    from ultramem_megatron.kernels.side_topk.triton_kernels import scatter_kernel, select_kernel
+
+    pointers = {"scores": "*bf16", "directions": "*fp32", "indices": "*i64", "picked": "*fp32"}
+    loose = {"num_tokens": "i32", "num_keys": "i32", "num_pairs": "i32"}
+    constants = {"RANKS": 2, "TOPK": topk, **select_sizes(num_keys, topk)}
+    built = compile_for(
+        capability, select_kernel, {**pointers, "width": "i32"}, constants, any_number=loose
+    )
+    assert built.spilled == 0
+    assert built.registers <= 128
+    assert f"ld.global.v{words}.b32" in built.ptx
+
+    pointers = {"grad_picked": "*fp32", "indices": "*i64", "grad": "*bf16"}
+    del loose["num_keys"]
+    constants = {"RANKS": 2, "TOPK": topk, "SLOTS": 64, "BLOCK": 1024, "num_warps": 4}
+    built = compile_for(
+        capability, scatter_kernel, {**pointers, "width": "i32"}, constants, any_number=loose
+    )
+    assert built.spilled == 0
+    assert "st.global.v4.b32" in built.ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("topk", [42, 80, 128])
+def test_grid_top_m_compiles_without_spills(capability, topk):
+    from ultramem_megatron.kernels.tucker_topk.fused import grid_sizes
+    from ultramem_megatron.kernels.tucker_topk.triton_kernels import grid_kernel
+
+    types = dict.fromkeys(("scores", "cores", "total", "best_scores"), "*fp32")
+    types |= {"keys": "*i64", "addresses": "*i64", "positions": "*i32"}
+    types |= {"keys_per_side": "i32", "num_heads": "i32"}
+    constants = {"RANKS": 2, "CORES": 2, "TOPK": topk, **grid_sizes(topk)}
+    built = compile_for(capability, grid_kernel, types, constants)
+    assert built.spilled == 0
+    assert built.registers <= 255
