@@ -26,6 +26,7 @@ PATCH_MODULES = (
     "cpu.expert_exchange",
     "cpu.torch_norms",
     "cpu.latent_attention",
+    "cpu.mamba_scan",
     "cpu.grouped_experts",
     "cpu.shared_storage",
     "cpu.uneven_gather",

@@ -53,6 +53,15 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 KINDS["moe-ultramem"] = KINDS["moe"] | KINDS["ultramem"]
+HYBRID = {
+    "num_layers": None,
+    "hybrid_layer_pattern": "*-*-",
+    "ultramem_spans": "2:3/4:4",
+    "ultramem_num_keys": 12,
+    "ultramem_topk": 6,
+    "ultramem_query_conv_kernel": 4,
+}
+"""No GPT: of kind "hybrid", beside KINDS."""
 
 
 LOGITS = 16 * torch.finfo(torch.float32).eps
@@ -97,7 +106,7 @@ def random_model(kind: str) -> tuple[Any, Any]:
 
 def flags_of(kind: str) -> list[str]:
     """Megatron's flags for the small model of that kind."""
-    return tiny_gpt(**{**_TINY, **KINDS[kind]})
+    return tiny_gpt(**{**_TINY, **(HYBRID if kind == "hybrid" else KINDS[kind])})
 
 
 @torch.no_grad()

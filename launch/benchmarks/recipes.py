@@ -85,7 +85,7 @@ def read_cases() -> Iterator[Case]:
     """The list, without its comments."""
     for line in CASES.read_text().splitlines():
         if line and not line.startswith("#"):
-            name, ranks, flags = (part.strip() for part in line.split("|"))
+            name, ranks, flags = (part.strip() for part in line.split("|", 2))
             yield Case(name, int(ranks), flags)
 
 

@@ -42,14 +42,14 @@ def _logits(model):
     return full_logits(model, tokens), cached_logits(model, tokens, _PREFILL), dynamic
 
 
-def _save(folder):
+def _save(folder, kinds=tuple(KINDS)):
     """Save an untrained model of each kind; what it computes."""
     from ultramem_megatron.megatron.checkpoint.weights import save_weights
     from ultramem_megatron.memory.layer import memory_layers
 
     make_saving_fast()
     results = {}
-    for kind in KINDS:
+    for kind in kinds:
         model, args = random_model(kind)
         save_weights(model, args, folder / kind)
         results[kind] = _logits(model)
@@ -98,6 +98,22 @@ def test_ranks_that_share_a_model_decode_what_one_rank_does(saved):
                 assert "experts are shared by 2 ranks is not supported" in dynamic
             else:
                 assert_close(dynamic, wanted, LOGITS, f"{kind} {layout}, dynamic batching")
+
+
+@pytest.mark.long
+def test_a_hybrid_model_decodes_its_full_forward(tmp_path):
+    ((whole, cached, dynamic, without_values),) = (
+        found["hybrid"] for found in run_on_ranks(1, _save, tmp_path, ("hybrid",))
+    )
+    assert (without_values - whole).norm() > 0.05 * whole.norm()
+    wanted = whole[:, _PREFILL - 1 :]
+    for name, logits in (("cached", cached), ("dynamic", dynamic)):
+        assert_close(logits, wanted, LOGITS, name)
+    for rank in run_on_ranks(2, _load_and_compute, tmp_path, ("hybrid",), _LAYOUTS):
+        for (_, layout), (again, cached, dynamic) in rank.items():
+            assert_close(again, whole, LOGITS, layout)
+            assert_close(cached, wanted, LOGITS, f"{layout}, cached")
+            assert_close(dynamic, wanted, LOGITS, f"{layout}, dynamic batching")
 
 
 def _premultiplied_logits(folder, kind, layout):

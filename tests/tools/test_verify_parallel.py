@@ -39,7 +39,7 @@ def test_shards_of_a_gated_mlp_hold_two_halves_each():
     ranks = []
     for rank in (0, 1):
         rows = slice(2 * rank, 2 * rank + 2)
-        piece = Piece("w", partition_dim=0, tp_rank=rank, gated=True)
+        piece = Piece("w", partition_dim=0, tp_rank=rank, parts=(2, 2))
         ranks.append(({"w": piece}, {"w": torch.cat([gate[rows], other[rows]])}))
     assert torch.equal(assemble(ranks)["w"].tensor, torch.cat([gate, other]))
 

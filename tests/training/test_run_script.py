@@ -86,10 +86,40 @@ def test_a_script_trains_what_our_command_trains(memory, tmp_path):
     assert losses == run_pretrain(1, tiny_gpt(**flags)).losses
 
 
+_HYBRID = {"num_layers": None, "hybrid_layer_pattern": "*-*-", "ultramem_spans": "2:4"}
+
+
+@pytest.mark.long
+def test_a_script_for_hybrid_models_trains_what_our_command_trains(tmp_path):
+    flags = {**_FLAGS, **_HYBRID}
+    script = _write(tmp_path, _SCRIPT.replace("gpt_config_from_args", "hybrid_config_from_args"))
+    (losses,) = run_on_ranks(1, run_script, [str(script), *tiny_gpt(**flags, of_the_script=7)])
+    assert losses == run_pretrain(1, tiny_gpt(**flags)).losses
+
+
+@pytest.mark.parametrize(
+    ("maker", "flags", "message"),
+    [
+        ("gpt_config_from_args", _HYBRID, "trains a GPT. Use pretrain_hybrid.py"),
+        ("hybrid_config_from_args", {}, "--hybrid-layer-pattern is not given"),
+    ],
+)
+def test_a_script_of_the_other_kind_of_model_is_refused(maker, flags, message, tmp_path):
+    script = _write(tmp_path, _SCRIPT.replace("gpt_config_from_args", maker))
+    with pytest.raises(RanksFailed, match=message):
+        run_on_ranks(
+            1, run_script, [str(script), *tiny_gpt(**{**_FLAGS, **flags}, of_the_script=7)]
+        )
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("gpt_config_from_args(args)", "None", "does not build its GPT from gpt_config_from_args"),
+        (
+            "gpt_config_from_args(args)",
+            "None",
+            "does not build its model from gpt_config_from_args",
+        ),
         (
             "gpt_config_from_args(args)",
             "gpt_config_from_args(args, model_config_cls=dict)",
@@ -145,6 +175,14 @@ def test_upstreams_script_unedited(tmp_path):
     argv = [str(checkout_scripts(tmp_path)), *tiny_gpt(**_FLAGS)]
     (losses,) = run_on_ranks(1, run_script, argv)
     assert losses == run_pretrain(1, tiny_gpt(**_FLAGS)).losses
+
+
+@_needs_checkout
+def test_upstreams_script_for_hybrid_models_unedited(tmp_path):
+    flags = tiny_gpt(**{**_FLAGS, **_HYBRID})
+    script = checkout_scripts(tmp_path).with_name("pretrain_hybrid.py")
+    (losses,) = run_on_ranks(1, run_script, [str(script), *flags])
+    assert losses == run_pretrain(1, flags).losses
 
 
 def _run_patched(argv: list[str]) -> None:

@@ -117,7 +117,7 @@ def build_model(
     local_layers: bool = False,
     cuda_graphs: bool = False,
 ) -> Any:
-    """The GPT that Megatron's flags `args` describe, on the ranks of this run, newly initialised.
+    """The model that Megatron's flags `args` describe, on the ranks of this run, newly initialised.
 
     `args` is changed to describe these ranks instead of those of the training run. cuda_graphs: let
     Megatron capture its transformer block, memories included, as one CUDA graph for each number of
@@ -125,6 +125,10 @@ def build_model(
     """
     from ultramem_megatron.megatron.flags.arguments import config_from_args
 
+    if args.hybrid_layer_pattern is not None and cuda_graphs:
+        raise UltraMemError(
+            f"--cuda-graphs: a HybridModel ({args.hybrid_layer_pattern}) is decoded without them."
+        )
     ultramem = config_from_args(args)
     tables = describe_ranks(args, ultramem, layout)
     describe_machine(args, local_layers)
@@ -165,11 +169,10 @@ def _initialize(args: Namespace, tables: TableSettings) -> None:
 def _build(args: Namespace, ultramem: UltraMemConfig | None, tables: TableSettings) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.module import Float16Module
-    from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from ultramem_megatron.megatron.model_from_flags import fill
+    from ultramem_megatron.megatron.model_from_flags import fill, transformer_from_args
 
-    config = core_transformer_config_from_args(args)
+    config = transformer_from_args(args)
     model_config = fill(args, config, ultramem, tables)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = model_config.get_builder_cls()(model_config).build_model(groups)

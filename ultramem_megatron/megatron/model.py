@@ -1,4 +1,7 @@
-"""The model config and builder that Megatron's `pretrain()` takes: a GPT with memory layers."""
+"""The model config and builder that Megatron's `pretrain()` takes: a GPT with memory layers.
+
+What does not depend on the kind of model is in MemorySettings and MemoryModelBuilder.
+"""
 
 import copy
 import inspect
@@ -12,6 +15,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training import print_rank_0
+from megatron.training.models.base import ModelBuilder, ModelConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from ultramem_megatron.megatron import hooks
@@ -41,8 +45,8 @@ from ultramem_megatron.memory.tables.settings import TableSettings
 
 
 @dataclass(kw_only=True)
-class UltraMemGPTModelConfig(GPTModelConfig):
-    """Megatron's GPTModelConfig and the design of its memory layers (None: a plain GPT).
+class MemorySettings(ModelConfig):
+    """What a model config has beside Megatron's own: the memories (None: a plain model).
 
     table_partition: how value tables are cut over Megatron's expert-parallel group, "number" or
     "dimension"; of no account where that has one rank. memory_overlap: memories compute beside the
@@ -51,7 +55,6 @@ class UltraMemGPTModelConfig(GPTModelConfig):
     steps from one picture of the tables in TensorBoard and W&B to the next, None for none.
     """
 
-    builder = "ultramem_megatron.megatron.model.UltraMemGPTModelBuilder"
     ultramem: UltraMemConfig | None = None
     table_partition: str = "dimension"
     memory_overlap: bool = False
@@ -60,13 +63,19 @@ class UltraMemGPTModelConfig(GPTModelConfig):
     log_tables_interval: int | None = None
 
 
-class UltraMemGPTModelBuilder(GPTModelBuilder):
-    """Builds GPT models with memory layers; without `ultramem` it is Megatron's own builder."""
+@dataclass(kw_only=True)
+class UltraMemGPTModelConfig(MemorySettings, GPTModelConfig):
+    """Megatron's GPTModelConfig and the design of its memory layers (None: a plain GPT)."""
 
-    def __init__(self, model_config: UltraMemGPTModelConfig) -> None:
+    builder = "ultramem_megatron.megatron.model.UltraMemGPTModelBuilder"
+
+
+class MemoryModelBuilder(ModelBuilder[Any, Any]):
+    """What a builder of Megatron's does more where there are memories; it comes before that one."""
+
+    def __init__(self, model_config: Any) -> None:
         if model_config.ultramem is not None:
             model_config = copy.copy(model_config)
-            model_config.transformer_layer_spec = _spec_with_memory(model_config)
             model_config.pre_wrap_hooks = [*model_config.pre_wrap_hooks, self._prepare_weights]
             transformer = model_config.transformer
             # Layers with and without memory differ, so checkpoint keys must name the layer.
@@ -76,7 +85,7 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
         super().__init__(model_config)
 
     def build_model(self, *args: Any, **kwargs: Any) -> Any:
-        """One chunk, as GPTModelBuilder; it takes no weights with NaN or infinity."""
+        """One chunk, as Megatron's builder; it takes no weights with NaN or infinity."""
         model = super().build_model(*args, **kwargs)
         model.register_load_state_dict_post_hook(_refuse_non_finite_weights)
         return model
@@ -84,7 +93,7 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
     def build_distributed_models(
         self, pg_collection: ProcessGroupCollection, *args: Any, **kwargs: Any
     ) -> list[Any]:
-        """All chunks of this rank, as GPTModelBuilder; also starts the memory layers' metrics."""
+        """All chunks of this rank, as Megatron's; also starts the memory layers' metrics."""
         config = self._model_config
         tables = (config.table_partition, pg_collection.ep.size())
         check_agreement((config.ultramem, *tables, config.memory_overlap))
@@ -155,6 +164,15 @@ class UltraMemGPTModelBuilder(GPTModelBuilder):
         print_rank_0(describe_tables(ultramem, settings, storage, tables))
         if self._model_config.memory_overlap:
             print_rank_0(describe_overlap(ultramem.spans, transformer))
+
+
+class UltraMemGPTModelBuilder(MemoryModelBuilder, GPTModelBuilder):
+    """Builds GPT models with memory layers; without `ultramem` it is Megatron's own builder."""
+
+    def __init__(self, model_config: UltraMemGPTModelConfig) -> None:
+        super().__init__(model_config)
+        if model_config.ultramem is not None:
+            self._model_config.transformer_layer_spec = _spec_with_memory(model_config)
 
 
 def _refuse_non_finite_weights(model: Any, _incompatible: object) -> None:

@@ -5,7 +5,11 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+    hybrid_config_from_args,
+)
 
 from ultramem_megatron.megatron.checkpoint.design import check_design
 from ultramem_megatron.megatron.checkpoint.optimizer_layout import check_optimizer_layout
@@ -19,8 +23,11 @@ from ultramem_megatron.megatron.flags.refusals import (
 from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
 from ultramem_megatron.megatron.flags.slips import refuse_slips_of_training
 from ultramem_megatron.megatron.flags.table_flags import settings_from_args
-from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
+from ultramem_megatron.megatron.hybrid.model import UltraMemHybridModelConfig
+from ultramem_megatron.megatron.hybrid.refusals import refuse_pattern
+from ultramem_megatron.megatron.model import MemorySettings, UltraMemGPTModelConfig
 from ultramem_megatron.megatron.pipeline.layout import check_pipeline, check_shared_tables
+from ultramem_megatron.megatron.pipeline.pattern import keep_pattern
 from ultramem_megatron.megatron.table_groups import initialize_model_parallel
 from ultramem_megatron.megatron.upcycle import dense_checkpoint
 from ultramem_megatron.memory.config import UltraMemConfig
@@ -29,7 +36,7 @@ from ultramem_megatron.memory.tables.settings import TableSettings
 
 def model_config_from_args(
     args: Namespace, get_embedding_ranks: Callable[[list[int]], list[int]]
-) -> UltraMemGPTModelConfig:
+) -> MemorySettings:
     """The model that the flags describe; also makes the process groups of its value tables.
 
     get_embedding_ranks: as `pretrain()` takes it. Raises UltraMemError for a wrong flag, size,
@@ -41,8 +48,9 @@ def model_config_from_args(
     settle_sums(args, ultramem is not None)
     refuse_slips_of_training(args)
     refuse_missing_packages(args)
+    refuse_pattern(args, ultramem)
     with megatron_refuses():
-        transformer: Any = core_transformer_config_from_args(args)
+        transformer = transformer_from_args(args)
     if ultramem is not None:
         check_pipeline(ultramem.spans, transformer)
         check_shared_tables(ultramem, transformer)
@@ -64,16 +72,30 @@ def model_config_from_args(
     return config
 
 
+def transformer_from_args(args: Namespace) -> Any:
+    """Megatron's TransformerConfig of the flags, which knows the pattern of a HybridModel."""
+    transformer = core_transformer_config_from_args(args)
+    if args.hybrid_layer_pattern is not None:
+        keep_pattern(transformer, args.hybrid_layer_pattern)
+    return transformer
+
+
 def fill(
     args: Namespace, transformer: Any, ultramem: UltraMemConfig | None, tables: TableSettings
-) -> UltraMemGPTModelConfig:
+) -> MemorySettings:
     """The model config of flags, for training, decoding and planning alike; checks nothing.
 
-    transformer: Megatron's TransformerConfig of these flags.
+    transformer: of `transformer_from_args`.
     """
-    config: UltraMemGPTModelConfig = gpt_config_from_args(
-        args, config=transformer, model_config_cls=UltraMemGPTModelConfig
-    )
+    config: MemorySettings
+    if args.hybrid_layer_pattern is None:
+        config = gpt_config_from_args(
+            args, config=transformer, model_config_cls=UltraMemGPTModelConfig
+        )
+    else:
+        config = hybrid_config_from_args(
+            args, config=transformer, model_config_cls=UltraMemHybridModelConfig
+        )
     config.ultramem, config.table_partition = ultramem, tables.partition
     config.memory_overlap = args.ultramem_overlap
     # Absent from the flags stored in a checkpoint of Megatron's own.

@@ -96,6 +96,7 @@ def _training(run: Any) -> str:
 def _spans(run: Any) -> str:
     """The spans against the pipeline's stages; that they are layers of the model is checked."""
     from ultramem_megatron.megatron.pipeline.layout import (
+        layout_flag,
         pipeline_chunks,
         spans_cross_stages,
         suggest_layout,
@@ -103,7 +104,7 @@ def _spans(run: Any) -> str:
     from ultramem_megatron.memory.placement import uncut
 
     if run.ultramem is None:
-        return "none: a plain GPT"
+        return "none: a plain model"
     spans = "/".join(map(str, run.ultramem.spans))
     cut = f"{run.tables.partition}-wise over {run.tables.size} ranks"
     tables = f"{len(run.ultramem.spans)} at spans {spans}; tables " + (
@@ -112,9 +113,9 @@ def _spans(run: Any) -> str:
     if not spans_cross_stages(run.ultramem.spans, run.transformer):
         return f"{tables}; no span crosses a stage"
     better = suggest_layout(
-        uncut(run.ultramem), run.args.num_layers, len(pipeline_chunks(run.transformer))
+        uncut(run.ultramem), run.transformer, len(pipeline_chunks(run.transformer))
     )
-    advice = f', not so with --pipeline-model-parallel-layout "{better}"' if better else ""
+    advice = f', not so with {layout_flag(run.transformer)} "{better}"' if better else ""
     return f"{tables}; spans cross stages, which sends tensors twice as wide{advice}"
 
 

@@ -2,9 +2,10 @@
 
     torchrun ... -m ultramem_megatron run path/to/pretrain_gpt.py <its flags> --ultramem-...
 
-Written for the pretrain_gpt.py of Megatron-LM 0.19: it parses its flags with
-`parse_and_validate_args`, makes a model config with `gpt_config_from_args` and hands it to
-`pretrain()`. The first two are replaced, where the script imports them from, while it runs.
+Written for pretrain_gpt.py and pretrain_hybrid.py of Megatron-LM 0.19: they parse their flags with
+`parse_and_validate_args`, make a model config with `gpt_config_from_args` or
+`hybrid_config_from_args` and hand it to `pretrain()`. All are replaced, where the script imports
+them from, while it runs.
 """
 
 import contextlib
@@ -59,6 +60,7 @@ def _roads(script: Path) -> Iterator[None]:
     places: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
         (arguments, "parse_and_validate_args", functools.partial(_with_our_flags, running)),
         (argument_utils, "gpt_config_from_args", functools.partial(_with_memories, script)),
+        (argument_utils, "hybrid_config_from_args", functools.partial(_with_memories, script)),
         (training, "pretrain", functools.partial(_checked, script)),
     )
     before = [getattr(owner, name) for owner, name, _ in places]
@@ -100,8 +102,10 @@ def _with_memories(script: Path, original: Callable[..., Any]) -> Callable[..., 
     from ultramem_megatron.megatron.model_from_flags import model_config_from_args
 
     @functools.wraps(original)
-    def gpt_config_from_args(args: Namespace, *rest: Any, **kw: Any) -> Any:
-        if not _asks_for_memories(args):
+    def config_from_args(args: Namespace, *rest: Any, **kw: Any) -> Any:
+        # Megatron has a HybridModel's layers of Transformer Engine alone.
+        needs_layers = args.hybrid_layer_pattern is not None and args.transformer_impl == "local"
+        if not (_asks_for_memories(args) or needs_layers):
             return original(args, *rest, **kw)
         if rest or kw:
             raise UltraMemError(
@@ -109,9 +113,24 @@ def _with_memories(script: Path, original: Callable[..., Any]) -> Callable[..., 
                 f"({', '.join([*map(str, rest), *kw])}), which has no place for memory layers. See "
                 f"'With a script of your own' in README.md."
             )
+        _check_pattern(script, original.__name__, args.hybrid_layer_pattern)
         return model_config_from_args(args, get_embedding_ranks)
 
-    return gpt_config_from_args
+    return config_from_args
+
+
+def _check_pattern(script: Path, maker: str, pattern: str | None) -> None:
+    """A pattern describes a HybridModel, which a script for GPTs cannot train, and vice versa."""
+    if maker == "gpt_config_from_args" and pattern is not None:
+        raise UltraMemError(
+            f"--hybrid-layer-pattern {pattern}: {script.name} trains a GPT. Use "
+            f"pretrain_hybrid.py, or drop the flag."
+        )
+    if maker == "hybrid_config_from_args" and pattern is None:
+        raise UltraMemError(
+            f"{script.name} trains a HybridModel, but --hybrid-layer-pattern is not given. Give "
+            f"one, for example *-*-*-*-, or use pretrain_gpt.py."
+        )
 
 
 def _checked(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,20 +139,20 @@ def _checked(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
     from ultramem_megatron.data.check import check_data
     from ultramem_megatron.megatron.checkpoint.source import named_where_not_finite
     from ultramem_megatron.megatron.in_force import log_settings
-    from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
+    from ultramem_megatron.megatron.model import MemorySettings
 
     @functools.wraps(original)
     def pretrain(config: Any, *rest: Any, **kw: Any) -> Any:
         model = getattr(config, "model", None)
-        if _asks_for_memories(get_args()) and not isinstance(model, UltraMemGPTModelConfig):
+        if _asks_for_memories(get_args()) and not isinstance(model, MemorySettings):
             raise UltraMemError(
-                f"{script.name} asks for memory layers, but does not build its GPT from "
-                f"gpt_config_from_args, as pretrain_gpt.py of Megatron-LM 0.19 does; a HybridModel "
-                f"(--hybrid-layer-pattern) has no place for them yet. See 'With a script of your "
-                f"own' in README.md."
+                f"{script.name} asks for memory layers, but does not build its model from "
+                f"gpt_config_from_args or hybrid_config_from_args, as pretrain_gpt.py and "
+                f"pretrain_hybrid.py of Megatron-LM 0.19 do. See 'With a script of your own' in "
+                f"README.md."
             )
         check_data(get_args())
-        if isinstance(model, UltraMemGPTModelConfig):
+        if isinstance(model, MemorySettings):
             log_settings(get_args(), model)
         with named_where_not_finite(get_args()):
             return original(config, *rest, **kw)

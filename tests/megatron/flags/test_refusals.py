@@ -95,7 +95,6 @@ _DESIGN = UltraMemConfig(spans=(), num_keys=4, key_dim=4, value_dim=4, lazy_adam
         ("overlap_moe_expert_parallel_comm", True, "--overlap-moe-expert-parallel-comm"),
         ("use_megatron_fsdp", True, "--use-megatron-fsdp"),
         ("use_torch_fsdp2", True, "--use-torch-fsdp2"),
-        ("hybrid_layer_pattern", "M*M*", "--hybrid-layer-pattern M*M*"),
         ("freeze_all_layers", True, "--freeze-all-layers"),
         ("inprocess_restart", True, "--inprocess-restart"),
         ("non_persistent_ckpt_type", "local", "--non-persistent-ckpt-type local"),

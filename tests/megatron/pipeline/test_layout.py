@@ -95,7 +95,7 @@ def test_more_stages_than_the_spans_allow():
 
 @pytest.mark.parametrize("chunks", range(1, 7))
 def test_suggested_layouts_are_valid_and_even(chunks):
-    layout = suggest_layout(_SPANS, 12, chunks)
+    layout = suggest_layout(_SPANS, _config(1), chunks)
     config = _config(chunks, layout=layout)
     assert not spans_cross_stages(_SPANS, config)
     sizes = [last - first + 1 for first, last in _layers(config)]
@@ -106,7 +106,7 @@ def test_suggested_layouts_are_valid_and_even(chunks):
 
 def test_allowed_cuts():
     assert allowed_cuts(_SPANS, 12) == [1, 2, 5, 8, 11]
-    assert suggest_layout(_SPANS, 12, 7) is None
+    assert suggest_layout(_SPANS, _config(1), 7) is None
 
 
 def test_fullest_stage():

@@ -14,6 +14,7 @@ _RESUMABLE = {"value_lr_decay", "lazy_adam", "aux_loss_weight", "aux_loss_margin
 """Fields that a resumed run may change: they shape neither tensors nor what is read from them."""
 
 
+PATTERN = "hybrid_layer_pattern"
 SAME_FLAGS = (
     "num_layers",
     "hidden_size",
@@ -56,6 +57,11 @@ SAME_FLAGS = (
     "moe_router_group_topk",
     "moe_apply_probs_on_input",
     "mtp_num_layers",
+    PATTERN,
+    "mamba_state_dim",
+    "mamba_head_dim",
+    "mamba_num_groups",
+    "mamba_num_heads",
     "softmax_type",
     "window_size",
     "window_attn_skip_freq",
@@ -106,10 +112,16 @@ def differing_flags(args: Namespace, stored: Namespace) -> list[str]:
     return [
         f"{name} is {getattr(args, name)} here, {getattr(stored, name)} in the checkpoint"
         for name in (*SAME_FLAGS, *positions)
-        if getattr(args, name, None) != getattr(stored, name, None)
+        if _meaning(args, name) != _meaning(stored, name)
         and hasattr(args, name)
         and hasattr(stored, name)
     ]
+
+
+def _meaning(args: Namespace, name: str) -> Any:
+    """A flag's value, without what only lays layers out over pipeline stages."""
+    value = getattr(args, name, None)
+    return value.replace("|", "") if name == PATTERN and value else value
 
 
 def _refuse_other_memories(

@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.pipeline.pattern import readable_layers
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.initialization import INITIALISATIONS
 from ultramem_megatron.memory.retrieval import RETRIEVALS
@@ -92,7 +93,8 @@ def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--ultramem-spans",
         metavar="A:B/C:D",
         help="Where memories stand: each reads at layer A and its result is added after layer B, "
-        "layers counted from 1, for example 3:5/6:8/9:11; 'full' puts one in every layer.",
+        "layers counted from 1, for example 3:5/6:8/9:11; 'full' puts one in every layer (of "
+        "--hybrid-layer-pattern: every - and E).",
     )
     group.add_argument(
         "--ultramem-preset",
@@ -245,5 +247,9 @@ def _with_defaults(values: dict[str, Any], args: Namespace) -> dict[str, Any]:
             "--ultramem-num-keys is not given: a memory layer holds its square of values. Give a "
             "number, for example --ultramem-num-keys 128 for 16384 values per layer."
         )
-    spans = parse_spans(values["spans"], args.num_layers)
+    text = values["spans"]
+    pattern = getattr(args, "hybrid_layer_pattern", None)
+    if pattern is not None and text.strip() == "full":
+        text = "/".join(f"{number}:{number}" for number in readable_layers(pattern))
+    spans = parse_spans(text, args.num_layers)
     return values | {"spans": spans, "seed": args.seed}

@@ -37,3 +37,5 @@ ONE_RANK: Mapping[str, Any] = {
 def lay_on_one_rank(args: Namespace) -> None:
     """Replace the layout in parsed flags; what else they say of the model stays."""
     vars(args).update(world_size=1, **ONE_RANK)
+    if args.hybrid_layer_pattern is not None:
+        args.hybrid_layer_pattern = args.hybrid_layer_pattern.replace("|", "")

@@ -15,7 +15,6 @@ _MEMORIES_REFUSE = {
     "overlap_moe_expert_parallel_comm": "its schedule does not call the layer's forward",
     "use_megatron_fsdp": "value tables need Megatron's DDP, also with its distributed optimizer",
     "use_torch_fsdp2": "value tables need Megatron's DDP, also with its distributed optimizer",
-    "hybrid_layer_pattern": "memory layers attach to GPT models only",
     "fp8": "memory layers compute in fp32, fp16 or bf16",
     "fp4": "memory layers compute in fp32, fp16 or bf16",
     "kitchen_config_file": "memory layers compute in fp32, fp16 or bf16",
@@ -36,7 +35,6 @@ _TRAIN_REFUSES = (
     "perform_rl_step",
     "sft",
     "fim_data",
-    "hybrid_layer_pattern",
     "hybrid_context_parallel",
     "logits_load_dir",
 )

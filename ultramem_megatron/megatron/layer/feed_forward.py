@@ -13,6 +13,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ultramem_megatron.megatron.pipeline.pattern import EXPERTS, MLP, kept_stages
 from ultramem_megatron.memory.initialization.feed_forward import mlp_std
 
 _ROUTED_TOKENS = 4096
@@ -21,6 +22,7 @@ _ROUTED_TOKENS = 4096
 def feed_forward_std(config: TransformerConfig, layer_number: int) -> float:
     """Of the layer of this number, counted from 1, for inputs as a norm leaves them.
 
+    In a HybridModel, where layers without any of the two exist: of the last one up to it that has.
     Experts draw their weights independently, so the squares of their shares of the output add up.
     """
     if not _has_experts(config, layer_number):
@@ -35,6 +37,10 @@ def feed_forward_std(config: TransformerConfig, layer_number: int) -> float:
 def _has_experts(config: TransformerConfig, layer_number: int) -> bool:
     if config.num_moe_experts is None:
         return False
+    stages = kept_stages(config)
+    if stages is not None:
+        before = "".join(stages)[:layer_number]
+        return before.rfind(EXPERTS) > before.rfind(MLP)
     frequency = config.moe_layer_freq
     if isinstance(frequency, int):
         return (layer_number - 1) % frequency == 0

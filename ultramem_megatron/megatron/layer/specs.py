@@ -61,19 +61,24 @@ def with_memory(
         pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
     layers = _layer_specs(spec, get_num_layers_to_build(config, vp_stage, pp_rank))
-    shared = {"ultramem": ultramem, "partition": partition, "values_by_table": {}}
-    memories = {
-        placement.reads: ModuleSpec(TransformerMemory, {**shared, "placement": placement})
-        for placement in placements(ultramem)
-    }
+    memories = memory_specs(ultramem, partition)
     with_memories = []
     for number, layer in enumerate(layers, start=offset + 1):
         role = _role(number, offset, len(layers), ultramem, config)
         if overlap:
             role = _overlapped(role, config)
-        with_memories.append(_with_role(layer, memories.get(number), role))
+        with_memories.append(with_role(layer, memories.get(number), role))
     final_norm = spec.layer_norm if isinstance(spec, TransformerBlockSubmodules) else LayerNormImpl
     return TransformerBlockSubmodules(layer_specs=with_memories, layer_norm=final_norm)
+
+
+def memory_specs(ultramem: UltraMemConfig, partition: str) -> dict[int, ModuleSpec]:
+    """A spec for each memory, by the number of the layer that reads; for one model chunk."""
+    shared = {"ultramem": ultramem, "partition": partition, "values_by_table": {}}
+    return {
+        placement.reads: ModuleSpec(TransformerMemory, {**shared, "placement": placement})
+        for placement in placements(ultramem)
+    }
 
 
 def _layer_specs(
@@ -104,7 +109,8 @@ def _overlapped(role: LayerRole, config: TransformerConfig) -> LayerRole:
     return dataclasses.replace(role, branch_end=branch_end(role.span, config))
 
 
-def _with_role(layer: ModuleSpec, memory: ModuleSpec | None, role: LayerRole) -> ModuleSpec:
+def with_role(layer: ModuleSpec, memory: ModuleSpec | None, role: LayerRole) -> ModuleSpec:
+    """The spec of a TransformerLayer with its role, and its memory if it reads one."""
     fields = {
         field.name: getattr(layer.submodules, field.name)
         for field in dataclasses.fields(layer.submodules)

@@ -41,8 +41,9 @@ class UltraMemTransformerLayerSubmodules(TransformerLayerSubmodules):
 class LayerRole:
     """What a layer has to do with pending results.
 
-    span: the span that covers the layer, if any. unpacks, packs: it is the first or last of a
-    pipeline stage in a model where results cross stages, and takes or sends the wider tensor.
+    span: the span that covers the layer, if any. unpacks, packs: it takes or hands on the wider
+    tensor, hidden states and result side by side: as the first or last of a pipeline stage where
+    results cross stages, and within a HybridModel's spans.
     branch_end: the memory computes beside the layers up to this one (see branch.py); None: it is
     done before the next layer starts.
     """
@@ -57,6 +58,21 @@ class LayerRole:
         if self.span is None or self.branch_end is None:
             return False
         return self.span.start < layer_number <= self.branch_end
+
+    def ends_at(self, layer_number: int) -> bool:
+        """Whether the result of the span is added after this layer."""
+        return self.span is not None and layer_number == self.span.end
+
+    def unpack(self, received: Tensor, layer_number: int) -> tuple[Tensor, Tensor | None]:
+        """Hidden states and pending result of (S, B, 2D); None where no span covers the two."""
+        hidden_states, pending = received.chunk(2, dim=-1)
+        crosses = self.span is not None and self.span.start < layer_number
+        return hidden_states.contiguous(), pending.contiguous() if crosses else None
+
+    @staticmethod
+    def pack(output: Tensor, pending: Tensor | None) -> Tensor:
+        """The two side by side; nothing pending: zeros."""
+        return torch.cat([output, torch.zeros_like(output) if pending is None else pending], -1)
 
 
 class MemoryLayerMixin:
@@ -126,26 +142,20 @@ class MemoryLayerMixin:
         context for the next layer.
         """
         if self.role.unpacks:
-            hidden_states, context = self._unpack(hidden_states)
+            hidden_states, context = self.role.unpack(hidden_states, self.layer_number)
         self._branch = context if isinstance(context, Branch) else None
         output, _ = super().forward(hidden_states, *args, context=None, **kwargs)  # type: ignore[misc]  # the same
         if self.memory is not None:
             context = self._read_memory(args[0] if args else kwargs.get("attention_mask"), kwargs)
         elif self._branch is not None:
             context, self._branch = self._end_of_layer(self._branch), None
-        if self.role.span is not None and self.layer_number == self.role.span.end:
+        if self.role.ends_at(self.layer_number):
             output, context = output + context, None
         if self.role.packs:
             assert not isinstance(context, Branch), "a branch ends with its pipeline stage"
-            pending = torch.zeros_like(output) if context is None else context
-            output, context = torch.cat([output, pending], dim=-1), None
+            assert not isinstance(context, Branch), "a branch ends with its pipeline stage"
+            output, context = self.role.pack(output, context), None
         return output, context
-
-    def _unpack(self, received: Tensor) -> tuple[Tensor, Tensor | None]:
-        hidden_states, pending = received.split(self.config.hidden_size, dim=-1)
-        span = self.role.span
-        crosses = span is not None and span.start < self.layer_number
-        return hidden_states.contiguous(), pending.contiguous() if crosses else None
 
     def _end_of_layer(self, branch: Branch) -> Tensor | Branch:
         if self.layer_number == self.role.branch_end:

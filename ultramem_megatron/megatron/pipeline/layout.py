@@ -1,6 +1,7 @@
 """Which pipeline stages spans lie in, what cannot be carried over, and which layout would do."""
 
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.pipeline import pattern
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.placement import table_groups, uncut
 from ultramem_megatron.memory.spans import Span
@@ -30,6 +32,7 @@ class Chunk(NamedTuple):
 
 def pipeline_chunks(config: TransformerConfig) -> list[Chunk]:
     """Every chunk of the whole pipeline, in layer order."""
+    by_pattern = pattern.kept_stages(config)
     layout = config.pipeline_model_parallel_layout
     stages = range(config.pipeline_model_parallel_size)
     virtual_stages: Sequence[int | None] = (
@@ -40,9 +43,11 @@ def pipeline_chunks(config: TransformerConfig) -> list[Chunk]:
     chunks: list[Chunk] = []
     for vp_stage in virtual_stages:
         for pp_rank in stages:
-            if layout is not None:
+            offset = chunks[-1].last if chunks else 0
+            if by_pattern is not None:
+                count = len(by_pattern[len(chunks)])
+            elif layout is not None:
                 # Megatron's own counting functions would look up the current rank here.
-                offset = chunks[-1].last if chunks else 0
                 count = layout.layout[pp_rank][vp_stage or 0].count(LayerType.decoder)
             else:
                 offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
@@ -83,8 +88,7 @@ def check_pipeline(spans: tuple[Span, ...], config: TransformerConfig) -> None:
     span, start, end = crossing
     raise UltraMemError(
         f"--ultramem-spans: span {span} starts in pipeline {start} and ends in {end}; its result "
-        f"cannot be carried over, because {reason}. "
-        + _advice(spans, config.num_layers, config.pipeline_model_parallel_size, chunks)
+        f"cannot be carried over, because {reason}. " + _advice(spans, config, chunks)
     )
 
 
@@ -98,7 +102,7 @@ def check_shared_tables(ultramem: UltraMemConfig, config: TransformerConfig) -> 
     raise UltraMemError(
         f"{flag('share_values')} {ultramem.share_values:g}: the memories of layers {group.start} "
         f"to {group.end} share a table, but pipeline {start} and {end} would both read it. "
-        + _advice(uncut(ultramem), config.num_layers, config.pipeline_model_parallel_size, chunks)
+        + _advice(uncut(ultramem), config, chunks)
     )
 
 
@@ -123,14 +127,12 @@ def most_on_one_stage(layers: Iterable[int], config: TransformerConfig) -> int:
     return max(held)
 
 
-def _advice(
-    spans: tuple[Span, ...], num_layers: int, pipeline_size: int, chunks: list[Chunk]
-) -> str:
-    layout = suggest_layout(spans, num_layers, len(chunks))
+def _advice(spans: tuple[Span, ...], config: TransformerConfig, chunks: list[Chunk]) -> str:
+    layout = suggest_layout(spans, config, len(chunks))
     if layout is not None:
-        return f'Use --pipeline-model-parallel-layout "{layout}", or other spans.'
-    most = len(allowed_cuts(spans, num_layers)) + 1
-    largest = most // (len(chunks) // pipeline_size)
+        return f'Use {layout_flag(config)} "{layout}", or other spans.'
+    most = len(allowed_cuts(spans, config.num_layers)) + 1
+    largest = most // (len(chunks) // config.pipeline_model_parallel_size)
     return (
         f"These spans allow at most {most} stages or virtual chunks, {len(chunks)} are asked for: "
         f"use --pipeline-model-parallel-size {max(largest, 1)} or less, or shorter spans."
@@ -146,11 +148,34 @@ def allowed_cuts(spans: tuple[Span, ...], num_layers: int) -> list[int]:
     ]
 
 
-def suggest_layout(spans: tuple[Span, ...], num_layers: int, num_chunks: int) -> str | None:
+def layout_flag(config: TransformerConfig) -> str:
+    """The flag whose value `suggest_layout` gives."""
+    is_gpt = pattern.kept_stages(config) is None
+    return "--pipeline-model-parallel-layout" if is_gpt else pattern.FLAG
+
+
+def suggest_layout(
+    spans: tuple[Span, ...], config: TransformerConfig, num_chunks: int
+) -> str | None:
     """The most even layout in which no span crosses, in Megatron's notation; None if there is none.
 
-    With spans 3:5/6:8/9:11, 12 layers and 2 chunks: "Et*5|t*7L".
+    With spans 3:5/6:8/9:11, 12 layers and 2 chunks: "Et*5|t*7L". Of a HybridModel: its pattern,
+    with a | at the end of each chunk.
     """
+    sizes = _even_sizes(spans, config.num_layers, num_chunks)
+    if sizes is None:
+        return None
+    symbols = pattern.kept_stages(config)
+    if symbols is not None:
+        layers = iter("".join(symbols))
+        return "|".join("".join(itertools.islice(layers, size)) for size in sizes)
+    return "E" + "|".join(f"t*{size}" if size > 1 else "t" for size in sizes) + "L"
+
+
+def _even_sizes(
+    spans: tuple[Span, ...], num_layers: int, num_chunks: int
+) -> tuple[int, ...] | None:
+    """Layers of each chunk."""
     cuts = [*allowed_cuts(spans, num_layers), num_layers]
 
     @functools.cache
@@ -168,7 +193,4 @@ def suggest_layout(spans: tuple[Span, ...], num_layers: int, num_chunks: int) ->
         return found
 
     result = best(0, num_chunks)
-    if result is None:
-        return None
-    stages = [f"t*{size}" if size > 1 else "t" for size in result[1]]
-    return "E" + "|".join(stages) + "L"
+    return None if result is None else result[1]

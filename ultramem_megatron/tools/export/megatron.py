@@ -115,6 +115,7 @@ def _refuse(args: Namespace, config: Any) -> None:
     """Raise UltraMemError for what a PlainGPT has not."""
     activation = (config.gated_linear_unit, config.activation_func)
     refused = {
+        "--hybrid-layer-pattern": args.hybrid_layer_pattern is not None,
         "--multi-latent-attention": config.multi_latent_attention,
         "--mtp-num-layers": bool(config.mtp_num_layers),
         "--experimental-attention-variant": config.experimental_attention_variant is not None,

@@ -64,11 +64,12 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
     Raises UltraMemError for what we or Megatron refuse.
     """
     from megatron.training import arguments
-    from megatron.training.argument_utils import core_transformer_config_from_args
 
     from ultramem_megatron.megatron.flags.arguments import config_from_args
     from ultramem_megatron.megatron.flags.refusals import refuse_unsupported_flags
     from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
+    from ultramem_megatron.megatron.hybrid.refusals import refuse_pattern
+    from ultramem_megatron.megatron.model_from_flags import transformer_from_args
     from ultramem_megatron.megatron.pipeline.layout import check_pipeline, check_shared_tables
 
     args = _parse_only(words)
@@ -80,7 +81,7 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(os.environ):
             os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # a launcher's business, not a plan's
             arguments.validate_args(args)
-        transformer = core_transformer_config_from_args(args)
+        transformer = transformer_from_args(args)
     transformer.init_model_with_meta_device = True
     transformer.perform_initialization = False
     if args.num_experts:
@@ -90,6 +91,7 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
         transformer.moe_pad_expert_input_to_capacity = True
     ultramem = config_from_args(args)
     refuse_unsupported_flags(args, ultramem)
+    refuse_pattern(args, ultramem)
     if ultramem is None:
         return Run(args, transformer, None, TableSettings(args.expert_model_parallel_size))
     check_pipeline(ultramem.spans, transformer)
@@ -164,10 +166,11 @@ def built_stage(run: Run, stage: int = 0) -> Iterator[list[Any]]:
 def _chunks(run: Run) -> list[Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
     from ultramem_megatron.megatron.model_from_flags import fill
 
     config = fill(run.args, run.transformer, run.ultramem, run.tables)
-    if run.ultramem is None:
+    if run.ultramem is None and isinstance(config, UltraMemGPTModelConfig):
         config.transformer_layer_spec = _plain_spec
     builder = config.get_builder_cls()(config)
     groups = ProcessGroupCollection.use_mpu_process_groups()

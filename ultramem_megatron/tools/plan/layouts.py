@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from ultramem_megatron.megatron.pipeline.layout import (
+    layout_flag,
     pipeline_chunks,
     spans_cross_stages,
     suggest_layout,
@@ -34,9 +35,10 @@ def describe_layout(run: Run) -> dict[str, Any]:
         "spans_cross_stages": spans_cross_stages(spans, run.transformer),
         "layout_without_crossing": suggest_layout(
             uncut(run.ultramem) if run.ultramem else (),
-            args.num_layers,
+            run.transformer,
             len(pipeline_chunks(run.transformer)),
         ),
+        "layout_flag": layout_flag(run.transformer),
         "memory_bytes_per_rank": max(cost.memory for cost in costs),
         "received_bytes_per_step": max(sum(cost.received.values()) for cost in costs),
         "stages": [dataclasses.asdict(cost) | {"memory": cost.memory} for cost in costs],
@@ -44,14 +46,14 @@ def describe_layout(run: Run) -> dict[str, Any]:
 
 
 def uncrossed_layouts(run: Run) -> dict[str, str | None]:
-    """For some numbers of stages, the most even --pipeline-model-parallel-layout without crossing.
+    """For some numbers of stages, the most even layout (`layout_flag`) without crossing.
 
     None where the spans allow no such layout; empty for a model without memory.
     """
     if run.ultramem is None:
         return {}
     return {
-        str(stages): suggest_layout(uncut(run.ultramem), run.args.num_layers, stages)
+        str(stages): suggest_layout(uncut(run.ultramem), run.transformer, stages)
         for stages in _STAGES_SHOWN
         if stages <= run.args.num_layers
     }

@@ -82,7 +82,7 @@ def _pipeline(plan: dict[str, Any]) -> str:
     found = plan["pipeline_layouts"]
     if not found:
         return ""
-    lines = ["--pipeline-model-parallel-layout in which no span crosses a stage"]
+    lines = [f"{plan['layouts'][0]['layout_flag']} in which no span crosses a stage"]
     for stages, layout in found.items():
         lines.append(f"  {stages:>2} stages  {layout or 'none: these spans allow fewer stages'}")
     return "\n".join(lines)
@@ -108,7 +108,7 @@ def _layout(layout: dict[str, Any]) -> str:
     ]
     lines += [_stage(stage) for stage in layout["stages"]]
     if layout["spans_cross_stages"]:
-        lines.append(_advice(layout["layout_without_crossing"]))
+        lines.append(_advice(layout["layout_without_crossing"], layout["layout_flag"]))
     return "\n".join(lines)
 
 
@@ -121,8 +121,8 @@ def _stage(stage: dict[str, Any]) -> str:
     return f"  {stage['stage']:<6}{stage['layers']:<24}{columns}   {received or 'next to nothing'}"
 
 
-def _advice(layout: str | None) -> str:
+def _advice(layout: str | None, flag: str) -> str:
     crossing = "  spans cross stages: every boundary sends tensors twice as wide"
     if layout is None:
         return crossing
-    return f'{crossing}; not so with --pipeline-model-parallel-layout "{layout}"'
+    return f'{crossing}; not so with {flag} "{layout}"'

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ultramem_megatron.megatron.pipeline.pattern import ATTENTION, kept_stages
 from ultramem_megatron.memory.tables.value_table import is_value_table
 from ultramem_megatron.tools.plan.build import Run, built_stage, command_line, parse
 
@@ -106,8 +107,9 @@ def _head(embeddings: dict[str, int]) -> int:
 def _cached_per_token(transformer: Any) -> int | None:
     if transformer.multi_latent_attention:
         return None
-    heads = transformer.num_query_groups
-    return int(2 * transformer.num_layers * heads * transformer.kv_channels)
+    heads, pattern = transformer.num_query_groups, kept_stages(transformer)
+    layers = transformer.num_layers if pattern is None else "".join(pattern).count(ATTENTION)
+    return int(2 * layers * heads * transformer.kv_channels)
 
 
 _KINDS = ("values", "embedding", "expert", "uncounted", "dense")

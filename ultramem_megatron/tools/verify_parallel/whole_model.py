@@ -24,8 +24,9 @@ class Piece:
     """First row and column of a part of a value table."""
     whole: tuple[int, int] | None = None
     """Shape of the whole value table."""
-    gated: bool = False
-    """Of an MLP with a gate: a shard holds its rows of the gate, then those of what is gated."""
+    parts: tuple[int, ...] = ()
+    """Rows of each part that a shard holds one after the other, each cut for itself: of an MLP with
+    a gate those of the gate and of what is gated, of a Mamba layer those of what it projects to."""
 
 
 def pieces(model: Iterable[Any]) -> dict[str, Piece]:
@@ -63,8 +64,10 @@ def _piece(
         tp_rank = parallel_state.get_expert_tensor_parallel_rank()
     else:
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    is_gated = gated and owner.endswith(".linear_fc1")
-    return Piece(whole_name, parameter.partition_dim, tp_rank, gated=is_gated)
+    parts = tuple(getattr(parameter, "partition_sizes", ()))
+    if gated and owner.endswith(".linear_fc1"):
+        parts = (len(parameter) // 2,) * 2
+    return Piece(whole_name, parameter.partition_dim, tp_rank, parts=parts)
 
 
 def _global_name(name: str, modules: Mapping[str, Any]) -> str:
@@ -116,9 +119,9 @@ def _assemble(found: list[tuple[Piece, Tensor]]) -> Assembled:
     if some.partition_dim is None:
         return Assembled(distinct[some], error)
     shards = [distinct[piece] for piece in sorted(distinct, key=lambda piece: piece.tp_rank)]
-    if some.gated:
-        gates, others = zip(*(shard.chunk(2) for shard in shards), strict=True)
-        shards = [*gates, *others]
+    if some.parts:
+        by_part = zip(*(shard.split(some.parts) for shard in shards), strict=True)
+        shards = [shard for part in by_part for shard in part]
     return Assembled(torch.cat(shards, dim=some.partition_dim), error)
 
 

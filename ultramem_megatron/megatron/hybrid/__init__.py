@@ -1,0 +1,1 @@
+"""Memories in a HybridModel: attention, MLP, experts and Mamba by a pattern."""

@@ -1,0 +1,100 @@
+"""What of --hybrid-layer-pattern is refused before anything is built."""
+
+import importlib.util
+from argparse import Namespace
+
+import torch
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.pipeline.pattern import FLAG, READABLE, readable_layers, stages
+from ultramem_megatron.memory.config import UltraMemConfig
+
+_NAMES = {
+    Symbols.MAMBA: "Mamba",
+    Symbols.GDN: "a gated delta net",
+    Symbols.ATTENTION: "attention",
+    Symbols.DS_ATTENTION: "sparse attention",
+    Symbols.MLA: "latent attention",
+}
+_OF_THE_ENGINE = (Symbols.GDN, Symbols.DS_ATTENTION, Symbols.MLA)
+
+
+def refuse_pattern(args: Namespace, ultramem: UltraMemConfig | None) -> None:
+    """Raise UltraMemError for a pattern that this machine, or a memory, cannot do with."""
+    pattern = args.hybrid_layer_pattern
+    if pattern is None:
+        return
+    given = f"{FLAG} {pattern}"
+    if Symbols.MOE in pattern and not args.num_experts:
+        raise UltraMemError(f"{given}: it has experts ('E'). Add --num-experts.")
+    if args.transformer_impl == "local":
+        _check_local(given, pattern)
+    if args.pipeline_model_parallel_size > 1 and len(stages(pattern)) == 1:
+        raise UltraMemError(
+            f"{given}: it does not say where the {args.pipeline_model_parallel_size} stages of "
+            f"--pipeline-model-parallel-size end. Write a | there, for example "
+            f"{_cut(pattern, args.pipeline_model_parallel_size)}."
+        )
+    if ultramem is not None:
+        _check_memories(args, given, ultramem)
+
+
+def _check_local(given: str, pattern: str) -> None:
+    """What Megatron's own layers (--transformer-impl local) are not there for."""
+    for symbol in _OF_THE_ENGINE:
+        if symbol in pattern:
+            raise UltraMemError(
+                f"{given}: {_NAMES[symbol]} ({symbol!r}) needs --transformer-impl "
+                f"transformer_engine. Leave it out, or install Transformer Engine."
+            )
+    if Symbols.MTP_SEPARATOR in pattern:
+        raise UltraMemError(
+            f"{given}: multi-token prediction ('/') of a HybridModel needs --transformer-impl "
+            f"transformer_engine. Leave out what follows the '/'."
+        )
+    has_kernels = importlib.util.find_spec("mamba_ssm") is not None
+    if Symbols.MAMBA in pattern and torch.cuda.is_available() and not has_kernels:
+        raise UltraMemError(
+            f"{given}: Mamba layers ('M') need the package mamba-ssm on GPUs. Install it."
+        )
+
+
+def _check_memories(args: Namespace, given: str, ultramem: UltraMemConfig) -> None:
+    layers = "".join(stages(args.hybrid_layer_pattern))
+    if Symbols.MTP_SEPARATOR in args.hybrid_layer_pattern:
+        raise UltraMemError(
+            f"{given} cannot be combined with memory layers: its heads for later tokens ('/') are "
+            f"built from the same layers. Leave out what follows the '/'."
+        )
+    if args.mla_down_proj_fusion:
+        raise UltraMemError(
+            f"--mla-down-proj-fusion cannot be combined with memory layers and {given}: it looks "
+            f"for latent attention in one spec of all its layers. Drop the flag."
+        )
+    if args.ultramem_overlap:
+        raise UltraMemError(
+            f"--ultramem-overlap cannot be combined with {given}: a HybridModel hands on tensors "
+            f"alone. Drop the flag."
+        )
+    for span in ultramem.spans:
+        symbol = layers[span.start - 1]
+        if symbol not in READABLE:
+            raise UltraMemError(
+                f"--ultramem-spans {span}: layer {span.start} of {given} is {symbol!r} "
+                f"({_NAMES[symbol]}), but a memory reads what an MLP ('-') or experts ('E') read: "
+                f"{_readable(args.hybrid_layer_pattern)}."
+            )
+
+
+def _readable(pattern: str) -> str:
+    numbers = readable_layers(pattern)
+    if not numbers:
+        return "there is none, so it can have no memories"
+    return f"start it at one of {', '.join(map(str, numbers))}"
+
+
+def _cut(pattern: str, parts: int) -> str:
+    """The pattern with a | after every equal part of it."""
+    size = -(-len(pattern) // parts)
+    return "|".join(pattern[at : at + size] for at in range(0, len(pattern), size))

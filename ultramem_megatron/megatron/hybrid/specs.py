@@ -1,0 +1,97 @@
+"""The spec of a HybridStack with memories: each layer by its number, results side by side.
+
+HybridStack takes one spec for each kind of layer, and hands on one tensor. So a kind's spec becomes
+one that looks up its layer's own, and within a span the pending result travels beside the hidden
+states, in a tensor twice as wide, as it does between pipeline stages: through every kind of layer,
+through recomputation, and without a loop of our own. It costs two copies a layer of a span.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ultramem_megatron.megatron.hybrid.mamba_layer import PassingMambaLayer
+from ultramem_megatron.megatron.layer.specs import memory_specs, with_role
+from ultramem_megatron.megatron.layer.transformer_layer import LayerRole
+from ultramem_megatron.megatron.optimizer.scalar_parameters import leave_to_scalar_optimizer
+from ultramem_megatron.megatron.pipeline.layout import pipeline_chunks, spans_cross_stages
+from ultramem_megatron.megatron.pipeline.pattern import kept_stages
+from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.spans import span_covering
+
+_FIELDS = {
+    Symbols.MAMBA: "mamba_layer",
+    Symbols.GDN: "gdn_layer",
+    Symbols.ATTENTION: "attention_layer",
+    Symbols.DS_ATTENTION: "dsa_layer",
+    Symbols.MLA: "mla_layer",
+    Symbols.MLP: "mlp_layer",
+    Symbols.MOE: "moe_layer",
+}
+"""Of HybridStackSubmodules, as HybridStack reads them."""
+
+
+class LayerByNumber:
+    """Builds, in its own place, the layer whose spec has its number."""
+
+    def __new__(
+        cls, *args: Any, specs: Mapping[int, ModuleSpec], layer_number: int, **kwargs: Any
+    ) -> Any:
+        """specs: by layer number, from 1. Everything else is handed on to the layer."""
+        return build_module(specs[layer_number], *args, layer_number=layer_number, **kwargs)
+
+
+def stack_with_memory(
+    stack: ModuleSpec, ultramem: UltraMemConfig, config: TransformerConfig, partition: str
+) -> ModuleSpec:
+    """Add memories to the spec of a HybridStack, which is not modified; for one model chunk.
+
+    config: with the pattern kept (pattern.py). partition: how tables are cut over Megatron's
+    expert-parallel group, if that has several ranks.
+    """
+    leave_to_scalar_optimizer()
+    symbols = "".join(kept_stages(config) or ())
+    memories = memory_specs(ultramem, partition)
+    roles = _roles(ultramem, config)
+    kinds: dict[str, ModuleSpec] = {}
+    for symbol in set(symbols):
+        field = _FIELDS[symbol]
+        specs = {
+            number: _in_role(getattr(stack.submodules, field), memories.get(number), roles[number])
+            for number, kind in enumerate(symbols, start=1)
+            if kind == symbol
+        }
+        kinds[field] = ModuleSpec(LayerByNumber, params={"specs": specs})
+    return ModuleSpec(
+        stack.module, params=stack.params, submodules=dataclasses.replace(stack.submodules, **kinds)
+    )
+
+
+def _roles(ultramem: UltraMemConfig, config: TransformerConfig) -> dict[int, LayerRole]:
+    crossing = spans_cross_stages(ultramem.spans, config)
+    ends = {chunk.last for chunk in pipeline_chunks(config)} if crossing else set()
+    inside = {n for span in ultramem.spans for n in range(span.start, span.end)}
+    wide_after = (ends | inside) - {config.num_layers}
+    return {
+        number: LayerRole(
+            span_covering(ultramem.spans, number),
+            unpacks=number - 1 in wide_after,
+            packs=number in wide_after,
+        )
+        for number in range(1, config.num_layers + 1)
+    }
+
+
+def _in_role(layer: ModuleSpec, memory: ModuleSpec | None, role: LayerRole) -> ModuleSpec:
+    if layer.module is not MambaLayer:
+        return with_role(layer, memory, role)
+    if role == LayerRole():
+        return layer
+    return ModuleSpec(
+        PassingMambaLayer, params={**layer.params, "role": role}, submodules=layer.submodules
+    )
