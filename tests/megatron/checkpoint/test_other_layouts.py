@@ -71,6 +71,20 @@ def test_muon_by_blocks_is_refused_on_other_tensor_parallel_ranks(tmp_path):
         run_pretrain(2, _flags(**muon, load=tmp_path, tensor_model_parallel_size=2))
 
 
+_EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "disable_bias_linear": True}
+
+
+def test_experts_over_ranks_do_not_follow_experts_on_one(tmp_path):
+    """Megatron found two lists of groups that it could not merge."""
+    plain = {**_EXPERTS, "use_distributed_optimizer": None}
+    losses = run_pretrain(1, _flags(**plain, save=tmp_path)).losses
+    spread = {"expert_model_parallel_size": 2}
+    with pytest.raises(RanksFailed, match="--expert-model-parallel-size was 1, here it is 2"):
+        run_pretrain(2, _flags(**plain, **spread, load=tmp_path, ckpt_step=2))
+    weights = _flags(**plain, **spread, load=tmp_path, ckpt_step=2, no_load_optim=True)
+    assert run_pretrain(2, weights).losses[0] == pytest.approx(losses[2], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("folder", "message"),
     [

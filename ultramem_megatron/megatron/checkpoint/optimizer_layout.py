@@ -6,6 +6,9 @@ wrong moments. How a table was cut is read off its own pieces, which every check
 
 Muon's default orthogonalises what each tensor-parallel rank has of a matrix by itself: with another
 number of them a step is another step.
+
+Experts over ranks stand in an optimizer of their own, experts on one rank with everything else; the
+lists of groups of the two do not fit.
 """
 
 import re
@@ -41,6 +44,7 @@ def check_optimizer_layout(
     except NoFlagsError:
         stored = Namespace()
     _check_muon(source, args, stored)
+    _check_experts(source, args, stored)
     if not args.use_distributed_optimizer or _kind(str(folder)) != "dp_reshardable":
         return
     rows, columns = _saved_parts(str(folder), ultramem.num_values)
@@ -75,6 +79,17 @@ def _check_muon(source: Source, args: Namespace, stored: Namespace) -> None:
             f"{args.tensor_model_parallel_size}, and with --muon-tp-mode blockwise --optimizer "
             f"{args.optimizer} takes other steps then. Go on with the same size, {_WEIGHTS_ALONE}; "
             f"a run with --muon-tp-mode duplicated from its start goes on with any."
+        )
+
+
+def _check_experts(source: Source, args: Namespace, stored: Namespace) -> None:
+    saved = getattr(stored, "expert_model_parallel_size", args.expert_model_parallel_size)
+    if args.num_experts and (saved == 1) != (args.expert_model_parallel_size == 1):
+        raise UltraMemError(
+            f"{source}: --expert-model-parallel-size was {saved}, here it is "
+            f"{args.expert_model_parallel_size}, and the optimizer's state of experts on one rank "
+            f"and of experts over several cannot follow each other. Go on with the same size, "
+            f"{_WEIGHTS_ALONE}."
         )
 
 

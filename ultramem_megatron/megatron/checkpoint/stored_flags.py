@@ -111,6 +111,7 @@ LAYOUT_FLAGS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
     "optimizer",
     "muon_tp_mode",
 )
