@@ -21,28 +21,18 @@ _CHECKS = (
 )
 
 
-def _interpreted(checks):
-    return subprocess.Popen(
+@pytest.mark.parametrize("checks", _CHECKS)
+def test_in_the_interpreter(checks):
+    run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", checks],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
+        check=False,
     )
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    """All at once: each keeps one core busy."""
-    return {checks: _interpreted(checks) for checks in _CHECKS}
-
-
-@pytest.mark.parametrize("checks", _CHECKS)
-def test_in_the_interpreter(checks, interpreted):
-    output, _ = interpreted[checks].communicate()
-    assert interpreted[checks].returncode == 0, output[-8000:]
-    assert " passed" in output
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
