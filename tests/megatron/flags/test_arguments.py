@@ -134,7 +134,7 @@ _BASE = "--ultramem-spans 3:5 --ultramem-num-keys 10 "
         (_BASE + "--ultramem-topk 4 --ultramem-value-lr-decay 1.5", r"-value-lr-decay is 1.5"),
         (_BASE + "--ultramem-topk 4 --ultramem-value-lr-decay 0", r"-value-lr-decay is 0.0"),
         (_BASE + "--ultramem-topk 4 --ultramem-query-conv-kernel -1", r"-query-conv-kernel is -1"),
-        ("--ultramem-spans 3:5 --ultramem-num-keys 30000", r"addresses are 32-bit"),
+        ("--ultramem-spans 3:5 --ultramem-num-keys 50000", r"rows are numbered in 32 bits"),
     ],
 )
 def test_wrong_flags_are_refused_with_what_to_do(flags, message):
