@@ -34,6 +34,11 @@ def _flags(pattern, spans="2:3", **changes):
         "ultramem_topk": 4,
         "ultramem_overlap": False,
         "mla_down_proj_fusion": False,
+        "tensor_model_parallel_size": 1,
+        "mamba_state_dim": 16,
+        "mamba_head_dim": 8,
+        "mamba_num_groups": 8,
+        "mamba_num_heads": None,
     }
     return Namespace(**{**flags, **changes})
 
@@ -51,6 +56,17 @@ def _flags(pattern, spans="2:3", **changes):
         (_flags("*-*-*-", pipeline_model_parallel_size=2), r"for example \*-\*\|-\*-"),
         (_flags("*-G-", transformer_impl="local"), r"a gated delta net \('G'\) needs"),
         (_flags("+-+-", transformer_impl="local"), r"latent attention \('\+'\) needs"),
+        (
+            _flags("M-M-", "2:3", mamba_head_dim=64),
+            r"32 make 1 heads .* by --mamba-num-groups 8\. .* 1",
+        ),
+        (_flags("M-M-", "2:3", mamba_head_dim=48), r"something is left\. Give a divisor of 64"),
+        (_flags("M-M-", "2:3", mamba_num_heads=12), r"-heads 12: not .* example to .*-groups 4"),
+        (_flags("M-M-", "2:3", mamba_num_groups=0), r"-groups 0: it must be at least 1"),
+        (
+            _flags("M-M-", "2:3", mamba_num_groups=2, tensor_model_parallel_size=4),
+            r"-groups 2: not divisible by --tensor-model-parallel-size 4",
+        ),
         (_flags("*-*-/*-", transformer_impl="local"), r"multi-token prediction \('/'\)"),
     ],
 )

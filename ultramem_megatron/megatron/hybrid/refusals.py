@@ -1,6 +1,7 @@
 """What of --hybrid-layer-pattern is refused before anything is built."""
 
 import importlib.util
+import math
 from argparse import Namespace
 
 import torch
@@ -17,6 +18,7 @@ _NAMES = {
     Symbols.DS_ATTENTION: "sparse attention",
     Symbols.MLA: "latent attention",
 }
+_MAMBA_EXPANSION = 2  # of MambaMixer, which no flag sets
 _OF_THE_ENGINE = (Symbols.GDN, Symbols.DS_ATTENTION, Symbols.MLA)
 
 
@@ -28,6 +30,8 @@ def refuse_pattern(args: Namespace, ultramem: UltraMemConfig | None) -> None:
     given = f"{FLAG} {pattern}"
     if Symbols.MOE in pattern and not args.num_experts:
         raise UltraMemError(f"{given}: it has experts ('E'). Add --num-experts.")
+    if Symbols.MAMBA in pattern:
+        _check_mamba_heads(args)
     if args.transformer_impl == "local":
         _check_local(given, pattern)
     if args.pipeline_model_parallel_size > 1 and len(stages(pattern)) == 1:
@@ -38,6 +42,35 @@ def refuse_pattern(args: Namespace, ultramem: UltraMemConfig | None) -> None:
         )
     if ultramem is not None:
         _check_memories(args, given, ultramem)
+
+
+def _check_mamba_heads(args: Namespace) -> None:
+    """As MambaMixer asserts: heads in whole groups, both in whole tensor-parallel parts."""
+    for name in ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups"):
+        if getattr(args, name) < 1:
+            given = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise UltraMemError(f"{given}: it must be at least 1.")
+    inner = _MAMBA_EXPANSION * args.hidden_size
+    heads, groups = args.mamba_num_heads or inner // args.mamba_head_dim, args.mamba_num_groups
+    words = f"--mamba-num-heads {heads}"
+    if not args.mamba_num_heads:
+        words = (
+            f"Mamba's {_MAMBA_EXPANSION} * --hidden-size {args.hidden_size} make {heads} heads of "
+            f"--mamba-head-dim {args.mamba_head_dim}"
+        )
+        if inner % args.mamba_head_dim:
+            raise UltraMemError(f"{words}, and something is left. Give a divisor of {inner}.")
+    parts = args.tensor_model_parallel_size
+    for whole, name, part, other in (
+        (heads, words, groups, "--mamba-num-groups"),
+        (heads, words, parts, "--tensor-model-parallel-size"),
+        (groups, f"--mamba-num-groups {groups}", parts, "--tensor-model-parallel-size"),
+    ):
+        if whole % part:
+            raise UltraMemError(
+                f"{name}: not divisible by {other} {part}. Change one of them, for example to "
+                f"{other} {math.gcd(whole, part)}."
+            )
 
 
 def _check_local(given: str, pattern: str) -> None:
