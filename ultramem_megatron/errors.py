@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -47,6 +48,12 @@ class CommandParser(argparse.ArgumentParser):
         raise UltraMemError(f"{message}. {self.prog} --help says more.")
 
 
+_OTHER_SCHEDULE = re.compile(
+    r"^OptimizerParamScheduler: class input value (.+) and checkpoint ?value (.+) for (.+) do not "
+)
+"""What Megatron asserts (optimizer_param_scheduler.py); its dots and spaces differ by version."""
+
+
 class NonFiniteError(UltraMemError):
     """A loaded number is NaN or infinite. Whoever knows the checkpoint puts its folder before."""
 
@@ -85,12 +92,21 @@ def how_to_get(package: str) -> str:
 def user_error(error: BaseException) -> UltraMemError | None:
     """The UltraMemError that `error` is or, as torch's CheckpointException, has from some rank.
 
-    So is a path that no file system takes.
+    So are a path that no file system takes, and Megatron's assertion on a schedule that is not the
+    checkpoint's.
     """
     if isinstance(error, UltraMemError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return UltraMemError(f"{error.filename!s:.80}: {error.strerror}. Give another path.")
+    schedule = _OTHER_SCHEDULE.search(str(error)) if isinstance(error, AssertionError) else None
+    if schedule is not None:
+        here, there, name = schedule.groups()
+        return UltraMemError(
+            f"--load: the checkpoint's schedule has {there} as its {name}, here it is {here}. Add "
+            f"--override-opt_param-scheduler to go on with this run's schedule, or "
+            f"--use-checkpoint-opt_param-scheduler with the checkpoint's."
+        )
     failures: dict[int, object] = getattr(error, "failures", {})  # rank -> (error, traceback)
     found = (user_error(pair[0]) for pair in failures.values() if isinstance(pair, tuple))
     return next((one for one in found if one is not None), None)

@@ -104,3 +104,17 @@ def test_a_path_that_no_file_system_takes_is_one_line():
     with pytest.raises(OSError, match="File name too long") as refused:
         loaded_iteration("x" * 5000)
     assert "xxx: File name too long. Give another path." in str(user_error(refused.value))
+
+
+def test_another_schedule_is_one_line():
+    """A longer run from a shorter one's checkpoint is what a newcomer tries first."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    scheduler = object.__new__(OptimizerParamScheduler)
+    scheduler.override_opt_param_scheduler = scheduler.use_checkpoint_opt_param_scheduler = False
+    with pytest.raises(AssertionError) as given:
+        scheduler._check_and_set(32, 24, "total number of iterations")
+    message = str(user_error(given.value))
+    assert "schedule has 24 as its total number of iterations, here it is 32" in message
+    assert "--override-opt_param-scheduler" in message
+    assert user_error(AssertionError("another")) is None
