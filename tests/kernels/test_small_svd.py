@@ -58,7 +58,7 @@ def test_special_matrices(forced):
     assert torch.isfinite(left).all()
 
 
-@pytest.mark.skipif(not TRITON, reason="elsewhere torch.linalg raises")
+@pytest.mark.skipif(not TRITON, reason="of the Triton kernel; torch.linalg raises instead")
 def test_what_is_not_a_number_stays_so_in_triton(monkeypatch):
     monkeypatch.setenv("ULTRAMEM_KERNELS", "triton")
     _, values, _ = small_svd(torch.full((1, 2, 2), float("nan")))

@@ -139,11 +139,11 @@ class TransformerMemory(UltraMemLayer):
             # An "expert" parameter: reduced over the ranks that hold the same part.
             weight.allreduce = False  # type: ignore[attr-defined]  # Megatron's tag
 
-    def forward(self, x: Tensor, surroundings: Surroundings = _NOTHING) -> Tensor:  # type: ignore[override]  # a host's
+    def forward(self, x: Tensor, surroundings: Surroundings = _NOTHING) -> Tensor:  # type: ignore[override]  # for history, reach
         """x: (S, B, D), the output of the pre-MLP norm; returns the same shape and dtype."""
         return run(self.steps(x, surroundings))
 
-    def steps(self, x: Tensor, surroundings: Surroundings = _NOTHING) -> Pausing:  # type: ignore[override]  # a host's
+    def steps(self, x: Tensor, surroundings: Surroundings = _NOTHING) -> Pausing:  # type: ignore[override]  # for history, reach
         """As forward, pausing whenever other ranks have to answer."""
         if self.config.query_conv_kernel < 2:
             return (yield from super().steps(x))

@@ -93,7 +93,7 @@ class MemoryLayerMixin:
         role: LayerRole,
         **kwargs: Any,
     ) -> None:
-        super().__init__(config, submodules, *args, **kwargs)  # type: ignore[call-arg]  # of the other base
+        super().__init__(config, submodules, *args, **kwargs)  # type: ignore[call-arg]  # TransformerLayer's, a mixin's next
         self.role = role
         self.memory: TransformerMemory | None = None
         self._memory_input: Tensor | None = None
@@ -144,7 +144,7 @@ class MemoryLayerMixin:
         if self.role.unpacks:
             hidden_states, context = self.role.unpack(hidden_states, self.layer_number)
         self._branch = context if isinstance(context, Branch) else None
-        output, _ = super().forward(hidden_states, *args, context=None, **kwargs)  # type: ignore[misc]  # the same
+        output, _ = super().forward(hidden_states, *args, context=None, **kwargs)  # type: ignore[misc]  # TransformerLayer's, too
         if self.memory is not None:
             context = self._read_memory(args[0] if args else kwargs.get("attention_mask"), kwargs)
         elif self._branch is not None:

@@ -3,6 +3,7 @@
 T tokens, H heads, m top-m, C cores, r rank, N keys per side.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from ultramem_megatron.memory.retrieval.keys import ProductKeys
 from ultramem_megatron.memory.retrieval.retrieved import Retrieved
 
 
-class Retrieval(nn.Module):
+class Retrieval(nn.Module, ABC):
     """From queries to addresses and scores. What a kind does not need stays as it is here."""
 
     score_power: float
@@ -28,9 +29,9 @@ class Retrieval(nn.Module):
         self.config = config
         self.keys = ProductKeys(config, eps)
 
+    @abstractmethod
     def forward(self, query: Tensor) -> Retrieved:
         """query: (T, Q, 2, Dk), normalised."""
-        raise NotImplementedError
 
     def reset(self, draw: Draw, scales: Scales) -> None:
         """Initial values."""
