@@ -82,6 +82,10 @@ class Cores(Float32Buffers):
         self.register_buffer("u", torch.zeros(heads, rank, dtype=torch.float32))
         self.register_buffer("t", torch.zeros(heads, rank, dtype=torch.float32))
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The cores (C, H, R, R), and the filter's directions (2, H, R)."""
+        return self.weight, torch.stack([self.u, self.t])
+
     def total(self) -> Tensor:
         """Sum of the cores, (H, R, R)."""
         return precise(self.weight).sum(0)
@@ -110,9 +114,10 @@ class TuckerRetrieval(nn.Module):
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys of row and column (T, H, m) of the best pairs, and scores (T, H, m, C)."""
-        keys, scores = self.keys(query, torch.stack([self.cores.u, self.cores.t]), self.side)
+        weight, directions = self.cores()  # called: only then are offloaded weights there
+        keys, scores = self.keys(query, directions, self.side)
         row, column = scores.unbind(2)  # (T, H, R, s)
-        cores = self.cores.weight.to(scores.dtype)
+        cores = weight.to(scores.dtype)
         with torch.no_grad():
             grid = (cores.sum(0).mT @ row).mT @ column  # (T, H, s, s)
             best = grid.flatten(2).topk(self.topk).indices
