@@ -16,6 +16,17 @@ from tests.tools.export.models import (
 
 pytestmark = pytest.mark.long  # UltraMemV2 is among the models of test_huggingface.py too
 
+_FLOAT32 = [name for name in FAMILY if "bf16" not in name]
+_TABLES = {
+    "ultramemv2": (2, 2),
+    "ring": (1, 4),
+    "noring": (1, 4),
+    "memory+": (1, 1),
+    "peer": (2, 1),
+    "experts apart": (2, 2),
+}
+"""Tables of a kind, and their rows over those of 12 keys a side."""
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
@@ -33,18 +44,15 @@ def test_transformers_gives_megatrons_logits(exported, opened, name):
     assert_megatrons_logits(exported[1][name], opened[name], TOLERANCES.get(name, LOGITS))
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILY if "bf16" not in name])
+@pytest.mark.parametrize("name", _FLOAT32)
 def test_continuations_are_the_same_with_a_cache_in_batches_and_beams(opened, name):
     assert_one_continuation(opened[name])
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", _FLOAT32)
 def test_a_table_is_stored_once_whoever_reads_it(exported, name):
     stored = load_file(exported[0] / name / "hf/model.safetensors")
-    tables = {key: t for key, t in stored.items() if key.endswith("values.weight")}
-    member = name.removesuffix(" bf16")
-    kinds = 1 if member == "memory+" else 2
-    number = {"ultramemv2": 2, "ring": 1, "noring": 1, "memory+": 1}.get(member, 2)
-    assert len(tables) == kinds * number
-    rows = {"ultramemv2": 2, "ring": 4, "noring": 4, "experts apart": 2}.get(member, 1)
-    assert {len(table) for table in tables.values()} == {rows * 144}
+    tables = [tensor for key, tensor in stored.items() if key.endswith("values.weight")]
+    number, squares = _TABLES[name]
+    assert len(tables) == number * (1 if name == "memory+" else 2)
+    assert {len(table) for table in tables} == {squares * 12**2}
