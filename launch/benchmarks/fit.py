@@ -10,6 +10,7 @@ first, ranks beyond the cores share them. Writes DIR/fit.csv, a row for each lay
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -25,49 +26,14 @@ from launch.benchmarks.environment import environment_columns
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.tools.rows import write_as_made
 
-_MODEL = [
-    "--num-layers",
-    "4",
-    "--hidden-size",
-    "256",
-    "--num-attention-heads",
-    "8",
-    "--seq-length",
-    "256",
-    "--max-position-embeddings",
-    "256",
-    "--position-embedding-type",
-    "rope",
-    "--disable-bias-linear",
-    "--untie-embeddings-and-output-weights",
-    "--hidden-dropout",
-    "0",
-    "--attention-dropout",
-    "0",
-    "--global-batch-size",
-    "8",
-    "--tokenizer-type",
-    "NullTokenizer",
-    "--vocab-size",
-    "4096",
-    "--ultramem-spans",
-    "1:2/3:4",
-    "--ultramem-num-keys",
-    "128",
-    "--ultramem-topk",
-    "16",
-]
-_TRAINING = [
-    "--mock-data",
-    "--lr",
-    "1e-4",
-    "--eval-iters",
-    "0",
-    "--eval-interval",
-    "1000",
-    "--num-workers",
-    "0",
-]
+_MODEL = shlex.split(
+    "--num-layers 4 --hidden-size 256 --num-attention-heads 8 --seq-length 256 "
+    "--max-position-embeddings 256 --position-embedding-type rope --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 "
+    "--global-batch-size 8 --tokenizer-type NullTokenizer --vocab-size 4096 "
+    "--ultramem-spans 1:2/3:4 --ultramem-num-keys 128 --ultramem-topk 16"
+)
+_TRAINING = shlex.split("--mock-data --lr 1e-4 --eval-iters 0 --eval-interval 1000 --num-workers 0")
 _LINK = 1e9  # bytes/s that gloo moves between two processes here, assumed
 # tensor, stages, data, tables, partition, micro-batch
 LAYOUTS = (
