@@ -4,7 +4,9 @@
 
 A small GPT with memories on 1, 2 and 4 ranks of this machine, one thread each, a process group over
 gloo. The model is given this machine's rates: a core's matrix products and copies are measured
-first, ranks beyond the cores share them. Writes DIR/fit.csv, a row for each layout.
+first, ranks beyond the cores share them. Writes DIR/fit.csv, a row for each layout: predicted
+milliseconds of a step; cpu_ms, what all ranks computed in it over the cores they had, which other
+programs on the machine hardly change, but which knows no waiting; and the wall time.
 """
 
 import argparse
@@ -94,7 +96,9 @@ def _row(sizes: tuple[Any, ...], steps: int, gigaflops: float, copied: float) ->
     )
     [counts] = [c for c in counts_of(words, ranks, ranks) if c.tensor_ranks == tensor]
     predicted = predict(counts, work_of(run), machine, layout)
-    seconds = _measured([*words, *layout_words(run, layout, ranks)], ranks, steps)
+    measured = _measured([*words, *layout_words(run, layout, ranks)], ranks, steps)
+    seconds = measured[0]["step"][_WARM_UP:]
+    computed = sum(statistics.median(rank["cpu"][_WARM_UP:]) for rank in measured)
     return {
         "ranks": ranks,
         "tensor": tensor,
@@ -104,6 +108,7 @@ def _row(sizes: tuple[Any, ...], steps: int, gigaflops: float, copied: float) ->
         "partition": partition,
         "predicted_ms": round(1e3 * (predicted.seconds + predicted.hidden), 1),
         "bound": predicted.bound,
+        "cpu_ms": round(1e3 * computed / ranks / share, 1),
         "fastest_ms": round(1e3 * min(seconds), 1),
         "median_ms": round(1e3 * statistics.median(seconds), 1),
         "steps": len(seconds),
@@ -112,21 +117,20 @@ def _row(sizes: tuple[Any, ...], steps: int, gigaflops: float, copied: float) ->
     }
 
 
-def _measured(words: Sequence[str], ranks: int, steps: int) -> list[float]:
-    """Seconds of each step after the first ones, of a run on this machine."""
+def _measured(words: Sequence[str], ranks: int, steps: int) -> list[dict[str, Any]]:
+    """What each rank of a run on this machine wrote of its steps."""
     with tempfile.TemporaryDirectory(prefix="fit_") as folder:
-        file = Path(folder) / "steps.json"
         flags = [*words, *_TRAINING, "--train-iters", str(steps + _WARM_UP)]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(ranks), "-m", "launch.benchmarks.training_steps"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [*command, str(file), *flags], env=environment, capture_output=True, text=True
+            [*command, f"{folder}/steps", *flags], env=environment, capture_output=True, text=True
         )
-        if done.returncode or not file.is_file():
+        files = sorted(Path(folder).glob("steps*"))
+        if done.returncode or len(files) != ranks:
             raise UltraMemError(f"A run on {ranks} ranks failed: {done.stderr[-2000:]}")
-        seconds: list[float] = json.loads(file.read_text())["step"][_WARM_UP:]
-        return seconds
+        return [json.loads(file.read_text()) for file in files]
 
 
 def _rate_of_products() -> float:
