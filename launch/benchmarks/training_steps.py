@@ -2,8 +2,8 @@
 
     python -m launch.benchmarks.training_steps FILE <flags>
 
-FILE becomes {"step": [seconds, ...], "optimizer": [...], "cpu": [...], "peak_bytes": ...}; a step is
-Megatron's train_step: forward, backward, reduction of gradients, optimizer. Data and logging are
+FILE becomes {"step": [seconds, ...], "optimizer": [...], "cpu": [...], "peak_bytes": ...}; a step
+is Megatron's train_step: forward, backward, reduction of gradients, optimizer. Data and logging are
 outside. "cpu" is what the process computed in each step. Of several ranks each has its FILE.RANK.
 """
 
