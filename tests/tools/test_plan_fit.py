@@ -137,7 +137,7 @@ def test_thousands_of_gpus_take_seconds():
 def test_what_does_not_fit_says_what_would(found):
     text, _ = found[1]["small memory"]
     assert re.match(
-        r"Nothing fits --gpus 1 with --memory 0.003: the least is \d+\.\d GB a GPU \(", text
+        r"Nothing fits --gpus 1 with --memory 0.003: the least is \S+ GB a GPU \(", text
     )
     assert re.search(r"Doubling, \d+ GPUs of this size do", text)
     assert "no layout divides --global-batch-size 32" in found[1]["indivisible"][0]
