@@ -43,23 +43,11 @@ _DTYPES: dict[torch.dtype, Dtype] = {
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Largest difference of logits, relative in norm, that rounding in other orders explains."""
 _PROBE = (2, 16)  # sequences, tokens
-_FAMILY = (
-    "values",
-    "share_values",
-    "values_per_head",
-    "side_topk",
-    "query_per_rank",
-    "projection_bias",
-    "relu_scores",
-)
-"""Fields of UltraMemV2, Memory+ and PEER, whose other settings mean nothing without them."""
 
 
 def plain_config(args: Namespace, config: Any, ultramem: UltraMemConfig | None) -> PlainConfig:
     """What the model of Megatron's flags and TransformerConfig is. Raises UltraMemError."""
     _refuse(args, config)
-    if ultramem is not None:
-        _refuse_memories(ultramem)
     return PlainConfig(
         vocab_size=args.padded_vocab_size,
         num_layers=config.num_layers,
@@ -95,20 +83,6 @@ def _experts(config: Any) -> dict[str, Any]:
         "router_pre_softmax": config.moe_router_pre_softmax,
         "router_float32": config.moe_router_dtype == "fp32",
     }
-
-
-def _refuse_memories(ultramem: UltraMemConfig) -> None:
-    """Raise UltraMemError for memories that exported code does not know."""
-    default = UltraMemConfig(spans=(), num_keys=1, key_dim=1, value_dim=1)
-    usual = {name: getattr(default, name) for name in _FAMILY}
-    usual["key_expansion"] = math.isqrt(ultramem.value_expansion)
-    for name, expected in usual.items():
-        value = getattr(ultramem, name)
-        if value != expected:
-            raise UltraMemError(
-                f"A model with {flag(name)} {value} cannot be exported yet: exported models have "
-                f"memories of the first version. Train and decode it here."
-            )
 
 
 def _refuse(args: Namespace, config: Any) -> None:

@@ -66,7 +66,7 @@ def _sizes(plain: PlainGPT) -> str:
         used += counts["experts"] * config.expert_topk // config.num_experts
     memory = config.ultramem
     if memory is not None:
-        used += len(memory.spans) * memory.picks * memory.value_dim
+        used += len(memory.spans) * memory.picks * sum(memory.row_widths)
     rows = {
         "parameters": sum(counts.values()),
         "of them in value tables": counts["values"],
