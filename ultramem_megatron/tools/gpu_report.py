@@ -22,7 +22,7 @@ PARTS = {
     "kernels": 2.0,
     "layer": 1.0,
     "trainings": 3.0,
-    "decode": 2.0,
+    "decode": 3.0,
     "speed": 3.0,
     "overlap": 1.0,
 }
