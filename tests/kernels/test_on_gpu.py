@@ -7,6 +7,7 @@ import torch
 
 from launch.gpu_report.parts import parity
 from tests.training_runs import run_pretrain, tiny_gpt
+from ultramem_megatron.faults.unseen_gpus import refuse_unseen_gpus
 from ultramem_megatron.patches.registry import PATCH_MODULES
 
 pytestmark = [
@@ -25,8 +26,13 @@ _ALL = PATCH_MODULES
 _UNFUSED = tuple(name for name in PATCH_MODULES if name != "defects.fused_adam")
 
 
-def test_every_op_equals_its_reference():
+@pytest.fixture(autouse=True, scope="module")
+def a_gpu_that_torch_sees():
+    refuse_unseen_gpus()
     assert torch.cuda.is_available(), "--gpu was given, but PyTorch sees no GPU here"
+
+
+def test_every_op_equals_its_reference():
     rows = list(parity.rows(large=True))
     assert not [row for row in rows if row.error]
     errors = {row.what: row.value for row in rows if row.unit.startswith("relative")}

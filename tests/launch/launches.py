@@ -35,7 +35,7 @@ class Launches(TorchDispatchMode):
 
 
 def launches_of_a_layer(keys, taps):
-    """Counters: "a step" (filter update, forward and backward), "decoding" (forward in eval)."""
+    """Counters: "a step" (filter update, forward and backward), "decoding" (forward)."""
     from triton.runtime.jit import JITFunction
 
     def run(function, *args, **kwargs):
@@ -53,7 +53,7 @@ def launches_of_a_layer(keys, taps):
             output = layer(x)
             output.backward(output.detach())
         found["a step"] = counted.of
-        layer.eval()
+        layer.prepare_for_inference()
         with Launches() as counted, torch.no_grad():
             layer(x)
         found["decoding"] = counted.of
