@@ -3,12 +3,15 @@
     ultramem bench recipes --out tests/recipes/matrix.csv            # about an hour on 2 cores
     ultramem bench recipes --out cases.csv --only 'muon|latent'      # cases by name
 
-A case is a line of tests/recipes/cases.txt: name, ranks, flags. Its row says what came of it, with
-memories and without: the losses, the refusal, or the error that Megatron ends in.
+A case is a line of tests/recipes/cases.txt: name, ranks, the case that it must equal, flags. Its
+row says what came of it, with memories and without: the losses, the refusal, or the error that
+Megatron ends in. A case that fails with memories alone, or has other losses than the one that it
+must equal though it has them without memories, is a fault.
 """
 
 import argparse
 import csv
+import functools
 import multiprocessing
 import os
 import re
@@ -50,15 +53,24 @@ _MEMORIES = shlex.split(
     "--ultramem-query-conv-kernel 3"
 )
 _LOSS = re.compile(r"lm loss: (\S+)")
-FIELDS = ("name", "ranks", "flags", "outcome", "with memories", "without")
+_CLOSE = 2e-5  # of losses around 6, in float32
+FIELDS = ("name", "ranks", "equal to", "flags", "outcome", "with memories", "without")
 
 
 class Case(NamedTuple):
-    """One line of the list."""
+    """One line of the list; runs that follow each other are separated by ";"."""
 
     name: str
-    ranks: int
+    ranks: str
+    equal: str
     flags: str
+
+
+class Outcome(NamedTuple):
+    """ "losses: ...", "refused: ..." or "fails: ..." of a case, with memories and without."""
+
+    memories: str
+    without: str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,38 +80,66 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the CSV to write")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose names match")
     options = parser.parse_args(argv)
-    chosen = [case for case in read_cases() if re.search(options.only, case.name)]
+    cases = {case.name: case for case in read_cases()}
+    chosen = [case for case in cases.values() if re.search(options.only, case.name)]
     if not chosen:
         raise UltraMemError(f"--only {options.only}: no case has such a name. See {CASES.name}.")
+    try_once = functools.cache(try_case)
     with open(options.out, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         for case in chosen:
-            row = try_case(case)
-            writer.writerow(row)
+            found = try_once(case)
+            verdict = judge(found, try_once(cases[case.equal]) if case.equal else None)
+            shown = (case.name, case.ranks, case.equal, case.flags, verdict, *found)
+            writer.writerow(dict(zip(FIELDS, shown, strict=True)))
             file.flush()
-            print(f"{row['outcome']:<8} {case.name}", flush=True)
+            print(f"{verdict:<8} {case.name}", flush=True)
 
 
 def read_cases() -> Iterator[Case]:
     """The list, without its comments."""
     for line in CASES.read_text().splitlines():
         if line and not line.startswith("#"):
-            name, ranks, flags = (part.strip() for part in line.split("|", 2))
-            yield Case(name, int(ranks), flags)
+            yield Case(*(part.strip() for part in line.split("|", 3)))
 
 
-def try_case(case: Case) -> dict[str, str]:
-    """Its row of the table."""
-    flags = shlex.split(case.flags)
-    memories = _run(case.ranks, [*_TINY, *_MEMORIES, *flags])
-    without = _run(case.ranks, [*_TINY, *flags])
-    kind = memories.split(":")[0]
-    outcome = {"losses": "works", "refused": "refused"}.get(kind) or (
-        "upstream" if not without.startswith("losses") else "FAILS"
-    )
-    shown = (case.name, str(case.ranks), case.flags, outcome, memories, without)
-    return dict(zip(FIELDS, shown, strict=True))
+def try_case(case: Case) -> Outcome:
+    """What comes of it."""
+    return Outcome(_runs(case, [*_TINY, *_MEMORIES]), _runs(case, _TINY))
+
+
+def judge(found: Outcome, expected: Outcome | None) -> str:
+    """works, refused, upstream (fails without memories too), DIFFERS or FAILS."""
+    kind = found.memories.split(":")[0]
+    if kind == "fails":
+        return "FAILS" if found.without.startswith("losses") else "upstream"
+    if kind == "losses" and expected is not None and not _close(*found, *expected):
+        return "DIFFERS"
+    return {"losses": "works"}.get(kind, kind)
+
+
+def _close(memories: str, without: str, expected: str, expected_without: str) -> bool:
+    """Whether losses agree, or do not agree without memories either."""
+    return _agree(memories, expected) or not _agree(without, expected_without)
+
+
+def _agree(found: str, expected: str) -> bool:
+    pairs = zip(found.split()[1:], expected.split()[1:], strict=False)
+    alike = len(found.split()) == len(expected.split())
+    return alike and all(abs(float(a) - float(b)) < _CLOSE for a, b in pairs)
+
+
+def _runs(case: Case, words: list[str]) -> str:
+    """The last run's outcome, or that of the first which ends otherwise than in losses."""
+    outcome = ""
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks, flags in zip(case.ranks.split(";"), case.flags.split(" ; "), strict=True):
+            own = shlex.split(flags.replace("{folder}", folder))
+            outcome = _run(int(ranks), [*words, *own]).replace(folder, "{folder}")
+            if not outcome.startswith("losses"):
+                break
+    return outcome
 
 
 def _run(ranks: int, words: list[str]) -> str:
