@@ -28,15 +28,8 @@ from typing import Any, NamedTuple
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 
 CASES = Path(__file__).parents[2] / "tests" / "recipes" / "cases.txt"
-_PRELOADED = (
-    "megatron.core.dist_checkpointing",
-    "megatron.core.tokenizers.text",
-    "megatron.training.argument_utils",
-    "ultramem_megatron.training.pretrain",
-    "ultramem_megatron.training.gpt_datasets",
-    "ultramem_megatron.training.gpt_step",
-)
-"""Imported once, in the process that all ranks are forked from."""
+_PRELOADED = "tests.preloaded"
+"""Imported once, in the process that all ranks are forked from; it stands beside the list."""
 _LIMIT = 120  # seconds that a case may take
 _GRACE = 3  # seconds that ranks may go on after one has failed; they wait for it for ever
 _TINY = shlex.split(
@@ -145,7 +138,7 @@ def _runs(case: Case, words: list[str]) -> str:
 def _run(ranks: int, words: list[str]) -> str:
     """ "losses: ...", "refused: ..." or "fails: ..."."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
+    context.set_forkserver_preload([_PRELOADED])
     with tempfile.TemporaryDirectory() as name, socket.socket() as probe:
         folder = Path(name)
         probe.bind(("127.0.0.1", 0))
