@@ -13,10 +13,8 @@ from ultramem_megatron.errors import UltraMemError
 _GROUPED = ("--group-query-attention", "--num-query-groups", "2")
 _CASES = {
     "dense": ("dense", _GROUPED),
-    "all heads": ("dense", ()),
     "half rotated": ("dense", ("--rotary-percent", "0.5")),
     "learned positions": ("dense", ("--position-embedding-type", "learned_absolute")),
-    "moe": ("moe", _GROUPED),
     "moe-grouped": ("moe", _GROUPED),
     "moe-gated": ("moe", ("--swiglu", "--moe-router-pre-softmax")),
     "ultramem": ("ultramem", _GROUPED),

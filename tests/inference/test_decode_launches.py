@@ -1,0 +1,84 @@
+"""How many kernels a memory launches in a decode step, on its way through Megatron's layer."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from tests import ROOT
+
+_PRESET = {  # as presets of the paper, small
+    "num_layers": 4,
+    "bf16": True,
+    "ultramem_spans": "1:2/3:4",
+    "ultramem_num_keys": 12,
+    "ultramem_key_dim": 16,
+    "ultramem_value_dim": 16,
+    "ultramem_topk": 6,
+    "ultramem_qk_norm": "layernorm",
+    "ultramem_query_conv_kernel": 5,
+    "ultramem_init": "official",
+    "no_ultramem_query_centering": True,
+}
+_PRODUCTS = {"aten::mm": 2, "aten::bmm": 1}  # query, values; scores of all heads, ranks, sides
+_BETWEEN = {
+    "triton::step_kernel": 1,
+    "aten::native_layer_norm": 1,
+    "triton::select_kernel": 1,
+    "triton::grid_kernel": 1,
+    "triton::pool_kernel": 1,
+}
+
+
+def _print_launches():
+    """A line for each memory of a tiny model, in a process whose Triton interprets."""
+    import torch
+
+    from launch.benchmarks.decode_step import DecodeStep
+    from tests.launches import count_launches
+    from tests.training_runs import tiny_gpt
+    from ultramem_megatron.inference.loading import prepare_for_inference
+    from ultramem_megatron.inference.untrained import untrained_model
+    from ultramem_megatron.memory.layer import memory_layers
+
+    model, _ = untrained_model(tiny_gpt(**_PRESET))
+    prepare_for_inference(model)
+    step = DecodeStep(model, [3, 3], 500)
+
+    def counted(forward):
+        def call(*args, **kwargs):
+            with count_launches() as launched:
+                out = forward(*args, **kwargs)
+            print("launched:", *launched)
+            return out
+
+        return call
+
+    with torch.no_grad():
+        step()  # the first makes the convolution's history
+        for memory in memory_layers(model):
+            memory.forward = counted(memory.forward)
+        step()
+
+
+def test_a_memory_launches_eight_kernels_in_a_decode_step():
+    """Three products and what lies between, nothing of which reads on the host.
+
+    The layer adds the result to its own: nine.
+    """
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    program = "from tests.inference.test_decode_launches import _print_launches as p; p()"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "ULTRAMEM_KERNELS": "triton", "TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line.split()[1:] for line in run.stdout.splitlines() if line.startswith("launched:")]
+    assert len(lines) == 2, run.stderr[-3000:]
+    for launched in lines:
+        assert Counter(launched) == Counter(_PRODUCTS) + Counter(_BETWEEN)
