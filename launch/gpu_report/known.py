@@ -32,8 +32,14 @@ KNOWN = {
     "training, ultramem over dense, tokens per second": Known(0.73, ">= 0.9"),
     "training, pkm over dense, tokens per second": Known(0.92),
     "training, moe over dense, tokens per second": Known(0.31),
+    "decode, dense in a CUDA graph, batch 64": Known(3.30),
+    "decode, moe-grouped in a CUDA graph, batch 64": Known(18.85),
+    "decode, ultramem in a CUDA graph, batch 64": Known(4.49),
+    "decode, MoE (grouped) over UltraMem, batch 64": Known(4.2, ">= 5.2"),
+    "decode, UltraMem over dense, batch 64": Known(1.36, "<= 1.10"),
+    "decode, all memories, batch 64": Known(1.19, "<= 0.35"),
     "copy bandwidth": Known(4230),
     "matrix product, bfloat16": Known(801),
 }
-"""Both passes: the sum of the two, which were timed alone. Decoding has none: there it was measured
-with a grouped MoE in CUDA graphs, which the report's part does not do."""
+"""Both passes: the sum of the two, which were timed alone. Decoding: by a script, in CUDA graphs,
+without rotary positions (launch/results/h200/decode_graphs.jsonl)."""

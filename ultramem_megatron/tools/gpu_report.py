@@ -20,8 +20,8 @@ PARTS = {
     "parity": 2.0,
     "kernels": 2.0,
     "layer": 1.0,
+    "decode": 3.0,
     "trainings": 3.0,
-    "decode": 2.0,
     "speed": 3.0,
     "overlap": 1.0,
 }

@@ -103,7 +103,7 @@ def _refusals():
         return str(caught.value)
 
     dense, _ = _model("dense", "--qk-layernorm")
-    shared, _ = _model("moe", "--moe-shared-expert-intermediate-size", "24")
+    shared, _ = _model("moe-grouped", "--moe-shared-expert-intermediate-size", "24")
     return of(lambda: DecodeStep(dense, [1], 500)), of(lambda: group_experts(unwrap_model(shared)))
 
 
