@@ -32,6 +32,7 @@ from ultramem_megatron.tools.plan.sizes import ReadSizes
 
 Row = dict[str, str | int | float]
 
+QUICK = (1, 32, 64)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -69,7 +70,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         help="Sizes of the models; here %(default)s: the paper's 1.6b on a GPU, else 151m.",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="Batches 1, 16, 64 and 256 only, no smaller models."
+        "--quick", action="store_true", help="Batches 1, 32 and 64 only, no smaller models."
     )
     parser.add_argument(
         "--cuda-graphs",
@@ -88,7 +89,7 @@ def _scale(options: argparse.Namespace) -> Scale:
     scale = SCALES[options.scale]
     if not options.quick:
         return scale
-    batches = tuple(b for b in scale.batches if b in (1, 16, 64, 256))
+    batches = tuple(batch for batch in scale.batches if batch in QUICK)
     return replace(scale, fewer=(), batches=batches)
 
 

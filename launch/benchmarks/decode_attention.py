@@ -101,7 +101,7 @@ class CachedAttention(nn.Module):
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states: (1, B, D). Returns the same shape and its bias, as Megatron's does."""
         requests = self.requests
-        batch, _places, groups, width = self.keys.shape
+        batch, _length, groups, width = self.keys.shape
         mixed = self.linear_qkv(hidden_states)[0].view(batch, groups, -1, width)
         turned = requests.rotate(mixed[:, :, :-1])
         where = requests.rows, requests.positions

@@ -22,8 +22,8 @@ _PRESET = {  # as presets of the paper, small
     "ultramem_init": "official",
     "no_ultramem_query_centering": True,
 }
-_PRODUCTS = {"aten::mm": 2, "aten::bmm": 1}  # query, values; scores of all heads, ranks, sides
-_BETWEEN = {
+PRODUCTS = {"aten::mm": 2, "aten::bmm": 1}  # query, values; scores of all heads, ranks, sides
+BETWEEN = {
     "triton::step_kernel": 1,
     "aten::native_layer_norm": 1,
     "triton::select_kernel": 1,
@@ -37,7 +37,7 @@ def _print_launches():
     import torch
 
     from launch.benchmarks.decode_step import DecodeStep
-    from tests.launches import count_launches
+    from tests.inference.launches import count_launches
     from tests.training_runs import tiny_gpt
     from ultramem_megatron.inference.loading import prepare_for_inference
     from ultramem_megatron.inference.untrained import untrained_model
@@ -81,4 +81,4 @@ def test_a_memory_launches_eight_kernels_in_a_decode_step():
     lines = [line.split()[1:] for line in run.stdout.splitlines() if line.startswith("launched:")]
     assert len(lines) == 2, run.stderr[-3000:]
     for launched in lines:
-        assert Counter(launched) == Counter(_PRODUCTS) + Counter(_BETWEEN)
+        assert Counter(launched) == Counter(PRODUCTS) + Counter(BETWEEN)

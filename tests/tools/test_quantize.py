@@ -32,8 +32,7 @@ def test_no_value_is_off_by_more_than_half_a_step(kind, step, block):
 
     table = _table()
     codes, scales, error = quantize_table(table, kind, block)
-    memory = {"value_expansion": 1, "num_keys": 1, "value_dim": 12}
-    quantized = QuantizedTable(memory, {"format": kind, "block": block})
+    quantized = QuantizedTable(1, 12, 1, {"format": kind, "block": block})
     quantized.codes, quantized.scales = codes, scales
     read = quantized.read(torch.arange(len(table)))
     largest = table.unflatten(1, (-1, block)).abs().amax(2, keepdim=True).expand(-1, -1, block)

@@ -10,7 +10,7 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 
@@ -49,7 +49,7 @@ def quantize(folder: Path, out: Path, kind: str, block: int | None) -> None:
     hf_folder.check_sums(folder)
     if config.memory is None:
         raise UltraMemError(f"{folder} holds a model without memories: nothing to quantize.")
-    block = _checked_block(block, config.memory["value_dim"])
+    _check_block(block, config.memory)
     state = _quantized(hf_folder.read_weights(folder, "cpu"), kind, block)
     config.value_quantization = {"format": kind, "block": block}
     hf_folder.with_weights(config, state).save_pretrained(out, max_shard_size=hf_folder.SHARD)
@@ -62,18 +62,18 @@ def quantize(folder: Path, out: Path, kind: str, block: int | None) -> None:
     hf_folder.finish(out)
 
 
-def _checked_block(block: int | None, width: int) -> int:
-    if block is None:
-        return width
-    if block < 1 or width % block:
-        raise UltraMemError(
-            f"--block is {block}; values are {width} wide. Give a divisor of {width}, or leave "
-            f"--block out for one scale a row."
-        )
-    return block
+def _check_block(block: int | None, memory: dict[str, Any]) -> None:
+    for field in ("value_dim", "pre_value_dim"):
+        width = memory[field] or memory["value_dim"]
+        if block is not None and (block < 1 or width % block):
+            what = "pre-values" if field == "pre_value_dim" else "values"
+            raise UltraMemError(
+                f"--block is {block}; {what} are {width} wide. Give a divisor of {width}, or leave "
+                f"--block out for one scale a row."
+            )
 
 
-def _quantized(state: "dict[str, Tensor]", kind: str, block: int) -> "dict[str, Tensor]":
+def _quantized(state: "dict[str, Tensor]", kind: str, block: int | None) -> "dict[str, Tensor]":
     from ultramem_megatron.memory.tables.value_table import names_a_table
 
     quantized = {}
@@ -81,7 +81,7 @@ def _quantized(state: "dict[str, Tensor]", kind: str, block: int) -> "dict[str, 
         if not names_a_table(name):
             quantized[name] = tensor
             continue
-        codes, scales, error = quantize_table(tensor, kind, block)
+        codes, scales, error = quantize_table(tensor, kind, block or tensor.shape[1])
         stem = name.removesuffix("weight")
         quantized |= {f"{stem}codes": codes, f"{stem}scales": scales}
         before, after = tensor.nbytes, codes.nbytes + scales.nbytes
@@ -134,10 +134,11 @@ def _scale(values: "Tensor", kind: str) -> "Tensor":
     return torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
 
 
-def _say_so(card: Path, kind: str, block: int) -> None:
+def _say_so(card: Path, kind: str, block: int | None) -> None:
     if card.is_file():
         text = card.read_text(encoding="utf-8")
-        note = f"\n## Quantized\n\nValue tables are {kind}, a scale for every {block} values.\n"
+        scaled = "row" if block is None else f"{block} values"
+        note = f"\n## Quantized\n\nValue tables are {kind}, a scale for every {scaled}.\n"
         card.write_text(text + note, encoding="utf-8")
 
 

@@ -17,7 +17,9 @@ from ultramem_megatron.memory.tables.shared_tokens import SharedTokensReader
 VALUES_TAG = "ultramem_values"
 """Attribute of a value table's parameter, by which the optimizer gives it a rate of its own."""
 
-_TABLE_NAME = re.compile(r"\bvalues\.((pre_)?table\.)?weight$|^decoder\.ultramem\.(pre_)?values$")
+_TABLE_NAME = re.compile(
+    r"\b(pre_)?values\.((pre_)?table\.)?weight$|^decoder\.ultramem\.(pre_)?values$"
+)
 
 
 class ValueTable(nn.Module):

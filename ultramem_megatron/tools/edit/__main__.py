@@ -17,6 +17,7 @@ from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_
 
 if TYPE_CHECKING:
     from ultramem_megatron.tools.edit.contributions import Contribution
+    from ultramem_megatron.tools.edit.edits import Edit
     from ultramem_megatron.tools.edit.fact import Said
 
 
@@ -54,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
 
     from ultramem_megatron.tools.edit.contributions import contributions
-    from ultramem_megatron.tools.edit.edits import Edit, check_edits, parse_edits
+    from ultramem_megatron.tools.edit.edits import check_edits, parse_edits, shared_edits
     from ultramem_megatron.tools.edit.fact import read_fact, said
     from ultramem_megatron.tools.edit.write import write_edited
     from ultramem_megatron.tools.export.hf_folder import refuse_full
     from ultramem_megatron.tools.export.opened_folder import open_folder
-    from ultramem_megatron.tools.inspect.hf_reads import memories_of, number_of_values
+    from ultramem_megatron.tools.inspect.hf_reads import memories_of
 
     edits = parse_edits(options.zero, options.scale, options.replace)
     _check_out(options, bool(edits) or options.zero_most > 0)
@@ -68,16 +69,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     opened = open_folder(options.folder)
     fact = read_fact(opened, options.prompt, options.fact)
     fired = contributions(opened, fact)
-    named = {(edit.layer, edit.value) for edit in edits}
-    most = [one for one in fired[: options.zero_most] if (one.layer, one.value) not in named]
-    edits += [Edit(one.layer, one.value, factor=0.0) for one in most]
-    check_edits(edits, {n: number_of_values(m) for n, m in memories_of(opened).items()})
+    holders = opened.model.config.table_holders
+    check_edits(edits, {n: m.number for n, m in memories_of(opened).items()}, holders)
+    edits += _most(fired, options.zero_most, edits, holders)
     _list(fired, options.top)
     _show("before" if edits else "it says", said(opened, fact, options.tokens))
     if edits:
         write_edited(options.folder, options.out, edits)
         _show("after", said(open_folder(options.out), fact, options.tokens))
-        print(f"wrote {options.out}/")
+        print(*shared_edits(edits, holders), f"wrote {options.out}/", sep="\n")
 
 
 def _check_out(options: argparse.Namespace, edited: bool) -> None:
@@ -90,6 +90,17 @@ def _check_out(options: argparse.Namespace, edited: bool) -> None:
             f"{options.out}: nothing to write, no value is named. Give --zero, --zero-most, "
             f"--scale or --replace, or leave the second folder out."
         )
+
+
+def _most(
+    fired: "Sequence[Contribution]", number: int, edits: "Sequence[Edit]", holders: dict[int, str]
+) -> "list[Edit]":
+    """Zero for those of the most contributing values that no edit names, through any reader."""
+    from ultramem_megatron.tools.edit.edits import Edit
+
+    named = {(holders[edit.layer], edit.value) for edit in edits}
+    most = {(holders[one.layer], one.value): one for one in reversed(fired[:number])}
+    return [Edit(one.layer, one.value, 0.0) for row, one in most.items() if row not in named]
 
 
 def _list(fired: "Sequence[Contribution]", top: int) -> None:

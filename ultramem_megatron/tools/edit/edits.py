@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ultramem_megatron.errors import UltraMemError
@@ -17,7 +17,7 @@ class Edit(NamedTuple):
     factor: float = 1.0
     """What the row is multiplied by; 0 switches it off."""
     source: int | None = None
-    """The row whose values it gets, of the same table; None: its own."""
+    """The row whose values, and pre-values, it gets, of the same table; None: its own."""
 
     def __str__(self) -> str:
         """In words, for the model's card."""
@@ -39,8 +39,13 @@ def parse_edits(zero: Iterable[str], scale: Iterable[str], replace: Iterable[str
     return edits
 
 
-def check_edits(edits: Sequence[Edit], values: dict[int, int]) -> None:
-    """Raise UltraMemError for what is not there; values: of each memory's table, by its layer."""
+def check_edits(
+    edits: Sequence[Edit], values: Mapping[int, int], holders: Mapping[int, str]
+) -> None:
+    """Raise UltraMemError for what is not there, or named twice.
+
+    values: of each memory's table, by its layer. holders: what names that table.
+    """
     for layer, *rest in edits:
         if layer not in values:
             raise UltraMemError(
@@ -55,10 +60,26 @@ def check_edits(edits: Sequence[Edit], values: dict[int, int]) -> None:
                     f"{edit.layer}:{row}: the table of layer {edit.layer} has values 0 to "
                     f"{values[edit.layer] - 1}."
                 )
-    named = Counter((edit.layer, edit.value) for edit in edits)
-    for (layer, value), times in named.items():
+    named = Counter((holders[edit.layer], edit.value) for edit in edits)
+    for edit in edits:
+        times = named[holders[edit.layer], edit.value]
         if times > 1:
-            raise UltraMemError(f"{layer}:{value} is named {times} times. Name each value once.")
+            shared = f" {_readers(edit.layer, holders)}." if _readers(edit.layer, holders) else ""
+            raise UltraMemError(
+                f"{edit.layer}:{edit.value} is named {times} times. Name each value once.{shared}"
+            )
+
+
+def shared_edits(edits: Sequence[Edit], holders: Mapping[int, str]) -> list[str]:
+    """Of edits of tables that several memories read: which layers they change, in words."""
+    found = {holders[edit.layer]: _readers(edit.layer, holders) for edit in edits}
+    return [f"{words}: all of them read what is changed." for words in found.values() if words]
+
+
+def _readers(layer: int, holders: Mapping[int, str]) -> str:
+    """The layers that read the same table as this one, if there are others, else nothing."""
+    layers = [str(n) for n, holder in holders.items() if holder == holders[layer]]
+    return f"Layers {', '.join(layers)} share their table" if len(layers) > 1 else ""
 
 
 def _value(flag: str, word: str, name: str) -> tuple[int, int]:

@@ -14,8 +14,8 @@ import torch
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.faults.results_folder import results_folder
-from ultramem_megatron.tools.edit.edits import Edit
-from ultramem_megatron.tools.export.hf_folder import SUMS, finish, refuse_full
+from ultramem_megatron.tools.edit.edits import Edit, shared_edits
+from ultramem_megatron.tools.export.hf_folder import SUMS, finish, read_config, refuse_full
 
 _DTYPES = {
     "F64": torch.float64,
@@ -43,30 +43,32 @@ def write_edited(folder: Path, out: Path, edits: Sequence[Edit]) -> None:
     All files are copied, none linked: whoever saves over one folder must not change the other.
     """
     refuse_full(out)
-    changed = [
-        row for file in sorted(folder.glob("*.safetensors")) for row in _changed(file, edits)
-    ]
+    holders = read_config(folder, quantized=True)[1].table_holders
+    files = sorted(folder.glob("*.safetensors"))
+    changed = [row for file in files for row in _changed(file, edits, holders)]
     results_folder(out)
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name != SUMS:
             shutil.copyfile(file, out / file.name)
     for name, tensor, row, content in changed:
         _rows(out / name, tensor, "r+")[row] = content
-    _say_so(out / "README.md", edits)
+    _say_so(out / "README.md", [*map(str, edits), *shared_edits(edits, holders)])
     finish(out)
 
 
-def _changed(file: Path, edits: Sequence[Edit]) -> Iterator[_Row]:
+def _changed(file: Path, edits: Sequence[Edit], holders: dict[int, str]) -> Iterator[_Row]:
     """Every row of a file that the edits change, made of what the file holds now."""
     for name, entry in _header(file)[1].items():
         stem, _, last = name.rpartition(".")
         for edit in edits:
-            if stem != f"model.layers.{edit.layer - 1}.memory.values":
+            table = f"{holders[edit.layer]}.values"
+            both = (table, f"{holders[edit.layer]}.pre_values")
+            if stem not in both:
                 continue
             rows = _rows(file, name, "r")
             if edit.source is not None:
                 yield _Row(file.name, name, edit.value, np.array(rows[edit.source]))
-            elif last != "codes":  # what is in 8 bits changes by its scales
+            elif stem == table and last != "codes":  # what is in 8 bits changes by its scales
                 row = np.array(rows[edit.value])
                 yield _Row(file.name, name, edit.value, _times(row, entry["dtype"], edit))
 
@@ -103,9 +105,9 @@ def _header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     return 8 + length, entries
 
 
-def _say_so(card: Path, edits: Sequence[Edit]) -> None:
+def _say_so(card: Path, words: Sequence[str]) -> None:
     if card.is_file():
-        lines = "".join(f"- {edit}\n" for edit in edits)
+        lines = "".join(f"- {line}\n" for line in words)
         text = card.read_text(encoding="utf-8")
         card.write_text(
             f"{text}\n## Edited\n\nValues changed by hand:\n\n{lines}", encoding="utf-8"

@@ -36,7 +36,7 @@ def save_plain(model: PlainGPT, folder: str | Path, notes: dict[str, Any] | None
     fields = dataclasses.asdict(model.config)
     if model.config.ultramem is not None:
         fields["ultramem"]["spans"] = "/".join(map(str, model.config.ultramem.spans))
-    save_file(model.state_dict(), folder / _WEIGHTS)
+    save_file(_stored(model), folder / _WEIGHTS)
     content = {"format": FORMAT, "model": fields, "notes": notes or {}}
     (folder / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -56,8 +56,8 @@ def load_plain(folder: str | Path, device: str | torch.device = "cpu") -> PlainG
         raise UltraMemError(
             f"{folder / _WEIGHTS} cannot be read: {error}. Copy or export the model again."
         ) from error
-    _check_tensors(folder / _WEIGHTS, tensors, model.state_dict())
-    model.load_state_dict(tensors, assign=True)
+    _check_tensors(folder / _WEIGHTS, tensors, _stored(model))
+    model.load_state_dict(tensors, assign=True, strict=False)  # shared tables come once
     return model.eval()
 
 
@@ -84,6 +84,12 @@ def _config_from(fields: dict[str, Any]) -> PlainConfig:
         spans = parse_spans(ultramem["spans"], fields["num_layers"])
         ultramem = UltraMemConfig(**{**ultramem, "spans": spans})
     return PlainConfig(**{**fields, "ultramem": ultramem})
+
+
+def _stored(model: PlainGPT) -> dict[str, Tensor]:
+    """The model's tensors; those that several memories share, by their first reader's name."""
+    by_tensor = {id(t): (n, t) for n, t in reversed(model.state_dict(keep_vars=True).items())}
+    return {name: tensor.detach() for name, tensor in reversed(by_tensor.values())}
 
 
 def _check_tensors(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

@@ -55,8 +55,10 @@ _LAYER_NAMES = (
     ("attention.key_norm.", "self_attn.k_norm."),
     ("mlp_norm.", "post_attention_layernorm."),
     ("mlp.router.", "mlp.gate."),
+    ("memory.values.", "memory.reading."),
     ("memory.", "memory."),
 )
+_TABLE = r"layers\.(\d+)\.memory\.values\.(?:table\.|(pre_)table\.)?weight"
 _QKV = r"layers\.(\d+)\.attention\.qkv\.(weight|bias)"
 _MLP = r"layers\.(\d+)\.mlp\.(experts\.\d+\.)?(up|down)\.(weight|bias)"
 
@@ -148,6 +150,9 @@ def _parts(config: PlainConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
             return {f"{prefix}{found[3]}_proj.{found[4]}": tensor}
         gate, up = tensor.chunk(2)
         return {f"{prefix}gate_proj.{found[4]}": gate, f"{prefix}up_proj.{found[4]}": up}
+    if found := re.fullmatch(_TABLE, name):
+        holder = hf_config(config).table_holders[int(found[1]) + 1]
+        return {f"{holder}.{found[2] or ''}values.weight": tensor}
     layer = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
     start, rest = (f"model.layers.{layer[1]}.", layer[2]) if layer else ("", name)
     for ours, theirs in _LAYER_NAMES if layer else _NAMES:
@@ -174,8 +179,12 @@ def plain_state(config: PlainConfig, state: Mapping[str, Tensor]) -> dict[str, T
     for name, found in parts.items():
         given = [state[part] for part in found]
         is_qkv = re.fullmatch(_QKV, name) is not None
-        joined[name] = _join_qkv(config, given) if is_qkv else torch.cat(given)
+        joined[name] = _join_qkv(config, given) if is_qkv else _join(given)
     return joined
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # tables are large, and may be shared
 
 
 def _join_qkv(config: PlainConfig, parts: list[Tensor]) -> Tensor:

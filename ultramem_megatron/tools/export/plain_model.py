@@ -17,7 +17,10 @@ from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.modules import Linear
+from ultramem_megatron.memory.placement import Placement, placements
 from ultramem_megatron.memory.spans import Span
+from ultramem_megatron.memory.values import VALUES
+from ultramem_megatron.memory.values.contract import Site
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -69,8 +72,9 @@ class PlainGPT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned_absolute":
             self.position_embedding = nn.Embedding(config.max_positions, config.hidden_size)
+        values: dict[int, nn.Module] = {}
         self.layers = nn.ModuleList(
-            PlainLayer(config, number) for number in range(1, config.num_layers + 1)
+            PlainLayer(config, number, values) for number in range(1, config.num_layers + 1)
         )
         self.final_norm = _norm(config, config.hidden_size)
         if not config.tied_embeddings:
@@ -92,7 +96,8 @@ class PlainGPT(nn.Module):
 class PlainLayer(nn.Module):
     """Attention and MLP; a memory reads what the MLP reads and is added at its span's end."""
 
-    def __init__(self, config: PlainConfig, number: int) -> None:
+    def __init__(self, config: PlainConfig, number: int, values: dict[int, nn.Module]) -> None:
+        """number: counted from 1. values: of memories before, by number of their tables."""
         super().__init__()
         self.attention_norm = _norm(config, config.hidden_size)
         self.attention = PlainAttention(config)
@@ -101,14 +106,10 @@ class PlainLayer(nn.Module):
         spans: tuple[Span, ...] = config.ultramem.spans if config.ultramem else ()
         self.ends_span = number in {span.end for span in spans}
         self.memory: UltraMemLayer | None = None
-        if config.ultramem is not None and number in {span.start for span in spans}:
-            self.memory = UltraMemLayer(
-                config.ultramem,
-                hidden_size=config.hidden_size,
-                num_layers=config.num_layers,
-                layer_number=number,
-                eps=config.norm_epsilon,
-            )
+        places = placements(config.ultramem) if config.ultramem else ()
+        for place in places:
+            if place.reads == number:
+                self.memory = _memory(config, place, values)
 
     def forward(
         self, hidden: Tensor, pending: Tensor | None, rotation: Tensor | None
@@ -209,6 +210,23 @@ class PlainExperts(nn.Module):
             best, chosen = scores.topk(self.config.expert_topk)
             weights = at_least_float32(best).softmax(-1)
         return weights.to(tokens.dtype), chosen
+
+
+def _memory(config: PlainConfig, place: Placement, values: dict[int, nn.Module]) -> UltraMemLayer:
+    assert config.ultramem is not None
+    site = Site(config.hidden_size, shared=values.get(place.table))
+    own = VALUES[config.ultramem.values].build(config.ultramem, site)
+    values.setdefault(place.table, own)
+    return UltraMemLayer(
+        config.ultramem,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        layer_number=place.reads,
+        eps=config.norm_epsilon,
+        values=own,
+        table_number=place.table,
+        first_value=place.first_value,
+    )
 
 
 def _norm(config: PlainConfig, width: int) -> nn.Module:

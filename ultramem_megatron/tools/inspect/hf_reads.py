@@ -13,7 +13,6 @@ from torch import Tensor
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.tools.export.hf.memory_ultramem import UltraMemMemory
-from ultramem_megatron.tools.export.hf.quantized_ultramem import QuantizedTable
 from ultramem_megatron.tools.export.opened_folder import OpenedFolder
 from ultramem_megatron.tools.inspect.reads import Reads
 
@@ -64,24 +63,12 @@ def retrievals(memories: dict[int, UltraMemMemory]) -> Iterator[dict[int, list[A
 
 def _reads(number: int, memory: UltraMemMemory, found: Sequence[tuple[Tensor, ...]]) -> Reads:
     row, column, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
-    at = (row, column) if memory.shuffle is None else memory.shuffle(row, column)
-    values_TP, groups_TP = split_address(grid_address(memory, *at), number_of_values(memory))
+    values_TP, groups_TP = split_address(memory.locate(row, column), memory.number)
     return Reads(
         layer_number=number,
         keys_per_side=memory.side,
-        grid=grid_address(memory, row, column),
+        grid=(row * memory.side + column).flatten(1),
         values=values_TP,
         groups=groups_TP,
         scores=scores.flatten(1, 2).mean(2).float(),
     )
-
-
-def grid_address(memory: UltraMemMemory, row: Tensor, column: Tensor) -> Tensor:
-    """(T, P) of keys (T, H, m)."""
-    return (row * memory.side + column).flatten(1)
-
-
-def number_of_values(memory: UltraMemMemory) -> int:
-    """N: rows of its table, quantized or not."""
-    table = memory.values
-    return len(table.codes if isinstance(table, QuantizedTable) else table.weight)

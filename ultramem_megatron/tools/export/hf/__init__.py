@@ -12,5 +12,6 @@ SOURCES = (
     "modeling_ultramem.py",
     "quantized_ultramem.py",
     "retrieval_ultramem.py",
+    "values_ultramem.py",
 )
 """The files that are copied."""

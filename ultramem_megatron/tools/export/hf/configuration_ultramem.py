@@ -1,13 +1,27 @@
 """What an UltraMem GPT is: a transformer's sizes and kinds, and the memories in it."""
 
+import math
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
 RETRIEVALS = ("tdqkr", "pkm")
-VALUES = ("pooled",)
+VALUES = ("pooled", "prevalued", "gated")
 FORMATS = ("int8", "fp8")
 TABLE_MEMORIES = ("host", "disk")
+_FIRST_VERSION: dict[str, Any] = {
+    "side_topk": 0,
+    "query_per_rank": False,
+    "projection_bias": False,
+    "relu_scores": False,
+    "key_expansion": None,
+    "pre_value_dim": 0,
+    "pre_value_activation": "none",
+    "share_values": 1,
+    "share_order": "block",
+    "values_per_head": False,
+}
+"""Settings of UltraMemV2, Memory+ and PEER, as they are in memories of the first version."""
 
 
 class UltraMemGPTConfig(PreTrainedConfig):
@@ -22,7 +36,10 @@ class UltraMemGPTConfig(PreTrainedConfig):
     "3:5/6:8" (read in layer 3, added after layer 5, counted from 1), num_keys n, key_dim,
     value_dim, topk, heads, share_query, retrieval, tucker_rank, rank_layout, cores, values,
     value_expansion, value_projection, softmax, qk_norm, query_conv_kernel, query_centering,
-    aux_loss_weight, aux_loss_margin; others, of training in Megatron, are kept.
+    aux_loss_weight, aux_loss_margin; others, of training in Megatron, are kept. values: "pooled",
+    "prevalued" (UltraMemV2, arXiv 2508.18756; PEER, arXiv 2407.04153) or "gated" (Memory+, arXiv
+    2412.09764), with side_topk, query_per_rank, projection_bias, relu_scores, key_expansion,
+    pre_value_dim, pre_value_activation, share_values, share_order and values_per_head.
 
     value_quantization: None, or {"format": "int8" or "fp8", "block": values with a scale in common}
     of the value tables, all alike; such a model's tables are not trained.
@@ -80,6 +97,10 @@ class UltraMemGPTConfig(PreTrainedConfig):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 1e4}
+        if self.memory is not None:
+            self.memory = _FIRST_VERSION | self.memory
+            if self.memory["key_expansion"] is None:
+                self.memory["key_expansion"] = math.isqrt(self.memory["value_expansion"])
         super().__post_init__(**kwargs)
         self.check()
 
@@ -110,3 +131,48 @@ class UltraMemGPTConfig(PreTrainedConfig):
             return ()
         spans = (span.split(":") for span in self.memory["spans"].split("/"))
         return tuple((int(start), int(end)) for start, end in spans)
+
+    @property
+    def table_places(self) -> tuple[tuple[int, int], ...]:
+        """Of each memory: the number of the tables that it reads, and its first row in them."""
+        if self.memory is None:
+            return ()
+        memories, together = range(len(self.spans)), self.memory["share_values"]
+        if self.memory["share_order"] in ("block", "same"):
+            return tuple((number // round(together), 0) for number in memories)
+        ring = self.memory["share_order"] == "ring"
+        last = len(memories) - (0 if ring else round(together))
+        return tuple((0, min(number, last) * self.memory["num_keys"] ** 2) for number in memories)
+
+    @property
+    def shared_tables(self) -> int:
+        """How many tables are shared by memories; 0: each has its own."""
+        tables = len({table for table, _ in self.table_places})
+        return tables if tables < len(self.spans) else 0
+
+    @property
+    def table_holders(self) -> dict[int, str]:
+        """The module of the model that has the tables which the memory of a layer reads."""
+        layers, tables = [start for start, _ in self.spans], [t for t, _ in self.table_places]
+        if self.shared_tables:
+            return {n: f"model.tables.{t}" for n, t in zip(layers, tables, strict=True)}
+        return {n: f"model.layers.{n - 1}.memory" for n in layers}
+
+
+def keys_per_side(memory: dict[str, Any]) -> int:
+    """n: keys per side, expanded."""
+    side: int = memory["key_expansion"] * math.isqrt(window(memory))
+    return side
+
+
+def window(memory: dict[str, Any]) -> int:
+    """How many values one memory can read, a square."""
+    together = 1 if memory["share_order"] == "same" else memory["share_values"]
+    return math.isqrt(round(together * memory["num_keys"] ** 2)) ** 2
+
+
+def table_rows(memory: dict[str, Any]) -> int:
+    """Rows of the table that a memory reads; of those of one head, where each has its own."""
+    spans = memory["spans"].count("/") + 1
+    memories = {"block": memory["share_values"], "same": 1}.get(memory["share_order"], spans)
+    return round(memories * memory["num_keys"] ** 2)

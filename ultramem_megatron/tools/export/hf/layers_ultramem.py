@@ -3,6 +3,7 @@
 B batch, S sequence, D hidden, K head dim.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ultramem import UltraMemGPTConfig
 from .memory_ultramem import UltraMemMemory
+from .values_ultramem import UltraMemTables
 
 
 def eager_attention_forward(
@@ -170,11 +172,18 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
         self.ends_span = layer_idx + 1 in [end for _, end in config.spans]
         self.memory: UltraMemMemory | None = None
         if config.memory is not None and layer_idx + 1 in starts:
+            number = starts.index(layer_idx + 1)
+            self.table, first_value = config.table_places[number]
             self.memory = UltraMemMemory(
-                config.memory, config.hidden_size, config.norm_eps, config.value_quantization
+                config.memory,
+                config.hidden_size,
+                config.norm_eps,
+                config.value_quantization,
+                first_value=first_value,
+                shared=config.shared_tables > 0,
             )
             # Inputs of the convolution are kept in the cache, behind the layers' keys.
-            self.cache_idx = config.num_hidden_layers + starts.index(layer_idx + 1)
+            self.cache_idx = config.num_hidden_layers + number
 
     def forward(
         self,
@@ -185,9 +194,13 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         real: Tensor | None = None,
+        tables: Sequence[UltraMemTables] = (),
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """pending: result of a memory not added yet. real: (B, S), False for padding."""
+        """pending: result of a memory not added yet. real: (B, S), False for padding.
+
+        tables: those that memories share.
+        """
         mixed, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
@@ -203,7 +216,8 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
             before = None
             if self.memory.history:
                 normed, before = self._history(normed, past_key_values, real)
-            pending = self.memory(normed, before, position_ids, real)
+            shared = tables[self.table] if tables else None
+            pending = self.memory(normed, before, position_ids, real, tables=shared)
         if not self.ends_span:
             return hidden_states, pending
         if pending is None:

@@ -1,26 +1,25 @@
 """One UltraMem memory layer in plain PyTorch: queries, retrieval, values (arXiv 2411.12364).
 
-B batch, S sequence, T tokens, D hidden, H heads, Q queries, N values, V value dim,
-m top-m, P = H*m picks of a token, C cores, E expansion.
+B batch, S sequence, T tokens, D hidden, H heads, Q queries, R Tucker rank, N rows of a table,
+m top-m, P = H*m picks of a token, C cores.
 """
 
+import math
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantized_ultramem import QuantizedTable
+from .configuration_ultramem import keys_per_side, table_rows, window
 from .retrieval_ultramem import (
     Float32Buffers,
     ProductKeyRetrieval,
     TuckerRetrieval,
     key_norm,
-    keys_per_side,
     precise,
 )
+from .values_ultramem import KINDS, UltraMemTables
 
-_CHUNK = 1024  # tokens looked up at a time where no gradients are wanted
 _MOMENTUM = 0.9
 
 
@@ -92,22 +91,23 @@ class Query(nn.Module):
     def __init__(self, memory: dict[str, Any], hidden_size: int, eps: float) -> None:
         super().__init__()
         heads, key_dim = memory["heads"], memory["key_dim"]
-        self.shape = ((heads + 1) // 2 if memory["share_query"] else heads, 2, key_dim)
+        ranks = memory["tucker_rank"] if memory["query_per_rank"] else 1
+        self.shape = ((heads + 1) // 2 if memory["share_query"] else heads, 2, ranks, key_dim)
         kernel = memory["query_conv_kernel"]
         self.conv = QueryConvolution(hidden_size, kernel) if kernel else None
         self.common = QueryMean(hidden_size) if memory["query_centering"] else None
-        self.proj = nn.Linear(hidden_size, self.shape[0] * 2 * key_dim, bias=False)
+        self.proj = nn.Linear(hidden_size, math.prod(self.shape), bias=memory["projection_bias"])
         self.norm = key_norm(memory, eps)
 
     def forward(
         self, x: Tensor, before: Tensor | None, positions: Tensor, real: Tensor | None
     ) -> Tensor:
-        """Queries (T, Q, 2, Dk) of x (B, S, D); see QueryConvolution and QueryMean."""
+        """Queries (T, Q, 2, Dk), or (T, Q, 2, R*Dk) with one for each rank, of x (B, S, D)."""
         if self.conv is not None:
             x = self.conv(x, before, positions)
         if self.common is not None:
             x = self.common(x, real)
-        return self.norm(self.proj(x).reshape(-1, *self.shape))
+        return self.norm(self.proj(x).reshape(-1, *self.shape)).flatten(3)
 
 
 class Shuffle(nn.Module):
@@ -128,35 +128,6 @@ class Shuffle(nn.Module):
         return row, column
 
 
-class ValueTable(nn.Module):
-    """N values, pooled by their scores, one sum for each expansion group (eq. 15 and 17)."""
-
-    def __init__(self, memory: dict[str, Any]) -> None:
-        super().__init__()
-        self.expansion = memory["value_expansion"]
-        self.weight = nn.Parameter(torch.empty(memory["num_keys"] ** 2, memory["value_dim"]))
-
-    def forward(self, addresses: Tensor, scores: Tensor) -> Tensor:
-        """(T, E*V) for virtual addresses (T, P) and scores (T, P, C)."""
-        number, width = self.weight.shape
-        tokens, _, cores = scores.shape
-        rows, groups = addresses % number, addresses // number
-        core = torch.arange(cores, device=rows.device)
-        token = torch.arange(tokens, device=rows.device).unsqueeze(1)
-        slices = (rows.unsqueeze(2) * cores + core).flatten()
-        bags = ((token * self.expansion + groups).unsqueeze(2) * cores + core).flatten()
-        bags, order = bags.sort(stable=True)
-        every = torch.arange(tokens * self.expansion * cores, device=rows.device)
-        sums = F.embedding_bag(
-            slices[order],
-            self.weight.view(number * cores, width // cores),
-            torch.searchsorted(bags, every),
-            mode="sum",
-            per_sample_weights=scores.flatten()[order].to(self.weight.dtype),
-        )
-        return sums.view(tokens, self.expansion * width)
-
-
 class UltraMemMemory(nn.Module):
     """One memory layer, (B, S, D) -> (B, S, D)."""
 
@@ -166,32 +137,79 @@ class UltraMemMemory(nn.Module):
         hidden_size: int,
         eps: float,
         quantization: dict[str, Any] | None = None,
+        *,
+        first_value: int = 0,
+        shared: bool = False,
     ) -> None:
+        """first_value: its first row in the tables. shared: those are others' too, and not here."""
         super().__init__()
-        self.softmax, self.side = memory["softmax"], keys_per_side(memory)
+        self.softmax, self.relu = memory["softmax"], memory["relu_scores"]
         self.history = max(memory["query_conv_kernel"] - 1, 0)
         self.query = Query(memory, hidden_size, eps)
         kind = TuckerRetrieval if memory["retrieval"] == "tdqkr" else ProductKeyRetrieval
         self.retrieval = kind(memory, eps)
-        self.shuffle = Shuffle(self.side) if memory["value_expansion"] > 1 else None
-        self.values: QuantizedTable | ValueTable = (
-            QuantizedTable(memory, quantization) if quantization else ValueTable(memory)
+        self.side, self.window, self.rows = (
+            size(memory) for size in (keys_per_side, window, table_rows)
         )
-        width = memory["value_expansion"] * memory["value_dim"]
+        scattered = memory["key_expansion"] > 1 or self.window != memory["num_keys"] ** 2
+        self.shuffle = Shuffle(self.side) if scattered else None
+        self.first_value = first_value
+        self.per_head = memory["values_per_head"]
+        self.number = self.rows * (memory["heads"] if self.per_head else 1)
+        self.grouped = memory["value_expansion"] > 1
+        if not shared:
+            tables = UltraMemTables(memory, quantization)
+            self.values, self.pre_values = tables.values, tables.pre_values
+        self.reading = KINDS[memory["values"]](memory, hidden_size)
+        width, bias = memory["value_expansion"] * memory["value_dim"], memory["projection_bias"]
         projected = memory["value_projection"]
-        self.value_proj = nn.Linear(width, hidden_size, bias=False) if projected else None
+        self.value_proj = nn.Linear(width, hidden_size, bias=bias) if projected else None
         self._weights_version: int | None = None
 
     def forward(
-        self, x: Tensor, before: Tensor | None, positions: Tensor, real: Tensor | None
+        self,
+        x: Tensor,
+        before: Tensor | None,
+        positions: Tensor,
+        real: Tensor | None,
+        tables: UltraMemTables | None = None,
     ) -> Tensor:
         """before: (B, history, D) inputs of the tokens before x, None: there are none."""
         if self.training and torch.is_grad_enabled():
             self._follow_weights()
-        query = self.query(x, before, positions, real)
+        query, inputs = self.query(x, before, positions, real), x.flatten(0, 1)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._look_up(query).view(x.shape)
-        return torch.cat([self._look_up(part) for part in query.split(_CHUNK)]).view(x.shape)
+            return self._look_up(query, inputs, tables).view(x.shape)
+        at_once = self.reading.at_once
+        parts = zip(query.split(at_once), inputs.split(at_once), strict=True)
+        return torch.cat([self._look_up(q, part, tables) for q, part in parts]).view(x.shape)
+
+    def locate(self, row: Tensor, column: Tensor) -> Tensor:
+        """Addresses (T, P) of the tables, group * N + row, for pairs of keys (T, H, m)."""
+        if self.shuffle is not None:
+            row, column = self.shuffle(row, column)
+        place = row * self.side + column
+        rows = (place % self.window + self.first_value) % self.rows
+        if self.per_head:
+            rows = rows + torch.arange(rows.shape[1], device=rows.device).unsqueeze(1) * self.rows
+        if self.grouped:
+            rows = rows + place // self.window * self.number
+        return rows.flatten(1)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """What a retrieval's scores (T, H, m, C) weigh values with, (T, P, C)."""
+        if self.softmax:
+            scores = scores.softmax(2)
+        if self.relu:
+            scores = scores.relu()
+        return scores.flatten(1, 2)
+
+    def read(
+        self, addresses: Tensor, weights: Tensor, x: Tensor, tables: UltraMemTables | None = None
+    ) -> Tensor:
+        """What inputs x (T, D) get, (T, D), for addresses (T, P) and weights (T, P, C)."""
+        pooled = self.reading(addresses, weights, x, tables=self if tables is None else tables)
+        return pooled if self.value_proj is None else self.value_proj(pooled)
 
     def train(self, mode: bool = True) -> "UltraMemMemory":
         """As nn.Module.train; before an evaluation, the last step is taken in."""
@@ -203,15 +221,9 @@ class UltraMemMemory(nn.Module):
         """A loss on parameters alone; None: there is none."""
         return self.retrieval.penalty()
 
-    def _look_up(self, query: Tensor) -> Tensor:
+    def _look_up(self, query: Tensor, x: Tensor, tables: UltraMemTables | None) -> Tensor:
         row, column, scores = self.retrieval(query)
-        if self.softmax:
-            scores = scores.softmax(2)
-        if self.shuffle is not None:
-            row, column = self.shuffle(row, column)
-        addresses = (row * self.side + column).flatten(1)
-        pooled = self.values(addresses, scores.flatten(1, 2)).to(query.dtype)
-        return pooled if self.value_proj is None else self.value_proj(pooled)
+        return self.read(self.locate(row, column), self.weights(scores), x, tables)
 
     def _follow_weights(self) -> None:
         """Once after every optimizer step: the filter follows the cores, the mean the queries."""

@@ -20,8 +20,10 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_ultramem import UltraMemGPTConfig
 from .layers_ultramem import UltraMemAttention, UltraMemDecoderLayer, UltraMemRouter, norm
 from .mapped_ultramem import leave_on_disk, pages_in_memory
-from .memory_ultramem import QueryConvolution, QueryMean, Shuffle, UltraMemMemory, ValueTable
+from .memory_ultramem import QueryConvolution, QueryMean, Shuffle, UltraMemMemory
+from .quantized_ultramem import QuantizedTable
 from .retrieval_ultramem import Cores, Keys
+from .values_ultramem import UltraMemTables, ValueTable
 
 
 class UltraMemPreTrainedModel(PreTrainedModel):
@@ -31,8 +33,9 @@ class UltraMemPreTrainedModel(PreTrainedModel):
     config: UltraMemGPTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["UltraMemDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["UltraMemDecoderLayer", "UltraMemTables"]
+    # Tables stay where they are: what is asked of them travels.
+    _skip_keys_device_placement = ["past_key_values", "tables"]
     _keep_in_fp32_modules_strict = ["common", "cores.u", "cores.t", "values.scales"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -53,11 +56,11 @@ class UltraMemPreTrainedModel(PreTrainedModel):
 
     def table_tensors(self) -> dict[str, Tensor]:
         """What the value tables consist of: their weights, or codes and scales."""
-        memories = (m for m in self.named_modules() if isinstance(m[1], UltraMemMemory))
         return {
-            f"{name}.values.{part}": tensor
-            for name, memory in memories
-            for part, tensor in memory.values.state_dict(keep_vars=True).items()
+            f"{name}.{part}": tensor
+            for name, module in self.named_modules()
+            if isinstance(module, (ValueTable, QuantizedTable))
+            for part, tensor in module.state_dict(keep_vars=True).items()
         }
 
     def table_pages(self) -> dict[str, tuple[int, int]]:
@@ -100,6 +103,10 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
             UltraMemDecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = norm(config, config.hidden_size)
+        self.tables = nn.ModuleList(
+            UltraMemTables(config.memory or {}, config.value_quantization)
+            for _ in range(config.shared_tables)
+        )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -148,6 +155,7 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
                 past_key_values=past_key_values,
                 position_embeddings=rotation,
                 real=real,
+                tables=self.tables,
                 **kwargs,
             )
         return BaseModelOutputWithPast(self.norm(hidden), past_key_values)

@@ -1,7 +1,7 @@
 """A value table in 8 bits, multiplied out where it is read: it is only read, never trained.
 
-N values, V value dim, T tokens, P picks of a token, C cores, E expansion, B values with a scale in
-common.
+N values, V value dim, W width of a pre-value, T tokens, P picks of a token, C cores, E expansion,
+B values with a scale in common.
 """
 
 from typing import Any, ClassVar
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .retrieval_ultramem import Float32Buffers
+from .retrieval_ultramem import Float32Buffers, precise
 
 FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """What a code is, by `value_quantization["format"]`."""
@@ -22,12 +22,13 @@ class QuantizedTable(Float32Buffers):
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, memory: dict[str, Any], quantization: dict[str, Any]) -> None:
+    def __init__(
+        self, number: int, width: int, expansion: int, quantization: dict[str, Any]
+    ) -> None:
         super().__init__()
-        self.expansion = memory["value_expansion"]
+        self.expansion = expansion
         self.format = FORMATS[quantization["format"]]
-        number, width = memory["num_keys"] ** 2, memory["value_dim"]
-        blocks = width // quantization["block"]
+        blocks = width // (quantization["block"] or width)
         # Bytes, whatever they stand for: numbers would be converted with the model's.
         self.register_buffer("codes", torch.zeros(number, width, dtype=torch.uint8))
         self.register_buffer("scales", torch.ones(number, blocks, dtype=torch.float32))
@@ -48,3 +49,17 @@ class QuantizedTable(Float32Buffers):
         codes = self.codes.index_select(0, rows).view(self.format).float()
         scales = self.scales.index_select(0, rows)
         return (codes.unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(2)).flatten(1)
+
+
+class QuantizedPreValues(QuantizedTable):
+    """N pre-values, multiplied with inputs as a PreValueTable's."""
+
+    def forward(self, addresses: Tensor, x: Tensor) -> Tensor:
+        """(T, P), float32, for virtual addresses (T, P) and inputs (T, W)."""
+        rows = self.read((addresses % len(self.codes)).flatten())
+        return products(rows.view(*addresses.shape, -1), x)
+
+
+def products(rows: Tensor, x: Tensor) -> Tensor:
+    """<row, x> (T, P), at least float32, of rows (T, P, W) and inputs (T, W)."""
+    return (precise(rows) * precise(x).unsqueeze(1)).sum(2)

@@ -1,13 +1,15 @@
 """From queries to the best pairs of keys and their scores (arXiv 2411.12364, eq. 1-17).
 
-T tokens, H heads, Q queries, n keys per side (expanded), m top-m, R Tucker rank, K width of one
-rank's key, C cores.
+T tokens, H heads, Q queries, n keys per side (expanded), s of them whose pairs are scored, m top-m,
+R Tucker rank, K width of one rank's key, C cores.
 """
 
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from .configuration_ultramem import keys_per_side
 
 
 def precise(x: Tensor) -> Tensor:
@@ -36,6 +38,7 @@ class Keys(nn.Module):
         super().__init__()
         ranks, key_dim = memory["tucker_rank"], memory["key_dim"]
         self.split = memory["rank_layout"] == "split"
+        self.by_rank = self.split or memory["query_per_rank"]
         self.key_dim = key_dim
         shape = (
             memory["heads"],
@@ -50,11 +53,11 @@ class Keys(nn.Module):
     def forward(self, query: Tensor, directions: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         """Keys (T, H, 2, m) of largest scores over ranks by directions (2, H, R), ascending.
 
-        And their scores (T, H, 2, R, m), at least float32. query: (T, Q, 2, Dk).
+        And their scores (T, H, 2, R, m), at least float32. query: (T, Q, 2, Dk or R*Dk).
         """
         heads, _, side, ranks, width = self.weight.shape
         tokens, queries = query.shape[:2]
-        by_rank = query.view(tokens, queries, 1, 2, ranks if self.split else 1, width)
+        by_rank = query.view(tokens, queries, 1, 2, ranks if self.by_rank else 1, width)
         by_rank = by_rank.expand(-1, -1, heads // queries, -1, ranks, -1).flatten(1, 2)
         normed = self.norm(self.weight.view(heads, 2, side, -1, self.key_dim)).view_as(self.weight)
         scores = by_rank.permute(1, 2, 3, 0, 4) @ normed.permute(0, 1, 3, 4, 2)  # (H, 2, R, T, n)
@@ -79,6 +82,10 @@ class Cores(Float32Buffers):
         self.register_buffer("u", torch.zeros(heads, rank, dtype=torch.float32))
         self.register_buffer("t", torch.zeros(heads, rank, dtype=torch.float32))
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The cores (C, H, R, R), and the filter's directions (2, H, R)."""
+        return self.weight, torch.stack([self.u, self.t])
+
     def total(self) -> Tensor:
         """Sum of the cores, (H, R, R)."""
         return precise(self.weight).sum(0)
@@ -100,22 +107,24 @@ class TuckerRetrieval(nn.Module):
 
     def __init__(self, memory: dict[str, Any], eps: float) -> None:
         super().__init__()
-        self.topk = memory["topk"]
+        self.topk, self.side = memory["topk"], memory["side_topk"] or memory["topk"]
         self.weight, self.margin = memory["aux_loss_weight"], memory["aux_loss_margin"]
         self.keys = Keys(memory, eps)
         self.cores = Cores(memory)
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys of row and column (T, H, m) of the best pairs, and scores (T, H, m, C)."""
-        keys, scores = self.keys(query, torch.stack([self.cores.u, self.cores.t]), self.topk)
-        row, column = scores.unbind(2)  # (T, H, R, m)
-        cores = self.cores.weight.to(scores.dtype)
+        weight, directions = self.cores()  # called: only then are offloaded weights there
+        keys, scores = self.keys(query, directions, self.side)
+        row, column = scores.unbind(2)  # (T, H, R, s)
+        cores = weight.to(scores.dtype)
         with torch.no_grad():
-            grid = (cores.sum(0).mT @ row).mT @ column  # (T, H, m, m)
+            grid = (cores.sum(0).mT @ row).mT @ column  # (T, H, s, s)
             best = grid.flatten(2).topk(self.topk).indices
-        at_row, at_column = best // self.topk, best % self.topk
-        row = row.gather(3, at_row.unsqueeze(2).expand_as(row))
-        column = column.gather(3, at_column.unsqueeze(2).expand_as(column))
+        at_row, at_column = best // self.side, best % self.side
+        ranks = (-1, -1, row.shape[2], -1)
+        row = row.gather(3, at_row.unsqueeze(2).expand(ranks))
+        column = column.gather(3, at_column.unsqueeze(2).expand(ranks))
         by_core = torch.einsum("thaj,chab,thbj->thjc", row, cores, column)
         return keys[:, :, 0].gather(2, at_row), keys[:, :, 1].gather(2, at_column), by_core
 
@@ -132,26 +141,21 @@ class ProductKeyRetrieval(nn.Module):
 
     def __init__(self, memory: dict[str, Any], eps: float) -> None:
         super().__init__()
-        self.topk = memory["topk"]
+        self.topk, self.side = memory["topk"], memory["side_topk"] or memory["topk"]
         self.keys = Keys(memory, eps)
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As TuckerRetrieval's, with one core."""
-        keys, scores = self.keys(query, query.new_ones(2, len(self.keys.weight), 1), self.topk)
-        row, column = scores[..., 0, :].unbind(2)  # (T, H, m)
+        keys, scores = self.keys(query, query.new_ones(2, len(self.keys.weight), 1), self.side)
+        row, column = scores[..., 0, :].unbind(2)  # (T, H, s)
         pairs = (row.unsqueeze(3) + column.unsqueeze(2)).flatten(2)
         found, best = pairs.topk(self.topk)
-        at_row, at_column = best // self.topk, best % self.topk
+        at_row, at_column = best // self.side, best % self.side
         rows, columns = keys[:, :, 0].gather(2, at_row), keys[:, :, 1].gather(2, at_column)
         return rows, columns, found.unsqueeze(-1)
 
     def penalty(self) -> None:
         """There is none."""
-
-
-def keys_per_side(memory: dict[str, Any]) -> int:
-    """n: keys per side, expanded."""
-    return round(memory["value_expansion"] ** 0.5) * memory["num_keys"]
 
 
 def key_norm(memory: dict[str, Any], eps: float) -> nn.Module:
