@@ -63,13 +63,29 @@ def _print_launches():
         step()
 
 
+def _print_errors():
+    """How far three steps of a layer are from the reference's, in float32."""
+    import torch
+
+    from launch.benchmarks.kernels.shapes import Shape
+    from launch.gpu_report.parts.decoding_parity import outputs
+    from tests.closeness import relative_error
+
+    shape = Shape(tokens=2, hidden=16, num_keys=12, topk=4, value_dim=8)
+    expected, found = outputs(shape, torch.device("cpu"), ["reference", "triton"])
+    print("errors:", *(float(relative_error(found[name], expected[name])) for name in expected))
+
+
 def test_a_memory_launches_eight_kernels_in_a_decode_step():
     """Three products and what lies between, nothing of which reads on the host.
 
     The layer adds the result to its own: nine.
     """
     pytest.importorskip("triton", reason="Triton is for Linux")
-    program = "from tests.inference.test_decode_launches import _print_launches as p; p()"
+    program = (
+        "from tests.inference import test_decode_launches as t; "
+        "t._print_launches(); t._print_errors()"
+    )
     run = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "ULTRAMEM_KERNELS": "triton", "TRITON_INTERPRET": "1"},
@@ -80,5 +96,8 @@ def test_a_memory_launches_eight_kernels_in_a_decode_step():
     )
     lines = [line.split()[1:] for line in run.stdout.splitlines() if line.startswith("launched:")]
     assert len(lines) == 2, run.stderr[-3000:]
+    errors = run.stdout.partition("errors:")[2].split()[:2]
+    assert len(errors) == 2, run.stderr[-3000:]
+    assert all(float(error) < 1e-6 for error in errors)
     for launched in lines:
         assert Counter(launched) == Counter(PRODUCTS) + Counter(BETWEEN)
