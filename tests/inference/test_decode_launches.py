@@ -71,6 +71,7 @@ def _print_errors():
     from launch.gpu_report.parts.decoding_parity import outputs
     from tests.closeness import relative_error
 
+    os.environ["ULTRAMEM_KERNELS"] = "reference"  # calibrating takes a minute in the interpreter
     shape = Shape(tokens=2, hidden=16, num_keys=12, topk=4, value_dim=8)
     expected, found = outputs(shape, torch.device("cpu"), ["reference", "triton"])
     print("errors:", *(float(relative_error(found[name], expected[name])) for name in expected))
