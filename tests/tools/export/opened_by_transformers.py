@@ -92,4 +92,6 @@ if __name__ == "__main__":
     _tokens = torch.load(_file)
     with torch.no_grad():
         _found = {name: opened(f"{_folder}/{name}/hf", _tokens) for name in _names}
-        torch.save({**_found, "text": written(f"{_folder}/text/hf", _prompt)}, _file)
+        if _prompt:
+            _found["text"] = written(f"{_folder}/text/hf", _prompt)
+        torch.save(_found, _file)

@@ -1,6 +1,7 @@
 """A model trained in transformers goes the same way as ours, and comes back as a checkpoint."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -39,6 +40,43 @@ _MEMORIES = {
     "tdqkr": UltraMemConfig(spans=(Span(1, 2), Span(3, 3)), **_MEMORY, query_conv_kernel=3),
     "pkm": UltraMemConfig(
         spans=(Span(2, 3),), **_MEMORY, retrieval="pkm", tucker_rank=1, cores=1, softmax=True
+    ),
+}
+_EVERY = (Span(1, 1), Span(2, 2), Span(3, 3))
+_MEMORIES |= {
+    "ultramemv2": UltraMemConfig(
+        spans=_EVERY,
+        **_MEMORY,
+        heads=1,
+        values="prevalued",
+        pre_value_dim=8,
+        value_expansion=1,
+        key_expansion=2,
+        share_values=3,
+        side_topk=3,
+        rank_layout="full",
+        query_per_rank=True,
+    ),
+    "memory+": dataclasses.replace(
+        _MEMORIES["pkm"],
+        spans=_EVERY,
+        values="gated",
+        projection_bias=True,
+        share_values=3,
+        share_order="same",
+    ),
+    "peer": UltraMemConfig(
+        spans=(Span(2, 2),),
+        **{**_MEMORY, "value_dim": 32},
+        retrieval="pkm",
+        tucker_rank=1,
+        cores=1,
+        value_expansion=1,
+        values="prevalued",
+        pre_value_activation="gelu",
+        value_projection=False,
+        relu_scores=True,
+        values_per_head=True,
     ),
 }
 
@@ -92,8 +130,20 @@ def _train_theirs(model: torch.nn.Module) -> None:
     model.eval()
 
 
-@pytest.mark.parametrize("name", _MEMORIES)
-@pytest.mark.parametrize("recomputed", [False, True])
+_OWN = {
+    "ultramemv2": ("tables.0.pre_values.weight", "pre_proj.weight"),
+    "memory+": ("tables.0.values.weight", "gate.weight", "gate.bias", "value_proj.bias"),
+    "peer": ("pre_values.weight",),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "recomputed"),
+    [
+        *((name, False) for name in _MEMORIES),
+        *((name, True) for name in ("tdqkr", "pkm", "ultramemv2")),
+    ],
+)
 def test_steps_in_transformers_are_ours(name, recomputed):
     plain = small_model(name)
     model = hf_model(copy.deepcopy(plain))
@@ -107,7 +157,7 @@ def test_steps_in_transformers_are_ours(name, recomputed):
         # Adam's first steps turn rounding of small gradients into steps.
         assert_close(trained[path].float(), tensor.float(), 2e-3, path)
     moved = [path for path, tensor in wanted.items() if not torch.equal(tensor, before[path])]
-    for part in ("common.mean", "values.weight", "keys.weight", "proj.weight"):
+    for part in ("common.mean", "values.weight", "keys.weight", "proj.weight", *_OWN.get(name, ())):
         assert any(path.endswith(part) for path in moved), part
 
 

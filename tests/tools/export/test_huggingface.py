@@ -5,17 +5,24 @@ import io
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 
 from tests import ROOT
-from tests.closeness import assert_close
-from tests.decoding import LOGITS, full_logits
+from tests.decoding import LOGITS
 from tests.ranks import run_on_ranks
-from tests.tools.export.models import MODELS, TOLERANCES, flags, shaken, tokens
-from tests.training_runs import make_saving_fast, run_pretrain, tiny_gpt
+from tests.tools.export.models import (
+    MODELS,
+    TOLERANCES,
+    assert_megatrons_logits,
+    assert_one_continuation,
+    flags,
+    in_transformers,
+    round_trip,
+    shaken,
+)
+from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron.tools.export.hf_folder import load_hf
 
 _MODELS = {
@@ -50,25 +57,10 @@ _MODELS = {
 _PROMPT = "A memory layer does"
 
 
-def _round_trip(folder):
-    """Export each model, make a checkpoint of it; logits of the original and of the last."""
-    from ultramem_megatron.inference.loading import load_model
-    from ultramem_megatron.inference.untrained import untrained_model
-    from ultramem_megatron.megatron.checkpoint.weights import save_weights
-    from ultramem_megatron.tools.export.__main__ import main
-
-    make_saving_fast()
+def _exported(folder):
+    """Of each model, and of one of text; see `round_trip` and `_written`."""
     os.umask(0o027)  # in a process of its own
-    logits = {}
-    for name, changes in _MODELS.items():
-        model, args = untrained_model(flags(changes))
-        shaken(model)
-        save_weights(model, args, folder / name / "checkpoint")
-        main(["--load", f"{folder / name}/checkpoint", "--to", "hf", f"{folder / name}/hf"])
-        main(["--from", "hf", f"{folder / name}/hf", "--save", f"{folder / name}/back"])
-        back, _ = load_model(str(folder / name / "back"))
-        logits[name] = full_logits(model, tokens()), full_logits(back, tokens())
-    return logits, _written(folder / "text")
+    return round_trip(folder, _MODELS, "hf"), _written(folder / "text")
 
 
 def _written(folder):
@@ -99,40 +91,24 @@ def _written(folder):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
-    return folder, *run_on_ranks(1, _round_trip, folder)[0]
+    return folder, *run_on_ranks(1, _exported, folder)[0]
 
 
 @pytest.fixture(scope="module")
 def opened(exported, tmp_path_factory):
     """By transformers, every model, in a process that can import neither us nor Megatron."""
-    file = tmp_path_factory.mktemp("results") / "results.pt"
-    torch.save(tokens(), file)
-    script = __file__.replace("test_huggingface", "opened_by_transformers")
-    cache = {"HF_MODULES_CACHE": str(file.parent / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, script, str(exported[0]), str(file), _PROMPT, *_MODELS]
-    subprocess.run(command, check=True, cwd=file.parent, env={**os.environ, **cache})
-    return torch.load(file)
+    scratch = tmp_path_factory.mktemp("results")
+    return in_transformers(exported[0], scratch, *_MODELS, prompt=_PROMPT)
 
 
 @pytest.mark.parametrize("name", _MODELS)
 def test_transformers_gives_megatrons_logits(exported, opened, name):
-    original, back = exported[1][name]
-    assert torch.equal(back, original)
-    found, tolerance = opened[name], TOLERANCES.get(name, LOGITS)
-    for way in ("logits", "pieces", "eager"):
-        assert_close(found[way].float(), original, tolerance, way)
-    for row, length in enumerate(found["lengths"]):
-        padded, wanted = found["padded"][row, -length:].float(), original[row, :length]
-        assert_close(padded, wanted, tolerance, f"padded to {length}")
-    assert found["hidden"]
+    assert_megatrons_logits(exported[1][name], opened[name], TOLERANCES.get(name, LOGITS))
 
 
 @pytest.mark.parametrize("name", [name for name in _MODELS if "bf16" not in name])
 def test_continuations_are_the_same_with_a_cache_in_batches_and_beams(opened, name):
-    found = opened[name]
-    assert torch.equal(found["batch"], torch.stack(found["one by one"]))
-    assert torch.equal(found["batch"], found["without a cache"])
-    assert torch.equal(found["beams"], found["beams without a cache"])
+    assert_one_continuation(opened[name])
 
 
 def test_the_folder_writes_what_the_checkpoint_made_of_it_writes(exported, opened):

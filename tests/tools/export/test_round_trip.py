@@ -9,9 +9,9 @@ import torch
 
 from tests import ROOT
 from tests.closeness import assert_close
-from tests.decoding import LOGITS, full_logits
+from tests.decoding import LOGITS
 from tests.ranks import RanksFailed, run_on_ranks
-from tests.tools.export.models import MODELS, TOLERANCES, flags, shaken, tokens
+from tests.tools.export.models import MODELS, TOLERANCES, flags, round_trip, tokens
 from tests.training_runs import make_saving_fast, run_pretrain, tiny_gpt
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.tools.export import load_plain
@@ -26,30 +26,10 @@ _REFUSED = {
 }
 
 
-def _round_trip(folder):
-    """Export each model, make a checkpoint of it; logits of the original and of the last."""
-    from ultramem_megatron.inference.loading import load_model
-    from ultramem_megatron.inference.untrained import untrained_model
-    from ultramem_megatron.megatron.checkpoint.weights import save_weights
-    from ultramem_megatron.tools.export.__main__ import main
-
-    make_saving_fast()
-    logits = {}
-    for name, changes in MODELS.items():
-        model, args = untrained_model(flags(changes))
-        shaken(model)
-        save_weights(model, args, folder / name / "checkpoint")
-        main(["--load", f"{folder / name}/checkpoint", "--to", f"{folder / name}/plain"])
-        main(["--from", f"{folder / name}/plain", "--save", f"{folder / name}/back"])
-        back, _ = load_model(str(folder / name / "back"))
-        logits[name] = full_logits(model, tokens()), full_logits(back, tokens())
-    return logits
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
-    return folder, run_on_ranks(1, _round_trip, folder)[0]
+    return folder, run_on_ranks(1, round_trip, folder, MODELS, "plain")[0]
 
 
 _WITHOUT_MEGATRON = """

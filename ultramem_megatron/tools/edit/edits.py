@@ -64,22 +64,22 @@ def check_edits(
     for edit in edits:
         times = named[holders[edit.layer], edit.value]
         if times > 1:
-            others = _readers(edit.layer, holders)
+            shared = f" {_readers(edit.layer, holders)}." if _readers(edit.layer, holders) else ""
             raise UltraMemError(
-                f"{edit.layer}:{edit.value} is named {times} times{others}. Name each value once."
+                f"{edit.layer}:{edit.value} is named {times} times. Name each value once.{shared}"
             )
 
 
 def shared_edits(edits: Sequence[Edit], holders: Mapping[int, str]) -> list[str]:
     """Of edits of tables that several memories read: which layers they change, in words."""
-    found = {holders[e.layer]: _readers(e.layer, holders).strip(" ()") for e in edits}
-    return [f"Of {words}: all of them read what is changed." for words in found.values() if words]
+    found = {holders[edit.layer]: _readers(edit.layer, holders) for edit in edits}
+    return [f"{words}: all of them read what is changed." for words in found.values() if words]
 
 
 def _readers(layer: int, holders: Mapping[int, str]) -> str:
-    """In brackets, the layers that read the same table as this one, if there are others."""
+    """The layers that read the same table as this one, if there are others, else nothing."""
     layers = [str(n) for n, holder in holders.items() if holder == holders[layer]]
-    return f" (layers {', '.join(layers)} share their table)" if len(layers) > 1 else ""
+    return f"Layers {', '.join(layers)} share their table" if len(layers) > 1 else ""
 
 
 def _value(flag: str, word: str, name: str) -> tuple[int, int]:

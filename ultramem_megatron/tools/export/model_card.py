@@ -4,6 +4,7 @@ import dataclasses
 import math
 from argparse import Namespace
 
+from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.tables.value_table import names_a_table
 from ultramem_megatron.tools.export.hf_tokenizer import HFTokenizer
 from ultramem_megatron.tools.export.plain_model import PlainConfig, PlainGPT
@@ -27,7 +28,7 @@ from transformers import {imports}
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True){tokenizer}
 ```
 
-`trust_remote_code=True` runs the six `*_ultramem.py` files of this folder: read them first. They
+`trust_remote_code=True` runs the eight `*_ultramem.py` files of this folder: read them first. They
 need torch and transformers (5.9 or later) only.
 """
 _TOKENIZER = "\ntokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)"
@@ -44,9 +45,8 @@ _LIMITS = """
 def model_card(plain: PlainGPT, args: Namespace, iteration: str, tokenizer: HFTokenizer) -> str:
     """The text. iteration: of training, as the checkpoint's folder is called."""
     config = plain.config
-    memories = " with memory layers ([UltraMem](https://arxiv.org/abs/2411.12364))"
     head = _HEAD.format(
-        memories=memories if config.ultramem else "",
+        memories=f" with memory layers ({_member(config.ultramem)})" if config.ultramem else "",
         imports="AutoModelForCausalLM" + ("" if tokenizer.missing else ", AutoTokenizer"),
         tokenizer="" if tokenizer.missing else _TOKENIZER,
     )
@@ -54,6 +54,19 @@ def model_card(plain: PlainGPT, args: Namespace, iteration: str, tokenizer: HFTo
     limits = _LIMITS.format(positions=config.max_positions, tokenizer=missing)
     training = f"\n## Training\n\nCheckpoint {iteration}, sequences of {args.seq_length} tokens.\n"
     return head + _sizes(plain) + _settings(config) + training + limits
+
+
+def _member(memory: UltraMemConfig) -> str:
+    """Which of the published memories these are, with its paper."""
+    if memory.values == "gated":
+        name, paper = "Memory+", "2412.09764"
+    elif memory.values == "prevalued" and memory.value_projection:
+        name, paper = "UltraMemV2", "2508.18756"
+    elif memory.values == "prevalued":
+        name, paper = "PEER", "2407.04153"
+    else:
+        name, paper = "UltraMem", "2411.12364"
+    return f"[{name}](https://arxiv.org/abs/{paper})"
 
 
 def _sizes(plain: PlainGPT) -> str:
