@@ -30,7 +30,6 @@ PATCH_MODULES = (
     "cpu.grouped_experts",
     "cpu.shared_storage",
     "cpu.uneven_gather",
-    "cpu.fused_adam",
     # Every machine, where the defect exists.
     "cpu.jit_warmup",
     "defects.dataset_helpers",
@@ -50,6 +49,7 @@ PATCH_MODULES = (
     "defects.distopt_missing_step",
     "defects.distopt_shared_step",
     "defects.distopt_load_without_grad",
+    "defects.fused_adam",
     "defects.loss_scale_together",
     "defects.empty_groups",
     # Faults.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ultramem_megatron.kernels.dispatch import implementation
-from ultramem_megatron.kernels.lookup_reduce import native_path, torch_path
+from ultramem_megatron.kernels.lookup_reduce import native_path, reused, torch_path
 from ultramem_megatron.kernels.lookup_reduce.main_grad import (
     added_to_main_grad,
     main_grad_of,
@@ -28,7 +28,7 @@ def lookup_reduce(
 
     The table's gradient is added to its `main_grad` if it has one (see main_grad.py); then nothing
     of the table's size is allocated. Otherwise it is an ordinary gradient, dense, or sparse if the
-    table says so.
+    table says so; a dense one uses its memory again in the next step (see reused.py).
     """
     chosen = implementation(table.device)
     if chosen == "shapes":
@@ -62,22 +62,23 @@ def table_gradient(
     grad: Tensor, table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, with_scores: bool
 ) -> tuple[Tensor, Tensor | None]:
     """What backward returns for the table, and for the scores if asked; grad: (T, E, V)."""
-    target = _target(table)
+    target = _target(table, rows)
     score_grad = backward_kernel(table)(grad, table, rows, groups, scores, target, with_scores)
     if target is None:
         pieces = torch_path.row_gradients(grad, rows, groups, scores)
         return sparse_gradient(table, pieces), score_grad
     if target is main_grad_of(table):
         return added_to_main_grad(table), score_grad
+    reused.added(table, target)
     return target, score_grad
 
 
-def _target(table: Tensor) -> Tensor | None:
+def _target(table: Tensor, rows: Tensor) -> Tensor | None:
     """What row gradients are added to; None if they are to become a sparse tensor."""
     if wants_sparse(table):
         return None
     main_grad = main_grad_of(table)
-    return torch.zeros_like(table) if main_grad is None else main_grad
+    return reused.zeros_for(table, rows) if main_grad is None else main_grad
 
 
 def pool_kernel(table: Tensor) -> Any:

@@ -90,6 +90,15 @@ def resized(name: str, preset: str, full: Mapping[str, int], small: Mapping[str,
     return Model(name, preset, {**complete, **_as_flags(small)}, _as_flags(full))
 
 
+def member(name: str, preset: str, ffn_hidden_size: int, **sizes: str | int) -> Model:
+    """One of the family: its preset's switches with sizes of the small scale.
+
+    The MLP's width is what leaves equal FLOPs, its table as many parameters as the others'.
+    """
+    small = _as_flags({**preset_fields(preset), **sizes})
+    return Model(name, preset, {**small, "ffn-hidden-size": ffn_hidden_size})
+
+
 def with_initial_std(model: Model, std: float) -> Model:
     """The same model, with all weights of its transformer started at one standard deviation."""
     flags = {"init-method-std": std, "embedding-init-method-std": std}

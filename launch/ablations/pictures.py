@@ -102,6 +102,15 @@ def _draw_figure1a(results: Results, figure: Any) -> None:
     axes.set(ylabel="validation loss, nats per token", title="Equal FLOPs, on real text")
 
 
+def _draw_family(results: Results, figure: Any) -> None:
+    losses, curves = figure.subplots(1, 2)
+    _draw_models(losses, results, "valid_loss")
+    losses.set(xlabel="validation loss, nats per token")
+    _draw_curves(curves, results, "valid_loss")
+    curves.set(ylabel="validation loss, nats per token")
+    figure.suptitle(results.experiment.about)
+
+
 def _draw_figure10(results: Results, figure: Any) -> None:
     measured = {line["metric"] for line in results.curves}
     panels = {
@@ -184,6 +193,7 @@ def _draw_figure6b(results: Results, figure: Any) -> None:
 
 _DRAWINGS: dict[str, tuple[Callable[[Results, Any], None], tuple[float, float]]] = {
     "figure1a": (_draw_figure1a, (6.5, 4.5)),
+    "family": (_draw_family, (10, 4)),
     "recall": (_draw_recall, (8, 3)),
     "table2": (_draw_table, (10, 5)),
     "table3": (_draw_table, (10, 5)),

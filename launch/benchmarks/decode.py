@@ -6,7 +6,9 @@
 
 Models have random weights and are measured one after another: batches of 1 to 1024 sequences, each
 with one token to decode after a filled KV cache; then with fewer sparse parameters at one batch.
-Writes DIR/decode.csv, one row per model and batch, and its figures.
+All have the same attention (decode_attention.py); an MoE is measured twice, with Megatron's loop
+over its experts and with one grouped product of them. Writes DIR/decode.csv, one row per model and
+batch, and its figures.
 """
 
 import argparse
@@ -16,18 +18,21 @@ import gc
 import io
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from launch.benchmarks.decode_models import SCALES, DecodeModel, Scale
+from launch.benchmarks.decode_models import BARS, SCALES, DecodeModel, Scale
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.faults.results_folder import results_folder
 from ultramem_megatron.tools import rows
+from ultramem_megatron.tools.plan.sizes import ReadSizes
 
 Row = dict[str, str | int | float]
 
+QUICK = (1, 32, 64)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -65,13 +70,13 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         help="Sizes of the models; here %(default)s: the paper's 1.6b on a GPU, else 151m.",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="Batches 1, 16 and 256 only, no smaller models."
+        "--quick", action="store_true", help="Batches 1, 32 and 64 only, no smaller models."
     )
     parser.add_argument(
         "--cuda-graphs",
         action="store_true",
-        help="On a GPU: replay each step of dense and UltraMem as a CUDA graph. MoE runs without: "
-        "its experts wait for the host.",
+        help="On a GPU: replay each step as a CUDA graph, but for Megatron's loop over experts, "
+        "which waits for the host.",
     )
     options, flags = parser.parse_known_args(words)
     options.flags = flags
@@ -84,8 +89,8 @@ def _scale(options: argparse.Namespace) -> Scale:
     scale = SCALES[options.scale]
     if not options.quick:
         return scale
-    batches = tuple(b for b in scale.batches if b in (1, 16, 256))
-    return Scale(scale.trio, (), batches, scale.fixed_batch, scale.cache_length, scale.extra_flags)
+    batches = tuple(batch for batch in scale.batches if batch in QUICK)
+    return replace(scale, fewer=(), batches=batches)
 
 
 def _keep_freed_memory() -> None:
@@ -112,57 +117,88 @@ def _rows(scale: Scale, options: argparse.Namespace) -> Iterator[Row]:
 def _measure(
     model: DecodeModel, scale: Scale, batches: Sequence[int], options: argparse.Namespace
 ) -> Iterator[Row]:
-    from launch.benchmarks.decode_step import DecodeStep
-    from launch.benchmarks.environment import environment_columns
-    from launch.benchmarks.weight_access import count_weight_bytes, other_weight_bytes, read_sizes
+    from launch.benchmarks.weight_access import read_sizes
     from ultramem_megatron.inference.loading import prepare_for_inference
     from ultramem_megatron.inference.untrained import untrained_model
-    from ultramem_megatron.tools.plan.sizes import weight_bytes_read
 
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all its arguments
         built, args = untrained_model([*model.flags, *scale.extra_flags, *options.flags])
     prepare_for_inference(built)
-    graphed = options.cuda_graphs and model.kind != "moe"
     sizes = read_sizes(built, args.moe_router_topk, _picks(args))
-    for batch in batches:
-        try:
-            step = DecodeStep(built, batch, scale.cache_length, args.vocab_size)
-            if graphed:
-                step.capture()
-            timing = step.measure()
-        except torch.OutOfMemoryError:
-            print(f"{model.name}: a batch of {batch} does not fit, left out", file=sys.stderr)
-            break
-        with count_weight_bytes(built) as counted:
+    bench = _Bench(model.name, built, args, sizes, scale, options)
+    yield from bench.rows(model.kind, batches, graphed=options.cuda_graphs and model.kind != "moe")
+    if model.kind == "moe":
+        from megatron.core.utils import unwrap_model
+
+        from launch.benchmarks.grouped_experts import group_experts
+
+        group_experts(unwrap_model(built))
+        yield from bench.rows("moe-grouped", batches, graphed=options.cuda_graphs)
+    del built, bench
+    gc.collect()
+
+
+class _Bench(NamedTuple):
+    """A built model under measurement."""
+
+    name: str
+    model: Any
+    args: argparse.Namespace
+    sizes: ReadSizes
+    scale: Scale
+    options: argparse.Namespace
+
+    def rows(self, kind: str, batches: Sequence[int], *, graphed: bool) -> Iterator[Row]:
+        """One of each batch that fits."""
+        for batch in batches:
+            try:
+                row = self._row(kind, batch, graphed)
+            except torch.OutOfMemoryError:
+                print(f"{self.name}: a batch of {batch} does not fit, left out", file=sys.stderr)
+                return
+            print(
+                f"{kind:12} {self.name:46} batch {batch:5}  {row['median_ms']:9.2f} ms"
+                f"  {int(row['bytes_counted']) / 1e9:7.3f} GB read",
+                file=sys.stderr,
+            )
+            yield row
+
+    def _row(self, kind: str, batch: int, graphed: bool) -> Row:
+        from launch.benchmarks import decode_attention
+        from launch.benchmarks.decode_step import DecodeStep
+        from launch.benchmarks.environment import environment_columns
+        from launch.benchmarks.weight_access import count_weight_bytes, other_weight_bytes
+        from ultramem_megatron.tools.plan.sizes import weight_bytes_read
+
+        step = DecodeStep(self.model, [self.scale.cache_length] * batch, self.args.vocab_size)
+        if graphed:
+            step.capture()
+        timing = step.measure(self.scale.seconds)
+        with count_weight_bytes(self.model) as counted:
             step()
-        read = sum(counted.values())
-        row: Row = {
-            "scale": options.scale,
-            "kind": model.kind,
-            "model": model.name,
+        read, dtype = sum(counted.values()), self.args.params_dtype
+        return {
+            "scale": self.options.scale,
+            "kind": kind,
+            "model": self.name,
+            "bar": BARS[kind],
+            "attention": decode_attention.NAME,
             "batch": batch,
-            "cache_length": scale.cache_length,
-            "dtype": str(args.params_dtype).split(".")[-1],
+            "cache_length": self.scale.cache_length,
+            "dtype": str(dtype).split(".")[-1],
             "cuda_graph": int(graphed),
-            "parameters": _parameters(built),
+            "parameters": _parameters(self.model),
             "median_ms": round(timing.median, 3),
             "p20_ms": round(timing.p20, 3),
             "p80_ms": round(timing.p80, 3),
             "repeats": timing.repeats,
             **{f"{kind}_bytes_counted": n for kind, n in counted.items()},
             "bytes_counted": read,
-            "bytes_modelled": weight_bytes_read(sizes, batch, args.params_dtype.itemsize),
-            "bytes_all": read + other_weight_bytes(built) + step.cache_bytes,
-            "flags": " ".join(options.flags),
+            "bytes_modelled": weight_bytes_read(self.sizes, batch, dtype.itemsize),
+            "bytes_all": read + other_weight_bytes(self.model) + step.cache_bytes,
+            "flags": " ".join(self.options.flags),
             **environment_columns(),
         }
-        print(
-            f"{model.name:46} batch {batch:5}  {timing.median:9.2f} ms  {read / 1e9:7.3f} GB read",
-            file=sys.stderr,
-        )
-        yield row
-    del built, step
-    gc.collect()
 
 
 def _picks(args: argparse.Namespace) -> int:

@@ -1,16 +1,18 @@
 """The paper's figures 1b, 1c, 6c and 7, drawn from the CSV of the decode benchmark."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.benchmarks.decode_models import BARS
 from ultramem_megatron.tools.pictures import colours, picture
 from ultramem_megatron.tools.rows import read
 
 Row = dict[str, str]
 
+_COLOURS = colours(BARS)
 _NAMES = {"dense": "dense", "moe": "MoE", "ultramem": "UltraMem"}
-_COLOURS = colours(_NAMES)
+"""Of what reads weights: how products of experts are made changes nothing there."""
 _BAR_BATCHES = (16, 64, 256, 1024)
 _MADE_BY = "ultramem bench decode --out DIR"
 
@@ -39,8 +41,10 @@ def _figure(
     file: Path, name: str, panels: Sequence[Callable[[Any, list[Row]], None]], rows: list[Row]
 ) -> None:
     shown = rows[0]
+    attention = shown.get("attention", "Megatron's static path, all keys rotated at every step")
     title = (
-        f"{shown['hardware']}, {shown['dtype']}, KV cache {shown['cache_length']}, {shown['date']}"
+        f"{shown['hardware']}, {shown['dtype']}, KV cache {shown['cache_length']}, "
+        f"{shown['date']}\nattention: {attention}"
     )
     to = file.with_name(f"decode_figure{name}.png")
     with picture(to, (5.5 * len(panels), 4)) as figure:
@@ -56,7 +60,8 @@ def _latency(axis: Any, rows: list[Row]) -> None:
 
 
 def _access(axis: Any, rows: list[Row]) -> None:
-    _lines(axis, rows, lambda row: int(row["bytes_counted"]) / 1e9)
+    shown = [row for row in rows if row["kind"] in _NAMES]
+    _lines(axis, shown, lambda row: int(row["bytes_counted"]) / 1e9)
     for kind in _NAMES:
         own = [row for row in rows if row["kind"] == kind]
         axis.plot(
@@ -69,14 +74,21 @@ def _access(axis: Any, rows: list[Row]) -> None:
 
 
 def _lines(axis: Any, rows: list[Row], value: Callable[[Row], float]) -> None:
-    for kind, name in _NAMES.items():
-        own = [row for row in rows if row["kind"] == kind]
+    for kind, own in _by_kind(rows):
         batches = [int(row["batch"]) for row in own]
-        label = name + _graphed(own)
+        label = BARS[kind] + _graphed(own)
         axis.plot(batches, [value(row) for row in own], "o-", color=_COLOURS[kind], label=label)
     axis.set(xlabel="batch", xscale="log", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend()
+
+
+def _by_kind(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """Rows of each kind that has any: older files have no grouped products."""
+    for kind in BARS:
+        own = [row for row in rows if row["kind"] == kind]
+        if own:
+            yield kind, own
 
 
 def _graphed(rows: list[Row]) -> str:
@@ -89,14 +101,14 @@ def _bars(axis: Any, rows: list[Row]) -> None:
     shown = [batch for batch in _BAR_BATCHES if batch in batches] or batches
     read = {(row["kind"], int(row["batch"])): int(row["bytes_counted"]) / 1e9 for row in rows}
     width = 0.27
-    for place, (kind, name) in enumerate(_NAMES.items()):
+    for place, kind in enumerate(_NAMES):
         where = [i + (place - 1) * width for i in range(len(shown))]
         axis.bar(
             where,
             [read.get((kind, batch), 0) for batch in shown],
             width,
             color=_COLOURS[kind],
-            label=name,
+            label=_NAMES[kind],
         )
     for i, batch in enumerate(shown):
         if {("moe", batch), ("ultramem", batch)} <= read.keys():
@@ -113,10 +125,9 @@ def _over_sparse_parameters(axis: Any, rows: list[Row]) -> None:
     batch = next(row["batch"] for row in rows if row["model"] in several)
     at_batch = [row for row in rows if row["batch"] == batch]
     dense = next(int(row["parameters"]) for row in rows if row["kind"] == "dense")
-    for kind, name in _NAMES.items():
-        own = [row for row in at_batch if row["kind"] == kind]
+    for kind, own in _by_kind(at_batch):
         points = sorted((int(row["parameters"]) / dense, float(row["median_ms"])) for row in own)
-        label = name + _graphed(own)
+        label = BARS[kind] + _graphed(own)
         axis.plot(*zip(*points, strict=True), "o-", color=_COLOURS[kind], label=label)
     axis.set(
         xlabel="parameters, in multiples of the dense model's",

@@ -11,6 +11,14 @@ from typing import NamedTuple
 from launch.small_models import plain_gpt
 from ultramem_megatron.presets.flags import as_words, flags
 
+BARS = {
+    "dense": "dense",
+    "moe": "MoE, Megatron's loop over experts",
+    "moe-grouped": "MoE, one grouped product of experts",
+    "ultramem": "UltraMem",
+}
+"""What is measured, by the kind that rows have; in words, for pictures and readers."""
+
 
 class DecodeModel(NamedTuple):
     """kind: dense, moe or ultramem. flags: Megatron's and ours, the later ones win."""
@@ -32,6 +40,8 @@ class Scale:
     cache_length: int
     """Tokens already in the KV cache."""
     extra_flags: tuple[str, ...] = field(default=("--bf16",))
+    seconds: float = 2.0
+    """Of steps at each point, about."""
 
 
 _POWERS = tuple(2**i for i in range(11))  # 1..1024
@@ -93,6 +103,7 @@ SCALES: dict[str, Scale] = {
         batches=(1, 4),
         fixed_batch=4,
         cache_length=8,
+        seconds=0.02,
     ),
     "151m": _paper(
         "151m", "moe-151m-2in32", experts=(4, 8, 16), keys=(320, 524, 766), batch=64, cache=32

@@ -2,11 +2,13 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-_SECONDS_PER_POINT = 2.0
+from launch.benchmarks.decode_attention import Requests, cached_attentions
+
 _LEAST_REPEATS, _MOST_REPEATS = 5, 50
 _WARM_UP = 2
 
@@ -21,49 +23,65 @@ class Timing(NamedTuple):
 
 
 class DecodeStep:
-    """Feeds one token of each of `batch` sequences, after `cache_length` tokens in the cache.
+    """Feeds one token of each sequence after those in the cache, which holds random numbers."""
 
-    The cache holds random numbers, and all layers use the same one, so that large batches fit: it
-    is far larger than a processor's own caches, so that reading it takes as long.
-    """
+    def __init__(
+        self,
+        model: Any,
+        lengths: Sequence[int],
+        vocabulary: int,
+        *,
+        places: int | None = None,
+        one_cache: bool = True,
+    ) -> None:
+        """lengths: tokens of each sequence that are in the cache. places: of the cache, by default
+        those of the longest and the new token.
 
-    def __init__(self, model: Any, batch: int, cache_length: int, vocabulary: int) -> None:
+        one_cache: all layers use the same, so that large batches fit: it is far larger than a
+        processor's own caches, so that reading it takes as long. Raises UltraMemError.
+        """
         from megatron.core.inference.contexts import StaticInferenceContext
-        from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
-            GPTInferenceWrapper,
-        )
+        from megatron.core.utils import unwrap_model
 
-        self.context = StaticInferenceContext(batch, cache_length + 1)
-        self.wrapper = GPTInferenceWrapper(model, self.context)
-        self.wrapper.prep_model_for_inference()
-        config, device = self.wrapper.config, next(model.parameters()).device
-        shape = (cache_length + 1, batch, config.num_query_groups, config.kv_channels)
-        keys, values = (
-            torch.empty(shape, dtype=config.params_dtype, device=device).normal_() for _ in range(2)
-        )
-        for layer in range(1, config.num_layers + 1):
-            self.context.key_value_memory_dict[layer] = (keys, values)
+        self.model = model
+        inner = unwrap_model(model)
+        batch, places = len(lengths), places or max(lengths) + 1
+        self.requests = Requests(inner, lengths, places)
+        self.context = StaticInferenceContext(batch, places)  # a query convolution's past
         self.context.enable_decode_mode()
-        self.cache_length = cache_length
-        self.cache_bytes = config.num_layers * (keys.nbytes + values.nbytes)
-        """Read in a step: every layer reads the one cache."""
+        self.context.sequence_len_offset = max(1, min(lengths))
+        config, device = inner.config, self.requests.positions.device
+        shape = (batch, places, config.num_query_groups, config.kv_channels)
+        attentions = cached_attentions(inner)
+        self.cache_bytes = 0
+        """Read in a step: by every layer, if it is one cache."""
+        for number, attention in enumerate(attentions):
+            if number == 0 or not one_cache:
+                keys, values = (
+                    torch.empty(shape, dtype=config.params_dtype, device=device).normal_()
+                    for _ in range(2)
+                )
+            attention.attend_to(self.requests, keys, values)
+            self.cache_bytes += keys.nbytes + values.nbytes
         self._graph: torch.cuda.CUDAGraph | None = None
-        self.inputs = {
-            "tokens": torch.randint(vocabulary, (batch, 1), device=device),
-            "position_ids": torch.full((batch, 1), cache_length, device=device),
-            "attention_mask": None,
-        }
+        self.tokens = torch.randint(vocabulary, (batch, 1), device=device)
 
     def __call__(self) -> torch.Tensor:
         """Logits (B, 1, vocabulary)."""
-        self.context.sequence_len_offset = self.cache_length
-        logits: torch.Tensor = self.wrapper.run_one_forward_step(self.inputs)
+        self.requests.begin()
+        logits: torch.Tensor = self.model(
+            self.tokens,
+            self.requests.positions.unsqueeze(1),
+            None,
+            inference_context=self.context,
+            runtime_gather_output=True,
+        )
         return logits
 
     def capture(self) -> None:
         """Make what `measure` repeats the replay of one CUDA graph: no launches from the host.
 
-        Raises RuntimeError if something in the step waits for the GPU, as experts do.
+        Raises RuntimeError if something in the step waits for the GPU, as Megatron's experts do.
         """
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
@@ -76,12 +94,12 @@ class DecodeStep:
             self()
         self._graph = graph
 
-    def measure(self) -> Timing:
-        """Wall time of a step, after warm-up."""
+    def measure(self, seconds: float) -> Timing:
+        """Wall time of a step, after warm-up: of as many steps as take so long, 5 to 50."""
         for _ in range(_WARM_UP):
             self._timed()
         times = [self._timed() for _ in range(_LEAST_REPEATS)]
-        while len(times) < _MOST_REPEATS and sum(times) < _SECONDS_PER_POINT * 1e3:
+        while len(times) < _MOST_REPEATS and sum(times) < seconds * 1e3:
             times.append(self._timed())
         p20, _, _, p80 = statistics.quantiles(times, n=5)
         return Timing(statistics.median(times), p20, p80, len(times))

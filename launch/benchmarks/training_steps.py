@@ -2,12 +2,14 @@
 
     python -m launch.benchmarks.training_steps FILE <flags>
 
-FILE becomes {"step": [seconds, ...], "optimizer": [...], "peak_bytes": ...}; a step is Megatron's
-train_step: forward, backward, reduction of gradients, optimizer. Data and logging are outside.
+FILE becomes {"step": [seconds, ...], "optimizer": [...], "cpu": [...], "peak_bytes": ...}; a step
+is Megatron's train_step: forward, backward, reduction of gradients, optimizer. Data and logging are
+outside. "cpu" is what the process computed in each step. Of several ranks each has its FILE.RANK.
 """
 
 import functools
 import json
+import os
 import resource
 import sys
 import time
@@ -20,14 +22,18 @@ import torch
 from ultramem_megatron.errors import exit_on_user_error
 
 
-def _timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+def _timed(
+    function: Callable[..., Any], seconds: list[float], cpu: list[float] | None = None
+) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         torch.cuda.synchronize()
-        start = time.perf_counter()
+        start, computed = time.perf_counter(), time.process_time()
         result = function(*args, **kwargs)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
+        if cpu is not None:
+            cpu.append(time.process_time() - computed)
         return result
 
     return run
@@ -41,6 +47,7 @@ def record(argv: Sequence[str]) -> dict[str, Any]:
 
     steps: list[float] = []
     optimizer: list[float] = []
+    cpu: list[float] = []
     set_up = training.setup_model_and_optimizer
 
     @functools.wraps(set_up)
@@ -49,10 +56,10 @@ def record(argv: Sequence[str]) -> dict[str, Any]:
         made.step = _timed(made.step, optimizer)
         return model, made, scheduler
 
-    training.train_step = _timed(training.train_step, steps)
+    training.train_step = _timed(training.train_step, steps, cpu)
     training.setup_model_and_optimizer = with_timed_optimizer
     main(argv)
-    return {"step": steps, "optimizer": optimizer, "peak_bytes": _peak_bytes()}
+    return {"step": steps, "optimizer": optimizer, "cpu": cpu, "peak_bytes": _peak_bytes()}
 
 
 def _peak_bytes() -> int:
@@ -65,4 +72,6 @@ def _peak_bytes() -> int:
 if __name__ == "__main__":
     with exit_on_user_error():
         file = Path(sys.argv[1])  # training replaces sys.argv
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            file = file.with_name(f"{file.name}.{os.environ['RANK']}")
         file.write_text(json.dumps(record(sys.argv[2:])))

@@ -13,6 +13,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from torch import Tensor, nn
 
+from launch.benchmarks.grouped_experts import GroupedProducts
 from ultramem_megatron.memory.tables.value_table import ValueTable
 from ultramem_megatron.tools.plan.sizes import ReadSizes
 
@@ -34,12 +35,17 @@ def count_weight_bytes(model: nn.Module) -> Iterator[dict[str, int]]:
         used = int((tokens_per_expert > 0).sum())
         counted["experts"] += used * _bytes_of(module) // len(tokens_per_expert)
 
+    def grouped(module: nn.Module, inputs: Any) -> None:
+        ends: Tensor = inputs[1]
+        used = int((ends.diff(prepend=ends.new_zeros(1)) > 0).sum())
+        counted["experts"] += used * _bytes_of(module) // len(ends)
+
     def values(module: nn.Module, inputs: Any) -> None:
         assert isinstance(module, ValueTable)
         rows = (inputs[0] % module.layout.num_values).unique().numel()
         counted["values"] += rows * module.weight[0].nbytes
 
-    counters = {"mlp": mlp, "experts": experts, "values": values}
+    counters = {"mlp": mlp, "experts": experts, "grouped": grouped, "values": values}
     hooks = [
         module.register_forward_pre_hook(counters[kind]) for module, kind in _kinds(model).items()
     ]
@@ -58,6 +64,8 @@ def _kinds(model: nn.Module) -> dict[nn.Module, str]:
     for module in model.modules():
         if isinstance(module, ValueTable):
             kinds[module] = "values"
+        elif isinstance(module, GroupedProducts):
+            kinds[module] = "grouped"
         elif isinstance(module, MLP) and module not in inside:
             kinds[module] = "mlp"
     return kinds

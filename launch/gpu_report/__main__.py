@@ -14,6 +14,7 @@ from typing import Any
 from launch.gpu_report import page
 from ultramem_megatron.errors import exit_on_user_error
 from ultramem_megatron.faults.results_folder import results_folder
+from ultramem_megatron.faults.unseen_gpus import refuse_unseen_gpus
 from ultramem_megatron.tools.gpu_report import PARTS, parse
 
 _ROOT = Path(__file__).parents[2]
@@ -23,6 +24,7 @@ _FOLDER = "launch.gpu_report.parts"
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts. Raises UltraMemError."""
     options = parse(argv)
+    refuse_unseen_gpus()
     import torch
 
     large = torch.cuda.is_available()

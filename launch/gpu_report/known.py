@@ -1,6 +1,9 @@
-"""What a row stands beside: the target, the floor, and what one H200 showed on 2026-11-26.
+"""What a row stands beside: the target, the floor, what one H200 showed, and what is predicted.
 
-By the words of the row. Commit 6091ab5, driver 580, torch 2.11, triton 3.6: launch/results/h200.
+By the words of the row. Measured on 2026-11-26 with commit 6091ab5, driver 580, torch 2.11, triton
+3.6 (launch/results/h200). **Predicted** figures are nobody's measurement: what the changes since
+then should give on the same card, from its own rows, from counts of launches and from bytes at the
+share of a copy's speed that like kernels reached there. The comment above a row derives its figure.
 """
 
 from typing import NamedTuple
@@ -12,28 +15,60 @@ class Known(NamedTuple):
     h200: float | None = None
     target: str = ""
     floor: float | None = None
+    predicted: float | None = None
 
 
 KNOWN = {
-    "lookup forward, 1.6B shape, T 8192": Known(546, "<= 386", 347),
-    "lookup forward, 1.6B shape, T 64": Known(28, "<= 10", 2.7),
-    "lookup forward and backward, 1.6B shape, T 8192": Known(3253, "<= 2586", 1886),
-    "lookup forward, 227M shape, T 8192": Known(503, "<= 245", 240),
-    "side top-m forward, 1.6B shape, T 8192": Known(2379, "<= 650"),
-    "side top-m forward and backward, 1.6B shape, T 8192": Known(5301, "<= 1750"),
-    "side top-m forward, keys a multiple of 64, T 8192": Known(700),
-    "grid top-m forward, 1.6B shape, T 8192": Known(118),
-    "query convolution forward and backward, width 2048, T 8192": Known(1800, "<= 120", 40),
-    "layer forward and backward, preset, T 8192": Known(12017, "<= 5400", 3600),
-    "layer forward and backward, no convolution, T 8192": Known(10075),
-    "layer forward and backward, aligned keys, no convolution, T 8192": Known(6854),
-    "launches, preset, T 8192": Known(186, "<= 60"),
-    "host waits, preset, T 8192": Known(2, "0"),
-    "training, ultramem over dense, tokens per second": Known(0.73, ">= 0.9"),
-    "training, pkm over dense, tokens per second": Known(0.92),
+    # Best of lookup_sweep.jsonl on tensor cores, whose sizes the kernel now has: 385.6, 9.7, 239.7.
+    "lookup forward, 1.6B shape, T 8192": Known(546, "<= 386", 347, 386),
+    "lookup forward, 1.6B shape, T 64": Known(28, "<= 10", 2.7, 9.7),
+    "lookup forward, 227M shape, T 8192": Known(503, "<= 245", 240, 240),
+    # Forward, and the sweep's 2,304 for the backward kernel's sizes; nothing is copied around it.
+    "lookup forward and backward, 1.6B shape, T 8192": Known(3253, "<= 2586", 1886, 2690),
+    # 3,584 keys as timed there (product 334, selection 365), and the keys padded: 46 MB at 3 TB/s.
+    # Floor: 188 GFLOP at 801 TFLOP/s and the scores (470 MB) read once; backward twice the product.
+    "side top-m forward, 1.6B shape, T 8192": Known(2379, "<= 650", 345, 715),
+    # That, 1,173 for the backward with 3,584 keys, and the gradient's padding cut off: 15.
+    "side top-m forward and backward, 1.6B shape, T 8192": Known(5301, "<= 1750", 924, 1903),
+    "side top-m forward, keys a multiple of 64, T 8192": Known(700, predicted=700),
+    "grid top-m forward, 1.6B shape, T 8192": Known(118, predicted=118),
+    # 5 passes over 33.6 MB are 40 us of copying; the scatter kernel, which like this one streams
+    # (470 MB in 157 us with aligned keys), reached 71 % of a copy: 56, and 5 for the weight's sums.
+    "query convolution forward and backward, width 2048, T 8192": Known(1800, "<= 120", 40, 61),
+    # Device time with aligned keys and no convolution was 6,146. Lookup 545 -> 386 and 2,419 ->
+    # 2,304; about 18 int64 operations of the shuffle (5 us each) -> one kernel and 8 of them: -45;
+    # filter without 6 kernels of the library's SVD: -20; keys padded, their gradient cut: +30.
+    "layer forward and backward, aligned keys, no convolution, T 8192": Known(6854, predicted=5807),
+    "layer forward and backward, no convolution, T 8192": Known(10075, predicted=5837),
+    # And the convolution 61, the centring of queries 2 x 34 MB + 34 MB at 71 %: 34, and 19 launches
+    # of 2 us for its mean.
+    "layer forward and backward, preset, T 8192": Known(12017, "<= 5400", 3600, 5970),
+    # Counted on the meta device (tests/launch/launches.py): 123. The same count gave 95 where 107
+    # were measured (no convolution; norms' backward and sums are several kernels).
+    "launches, preset, T 8192": Known(186, "<= 60", None, 139),
+    # In the same count a read on the host is an error: there is none.
+    "host waits, preset, T 8192": Known(2, "0", None, 0),
+    # Optimizer: unfused 106 bytes a parameter (8 passes of AdamW 80, clipping by copies 16, norm 4,
+    # bf16 copy 6), fused and in place 46. Dense and UltraMem give 27.6 ps a parameter and 10.3 ms
+    # besides (product keys fit: 57 for 56 measured): 46 bytes are 12.0 ps, so 12.4 and 34.7 ms.
+    # The rest: dense 256.2; UltraMem 305.6, its 49.4 for memories times 5,970/12,017: 280.7.
+    # (256.2 + 12.4) / (280.7 + 34.7); product keys, of 1,707e6 parameters: 268.6 / (238.1 + 30.8).
+    "training, ultramem over dense, tokens per second": Known(0.73, ">= 0.9", None, 0.85),
+    "training, pkm over dense, tokens per second": Known(0.92, predicted=1.0),
     "training, moe over dense, tokens per second": Known(0.31),
     "copy bandwidth": Known(4230),
     "matrix product, bfloat16": Known(801),
+    # Of 1,111 us: grid 66, projections 97, norms 28 stay; lookup 149 -> 58; products 129 -> 91 and
+    # selection 112 -> 71 as with 3,584 keys; convolution 156 -> 18 and its history 36; shuffle and
+    # addresses 215 -> 48; centring and casts 66. The floor is their bytes.
+    "decode, six memories, batch 64": Known(1111, "<= 350", 60, 579),
+    # Counted as above: 19 a memory, and 2 for the convolution's history (43 were seen).
+    "launches of six memories in a decode step": Known(258, "<= 60", None, 126),
+    # The same MoE (16.93, 18.85 ms) over dense (2.86, 3.30) and the 0.58 ms of the memories.
+    "decode, grouped MoE over UltraMem, batch 32": Known(4.2, ">= 5.2", None, 4.9),
+    "decode, grouped MoE over UltraMem, batch 64": Known(4.2, ">= 5.2", None, 4.9),
+    "decode, UltraMem over dense, batch 32": Known(1.42, "<= 1.10", None, 1.20),
+    "decode, UltraMem over dense, batch 64": Known(1.36, "<= 1.10", None, 1.18),
 }
-"""Both passes: the sum of the two, which were timed alone. Decoding has none: there it was measured
-with a grouped MoE in CUDA graphs, which the report's part does not do."""
+"""Both passes: the sum of the two, which were timed alone. Decoding (1.6B, 2 groups of keys and
+values, CUDA graphs) was timed there by a script, without positions; launches, by its profile."""

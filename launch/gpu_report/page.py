@@ -7,9 +7,15 @@ from typing import Any
 
 from launch.gpu_report.known import KNOWN, Known
 
+_WORDS = (
+    "Predicted figures are derived in launch/gpu_report/known.py, from the H200's rows, counts of "
+    "launches and bytes; they are no measurements."
+)
 Parts = Mapping[str, Sequence[Mapping[str, Any]]]
 
-_HEAD = "| | here | one H200, 2026-11-26 | target | floor |\n|---|---|---|---|---|"
+_H200 = "one H200, 2026-11-26"
+_HEAD = f"| | here | {_H200} | predicted | target | floor |\n|---|---|---|---|---|---|"
+_UNMEASURED = f"| | {_H200} | predicted, not measured | target | floor |\n|---|---|---|---|---|"
 
 
 def write(folder: Path, parts: Parts) -> None:
@@ -29,19 +35,33 @@ def write(folder: Path, parts: Parts) -> None:
 
 def page(parts: Parts) -> str:
     """Markdown."""
-    sections = ["# GPU report"]
+    sections = ["# GPU report", _WORDS]
     for name, rows in parts.items():
-        lines = [_line(row) for row in rows] or ["| nothing | | | | |"]
+        lines = [_line(row) for row in rows] or ["| nothing | | | | | |"]
         sections.append("\n".join([f"## {name}\n", _HEAD, *lines]))
     failed = sum(bool(row["error"]) for rows in parts.values() for row in rows)
     sections.append(f"{failed} of {sum(map(len, parts.values()))} rows failed.")
+    sections.append(f"## All targets\n\n{targets()}")
     return "\n\n".join(sections) + "\n"
+
+
+def targets() -> str:
+    """Markdown: every target beside what was measured, what is predicted and the floor."""
+    lines = [
+        _cells(what, known.h200, known.predicted, known.target, known.floor)
+        for what, known in KNOWN.items()
+        if known.target
+    ]
+    return "\n".join([_UNMEASURED, *lines])
 
 
 def _line(row: Mapping[str, Any]) -> str:
     known = _known(row["what"])
     here = f"**failed**: {row['error']}" if row["error"] else f"{row['value']} {row['unit']}"
-    cells = (row["what"], here, known.h200, known.target, known.floor)
+    return _cells(row["what"], here, known.h200, known.predicted, known.target, known.floor)
+
+
+def _cells(*cells: Any) -> str:
     return "| " + " | ".join("" if c is None else str(c).replace("|", "/") for c in cells) + " |"
 
 

@@ -11,7 +11,7 @@ import torch
 from tests.training_runs import tiny_gpt
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.faults.launcher_environment import check_launcher_environment
-from ultramem_megatron.faults.unseen_gpus import warn_of_unseen_gpus
+from ultramem_megatron.faults.unseen_gpus import refuse_unseen_gpus, warn_of_unseen_gpus
 
 _ALL = {
     "RANK": "0",
@@ -99,6 +99,17 @@ def test_gpus_that_torch_does_not_see_are_told_loudly(devices, capsys, monkeypat
     assert lines[1].startswith(f"WARNING: nvidia0, nvidia1 in {devices}, but torch sees no GPU")
     assert "The NVIDIA driver is too old" in lines[2]
     assert "CUDA_VISIBLE_DEVICES=" in lines[3]
+
+
+def test_what_is_about_gpus_alone_is_refused(devices, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    message = (
+        rf"nvidia0, nvidia1 in {devices}, but torch sees no GPU: .*driver is too old.* set CUDA_"
+    )
+    with pytest.raises(UltraMemError, match=message):
+        refuse_unseen_gpus(devices)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    refuse_unseen_gpus(devices)
 
 
 def test_nothing_is_told_where_the_cpu_is_meant(devices, capsys, monkeypatch, tmp_path_factory):

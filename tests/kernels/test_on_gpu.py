@@ -1,4 +1,4 @@
-"""Every op and a whole layer on a GPU, in float32 and bfloat16, against the reference there."""
+"""On a GPU: every op and a whole layer against the reference there; a resumed training."""
 
 import os
 
@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from launch.gpu_report.parts import parity
+from tests.training_runs import run_pretrain, tiny_gpt
+from ultramem_megatron.faults.unseen_gpus import refuse_unseen_gpus
+from ultramem_megatron.patches.registry import PATCH_MODULES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,9 +22,17 @@ _MOST = {"float32": 1e-5, "bfloat16": 1e-2}
 _NEAR_TIES = 3e-2
 """Of two keys that score alike one implementation takes the one, one the other."""
 
+_ALL = PATCH_MODULES
+_UNFUSED = tuple(name for name in PATCH_MODULES if name != "defects.fused_adam")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def a_gpu_that_torch_sees():
+    refuse_unseen_gpus()
+    assert torch.cuda.is_available(), "--gpu was given, but PyTorch sees no GPU here"
+
 
 def test_every_op_equals_its_reference():
-    assert torch.cuda.is_available(), "--gpu was given, but PyTorch sees no GPU here"
     rows = list(parity.rows(large=True))
     assert not [row for row in rows if row.error]
     errors = {row.what: row.value for row in rows if row.unit.startswith("relative")}
@@ -30,3 +41,37 @@ def test_every_op_equals_its_reference():
         exact = what.startswith(("lookup", "query convolution"))
         most = _MOST["bfloat16" if "bfloat16" in what else "float32"] if exact else _NEAR_TIES
         assert error <= most, what
+
+
+def _adam(trained):
+    """Whether it is fused, on which devices steps are counted, and their number."""
+    chained = getattr(trained.optimizer, "chained_optimizers", [trained.optimizer])
+    inner = [one.optimizer for one in chained]
+    steps = [state["step"] for adam in inner for state in adam.state.values()]
+    fused = {group["fused"] for adam in inner for group in adam.param_groups}
+    return fused, {step.device.type for step in steps}, {float(step) for step in steps}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"bf16": True},
+        {"use_distributed_optimizer": True},
+        {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True},
+    ],
+    ids=["float32", "bfloat16", "distributed", "distributed, reshardable"],
+)
+@pytest.mark.parametrize("saved_by", [_ALL, _UNFUSED], ids=["saved fused", "saved unfused"])
+def test_a_resumed_training_goes_on_as_if_uninterrupted(flags, saved_by, tmp_path):
+    """The fused kernel reads the number of steps on the GPU; checkpoints hold it on the CPU."""
+    memory = {"ultramem_spans": "1:2", "ultramem_num_keys": 12, "ultramem_topk": 6}
+    argv = {**memory, **flags, "train_iters": 4, "deterministic_mode": True}
+    half = {"save": tmp_path, "save_interval": 2, "exit_interval": 2}
+    saved = run_pretrain(1, tiny_gpt(**argv, **half), patches=saved_by)
+    resumed = run_pretrain(1, tiny_gpt(**argv, load=tmp_path), on_finish=_adam)
+    whole = run_pretrain(1, tiny_gpt(**argv), on_finish=_adam)
+    exact = saved_by is _ALL
+    found = [*saved.losses, *resumed.losses]
+    assert found == (whole.losses if exact else pytest.approx(whole.losses, rel=1e-4))
+    assert resumed.ranks[0].finished == whole.ranks[0].finished == ({True}, {"cuda"}, {4.0})

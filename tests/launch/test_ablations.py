@@ -134,6 +134,16 @@ def test_flops_and_parameters_are_equal() -> None:
     assert abs((moe.dense_params + moe.sparse_params) / total - 1) < 0.01
 
 
+def test_the_family_has_equal_flops_and_tables() -> None:
+    *_, ultramem = models = EXPERIMENTS["family"].models
+    counted = {model.name: sizes(model.name, tuple(model.small_arguments())) for model in models}
+    of_ultramem = counted[ultramem.name]
+    for name in ("memory+", "peer", "ultramemv2"):
+        found = counted[name]
+        assert abs(found.flops_per_token / of_ultramem.flops_per_token - 1) < 0.02
+        assert abs(found.sparse_params / of_ultramem.sparse_params - 1) < 0.01
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_full_scale_prints_the_papers_models(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--scale", "full", "--", "--bf16"]) == 0

@@ -7,7 +7,10 @@ import pytest
 
 from launch.gpu_report.__main__ import main, run_parts
 from launch.gpu_report.known import KNOWN
+from launch.gpu_report.page import targets
 from launch.gpu_report.row import Row, attempted
+from tests import ROOT
+from tests.launch.launches import launches_of_a_layer
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.tools.gpu_report import PARTS
 
@@ -89,7 +92,8 @@ def test_wrong_flags_are_refused(words, message, tmp_path):
 
 def test_what_is_known_is_asked_of_some_part():
     """Names of rows: a row that was renamed would lose its target."""
-    from launch.gpu_report.parts import kernels, layer
+    from launch.benchmarks.decode import QUICK
+    from launch.gpu_report.parts import decode, kernels, layer
 
     asked = {
         f"{op} {passes}, {words}, T {tokens}"
@@ -102,5 +106,24 @@ def test_what_is_known_is_asked_of_some_part():
         for words, _, _ in layer._CASES
         for what in ("layer forward and backward", "launches", "host waits")
     }
-    starts = ("lookup", "side top-m", "grid top-m", "layer", "launches", "host waits")
+    asked |= {what.format(f", batch {batch}") for what in decode._PAIRS for batch in QUICK}
+    asked |= {f"decode, six memories, batch {batch}" for batch in QUICK}
+    starts = ("decode, ", "lookup", "side top-m", "grid top-m", "layer", "launches, ", "host waits")
     assert {name for name in KNOWN if name.startswith(starts)} <= asked
+
+
+def test_every_target_stands_beside_a_predicted_figure():
+    assert len([known for known in KNOWN.values() if known.target]) == 17
+    for what, known in KNOWN.items():
+        assert not known.target or None not in (known.h200, known.predicted), what
+        assert known.floor is None or known.predicted is None or known.predicted >= known.floor
+    assert targets() in (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+
+
+def test_predicted_launches_are_those_counted_and_none_waits_for_the_host():
+    counted = launches_of_a_layer(1789, 5)
+    step, decoding = (sum(counted[pass_].values()) for pass_ in ("a step", "decoding"))
+    assert (step, decoding) == (123, 19), counted
+    assert KNOWN["launches, preset, T 8192"].predicted == round(step * 107 / 95)
+    of_six = KNOWN["launches of six memories in a decode step"]
+    assert of_six.predicted == 6 * (decoding + 2)  # and the convolution's history

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.closeness import rounding
 from tests.layers import small_layer
 from tests.training_runs import run_pretrain, tiny_gpt
-from ultramem_megatron.megatron.metrics import METRICS, collapse_warning, usage
+from ultramem_megatron.megatron.metrics import METRICS, collapse_warning
 from ultramem_megatron.megatron.optimizer.value_learning_rate import value_lr_factor
 
 # TensorBoard keeps float32: two numbers, each rounded once, and a product of them.
@@ -124,14 +124,6 @@ def test_a_collapse_is_warned_of(cosine, used, reads_per_value, warns):
     if warning:
         assert "layer 3" in warning
         assert "--ultramem-query-centering" in warning
-
-
-@pytest.mark.parametrize(
-    ("counts", "used", "divergence"),
-    [([5, 5, 5, 5], 1.0, 0.0), ([8, 0, 0, 0], 0.25, math.log(4)), ([4, 4, 0, 0], 0.5, math.log(2))],
-)
-def test_usage(counts, used, divergence):
-    assert usage(torch.tensor(counts)) == pytest.approx((used, divergence))
 
 
 def test_statistics_by_hand():

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ultramem_megatron.megatron.reads_of_values import ReadsOfValues
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.retrieval import RETRIEVALS
@@ -26,8 +27,8 @@ METRICS = (
 )
 """Of every memory; its retrieval adds its own."""
 _ALIKE, _HARDLY_USED = 0.9, 0.01
-KeepReads = Callable[[int, Tensor, Tensor], None]
-"""Takes a layer's number, reads per value (N,) and of the key grid, over all ranks of its stage."""
+KeepReads = Callable[[int, ReadsOfValues, Tensor], None]
+"""Takes a layer's number, its reads and those of the key grid, over all ranks of its stage."""
 
 
 class MemoryMonitor:
@@ -72,38 +73,22 @@ class MemoryMonitor:
         forwards, sums, hits = layer.statistics.take()
         grid = layer.statistics.take_grid()
         device = layer.values.weight.device
-        totals = torch.zeros(5, dtype=torch.float64, device=device)
-        counts = torch.zeros(layer.config.num_values, dtype=torch.int64, device=device)
+        totals = torch.zeros(6, dtype=torch.float64, device=device)
         if sums is not None and hits is not None:
-            totals[:-1], totals[-1] = sums.double(), forwards
-            counts += hits
+            totals[:-2], totals[-2], totals[-1] = sums.double(), forwards, hits.sum()
         dist.all_reduce(totals, group=self.data_group)
-        dist.all_reduce(counts, group=self.data_group)
+        reads = ReadsOfValues(
+            hits, layer.statistics.counters, float(totals[-1]), device, self.data_group
+        )
         if keep_reads is not None:
             bins = grid_bins(layer.config.keys_per_side)
             grids = torch.zeros(bins, bins, dtype=torch.int64, device=device)
             grids += 0 if grid is None else grid
             dist.all_reduce(grids, group=self.data_group)
-            keep_reads(layer.layer_number, counts, grids)
-        means = totals[:-1] / totals[-1]
-        used, divergence = usage(counts)
-        tail = [used, divergence, *layer.retrieval.report().values()]
+            keep_reads(layer.layer_number, reads, grids)
+        means = totals[:-2] / totals[-2]
+        tail = [reads.figures.used, reads.figures.divergence, *layer.retrieval.report().values()]
         return torch.cat([means, torch.tensor(tail, dtype=torch.float64, device=device)])
-
-
-def usage(counts: Tensor) -> tuple[float, float]:
-    """Share of values read at least once, and KL(reads || uniform) in nats.
-
-    counts: (N,) reads per value. Four equal counts of four values give (1, 0); one value of four
-    taking all reads gives (0.25, log 4).
-    """
-    total = counts.sum().double()
-    if total == 0:
-        return 0.0, math.nan
-    share = counts.double() / total
-    entropy = -torch.special.xlogy(share, share).sum()
-    used = (counts > 0).double().mean()
-    return float(used), float(math.log(len(counts)) - entropy)
 
 
 def collapse_warning(

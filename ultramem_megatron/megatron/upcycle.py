@@ -7,7 +7,7 @@ the dense model's loss. Its first gradient reaches the projection, the next one 
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from ultramem_megatron.memory.finite import naming_where
 from ultramem_megatron.memory.layer import UltraMemLayer, memory_layers
 
 UPCYCLE_FLAG = "--ultramem-upcycle"
+_EXTRA = "._extra_state"  # torch's name for what get_extra_state() gives
 
 
 def dense_checkpoint(args: Namespace) -> str | None:
@@ -95,11 +96,31 @@ def _load_dense_weights(chunk: nn.Module, folder: str) -> None:
                 f"{UPCYCLE_FLAG} {folder}: the checkpoint lacks weights of this model: "
                 f"{', '.join(missing)}. Give this run the flags the checkpoint was made with."
             )
+        absent = {name: _own_state(chunk, name) for name in _absent_states(state, stored.keys())}
+        for name in absent:
+            del state[name]
         names = list(state)
         # Brings the state of its training, too.
         loaded = dist_checkpointing.load(state, folder, verify_integrity=True)
         with naming_where(f"{UPCYCLE_FLAG} {folder}"):
-            chunk.load_state_dict({name: loaded[name] for name in names})
+            chunk.load_state_dict({**{name: loaded[name] for name in names}, **absent})
+
+
+def _absent_states(state: dict[str, Any], stored: Collection[str]) -> list[str]:
+    """Names of what Transformer Engine's modules keep beside weights, and the checkpoint has not.
+
+    A norm that stands before a memory has such a state of its own, which is empty; fused into the
+    dense layer's product, as in the checkpoint, it has none.
+    """
+    return [
+        name
+        for name, value in state.items()
+        if name.endswith(_EXTRA) and getattr(value, "unique_key", None) not in stored
+    ]
+
+
+def _own_state(chunk: nn.Module, name: str) -> Any:
+    return chunk.get_submodule(name.removesuffix(_EXTRA)).get_extra_state()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultramem_megatron.megatron.metrics import tensorboard_tag
+from ultramem_megatron.megatron.reads_of_values import ReadsOfValues
 from ultramem_megatron.memory.spans import Span
 
 _BOUNDS = [2**power for power in range(32)]
@@ -41,13 +42,12 @@ class UsagePictures:
         self.spans, self.bins, self.pipeline_group = spans, bins, pipeline_group
         self._kept: dict[int, Tensor] = {}
 
-    def keep(self, layer_number: int, counts: Tensor, grid: Tensor) -> None:
-        """Reads per value (N,) and of the grid (B, B), already summed over the ranks."""
-        bounds = torch.tensor(_BOUNDS, device=counts.device)
-        buckets = torch.bucketize(counts, bounds, right=True).bincount(minlength=len(_LIMITS))
-        reads = counts.double()
-        sums = torch.stack([reads.min(), reads.max(), reads.sum(), reads.square().sum()])
-        self._kept[layer_number] = torch.cat([buckets.double(), sums, grid.flatten().double()])
+    def keep(self, layer_number: int, reads: ReadsOfValues, grid: Tensor) -> None:
+        """Reads per value and of the grid (B, B), already summed over the ranks; a collective."""
+        buckets, least, most = reads.histogram(torch.tensor(_BOUNDS, device=grid.device))
+        ends = torch.stack([least, most]).double()
+        sums = ends.new_tensor([reads.reads, reads.figures.squares])
+        self._kept[layer_number] = torch.cat([buckets, ends, sums, grid.flatten().double()])
 
     def collect(self) -> dict[int, Usage]:
         """By layer number, the same on every rank; a collective over the stages."""

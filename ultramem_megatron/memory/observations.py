@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ultramem_megatron.memory.read_counts import Counters, counters
 from ultramem_megatron.memory.retrieval.addresses import grid_counts
 from ultramem_megatron.memory.retrieval.retrieved import Retrieved
 
@@ -14,7 +15,7 @@ from ultramem_megatron.memory.retrieval.retrieved import Retrieved
 class MemoryStatistics:
     """Running sums; `take()` reads and clears them.
 
-    The histogram counts reads per physical value: int32 of length N, small beside a row of Dv.
+    hits: reads per physical value, int32, in the counters of `read_counts.py`.
     """
 
     num_values: int
@@ -41,8 +42,8 @@ class MemoryStatistics:
             return
         if self.sums is None or self.hits is None or self.hits.device != rows.device:
             self.sums = torch.zeros(4, device=rows.device)
-            self.hits = torch.zeros(self.num_values, dtype=torch.int32, device=rows.device)
-        flat = rows.flatten()
+            self.hits = torch.zeros(self.counters.number, dtype=torch.int32, device=rows.device)
+        flat = self.counters.of(rows.flatten())
         self.hits.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
         scores = retrieved.scores
         means = (
@@ -56,6 +57,11 @@ class MemoryStatistics:
         if self.keys_per_side is not None:
             counts = grid_counts(retrieved.addresses, self.keys_per_side)
             self.grid = counts if self.grid is None else self.grid + counts
+
+    @property
+    def counters(self) -> Counters:
+        """What `hits` counts."""
+        return counters(self.num_values)
 
     def take(self) -> tuple[int, Tensor | None, Tensor | None]:
         """Number of forwards; sums over them of the means that `record` takes; hits."""

@@ -56,7 +56,7 @@ def _counts():
     for model in SCALES["small"].trio:
         built, _ = untrained_model(model.flags)
         addresses, experts = _shuffled_addresses(built), _routed_experts(built)
-        step = DecodeStep(built, 3, 8, 512)
+        step = DecodeStep(built, [8] * 3, 512)
         with torch.no_grad(), count_weight_bytes(built) as counted:
             step()
         rows = {int(z) % (128 * 128) for out in addresses for z in out.flatten()}
@@ -87,7 +87,7 @@ def _shared_experts():
 
     _, moe, _ = SCALES["small"].trio
     built, _ = untrained_model([*moe.flags, "--moe-shared-expert-intermediate-size", "24"])
-    step = DecodeStep(built, 3, 8, 512)
+    step = DecodeStep(built, [8] * 3, 512)
     with torch.no_grad(), count_weight_bytes(built) as counted:
         step()
     everything = sum(parameter.nbytes for parameter in built.parameters())
@@ -134,10 +134,13 @@ def test_the_command_writes_rows_and_figures(tmp_path):
     run_on_ranks(1, _benchmark, tmp_path)
     with (tmp_path / "decode.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["kind"] for row in rows] == ["dense"] * 2 + ["moe"] * 2 + ["ultramem"] * 2 + [
-        "moe",
-        "ultramem",
-    ]
+    over_batches = ["dense", "moe", "moe-grouped", "ultramem"]
+    fewer = ["moe", "moe-grouped", "ultramem"]
+    assert [row["kind"] for row in rows] == [kind for kind in over_batches for _ in "14"] + fewer
+    read = {(row["kind"], row["model"], row["batch"]): row["bytes_all"] for row in rows}
+    for kind, model, batch in read:  # the same tokens and experts, whoever multiplies
+        if kind == "moe" and batch == "1":
+            assert read["moe-grouped", model, batch] == read[kind, model, batch]
     for row in rows:
         assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
         assert all(row[name] for name in ("date", "commit", "hardware", "torch", "megatron_core"))

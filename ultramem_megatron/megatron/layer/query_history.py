@@ -94,10 +94,18 @@ def paged_history(x: Tensor, taps: int, layer_number: int, context: Any) -> Tens
 
 
 def decoding_history(x: Tensor, taps: int, layer_number: int, context: Any) -> Tensor | None:
-    """Inputs before x, (1, K-1, B, D), kept in the inference context as keys and values are."""
+    """Inputs before x, (1, K-1, B, D), kept in the inference context as keys and values are.
+
+    After the prompt's they are written where those before were, so that a CUDA graph of one step
+    serves the next.
+    """
     caches = context.__dict__.setdefault("ultramem_query_history", {})
     slot = (layer_number, context.batch_size_offset)
-    history: Tensor | None = caches.get(slot) if context.sequence_len_offset else None
-    before = x.new_zeros(1, taps - 1, *x.shape[1:]) if history is None else history
-    caches[slot] = torch.cat([before[0], x])[len(x) :].unsqueeze(0).detach()
-    return history
+    kept: Tensor | None = caches.get(slot) if context.sequence_len_offset else None
+    before = x.new_zeros(taps - 1, *x.shape[1:]) if kept is None else kept
+    inputs = torch.cat([before, x.detach()])
+    if kept is None:
+        caches[slot] = inputs[len(x) :].clone()
+        return None
+    kept.copy_(inputs[len(x) :])
+    return inputs[: taps - 1].unsqueeze(0)

@@ -162,7 +162,7 @@ def suggest_layout(
     With spans 3:5/6:8/9:11, 12 layers and 2 chunks: "Et*5|t*7L". Of a HybridModel: its pattern,
     with a | at the end of each chunk.
     """
-    sizes = _even_sizes(spans, config.num_layers, num_chunks)
+    sizes = even_sizes(spans, config.num_layers, num_chunks)
     if sizes is None:
         return None
     symbols = pattern.kept_stages(config)
@@ -172,10 +172,8 @@ def suggest_layout(
     return "E" + "|".join(f"t*{size}" if size > 1 else "t" for size in sizes) + "L"
 
 
-def _even_sizes(
-    spans: tuple[Span, ...], num_layers: int, num_chunks: int
-) -> tuple[int, ...] | None:
-    """Layers of each chunk."""
+def even_sizes(spans: tuple[Span, ...], num_layers: int, num_chunks: int) -> tuple[int, ...] | None:
+    """Layers of each chunk where they are most even and no span crosses; None: it cannot be."""
     cuts = [*allowed_cuts(spans, num_layers), num_layers]
 
     @functools.cache

@@ -4,9 +4,14 @@
     ultramem plan ultramem-1.6b-x12 --gpus 8 64 --use-distributed-optimizer \\
         --tensor-model-parallel-size 2 --sequence-parallel
     ultramem plan --num-layers 4 ... --ultramem-spans 2:3 ...     # no preset
+    ultramem plan ultramem-1.6b-x12 --fit --gpus 64 --memory 80   # which layout?
 
 All of Megatron's flags and ours may follow; they override the preset's. Nothing is trained, no
 memory is taken: the model is built without storage, for each rank that differs.
+
+--fit looks for the layouts that fit and sorts them by a model of the step's time: FLOPs, bytes and
+bandwidths as given, nothing measured. Trust its order more than its seconds. Flags of a layout are
+replaced; others, such as --global-batch-size, --bf16 and --overlap-grad-reduce, hold.
 """
 
 import argparse
@@ -17,6 +22,7 @@ from typing import Any
 
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.presets import find_preset
+from ultramem_megatron.tools.plan.fit_flags import add_fit_flags, fit_text, refuse_without_fit
 from ultramem_megatron.tools.quiet import quiet
 
 
@@ -37,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         help="numbers of ranks to lay the model out on (default: as few as the flags need)",
     )
     add("--json", action="store_true", help="print one JSON object: elements, bytes, FLOPs")
+    add_fit_flags(parser)
     return parser
 
 
@@ -52,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if options.gpus and min(options.gpus) < 1:
         raise UltraMemError(f"--gpus has {min(options.gpus)}; numbers of ranks must be at least 1.")
+    if options.fit:
+        print(fit_text(preset, flags, options))
+        return
+    refuse_without_fit(options)
     with quiet():
         plan = make_plan(preset, flags, options.gpus)
     if options.json:

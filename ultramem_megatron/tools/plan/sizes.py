@@ -94,7 +94,7 @@ def model_sizes(run: Run) -> ModelSizes:
         embedding=counts["embedding"],
         uncounted=counts["uncounted"],
         head=_head({name: n for kind, name, n in found if kind == "embedding"}),
-        cached_per_token=_cached_per_token(run.transformer),
+        cached_per_token=cached_per_token(run.transformer),
         reads=reads,
     )
 
@@ -104,7 +104,8 @@ def _head(embeddings: dict[str, int]) -> int:
     return embeddings.get("output_layer.weight", tied)
 
 
-def _cached_per_token(transformer: Any) -> int | None:
+def cached_per_token(transformer: Any) -> int | None:
+    """Numbers of keys and values, all layers; None for latent attention, not counted."""
     if transformer.multi_latent_attention:
         return None
     heads, pattern = transformer.num_query_groups, kept_stages(transformer)

@@ -52,7 +52,7 @@ def stage_cost(run: Run, stage: int) -> StageCost:
     with built_stage(run, stage) as chunks:
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         with megatron_refuses():
-            kept, received = _micro_batch(run, chunks)
+            kept, received = micro_batch(run, chunks)
         micro_batches = _micro_batches(run)
         step = {cause: count * micro_batches for cause, count in received.items()}
         for cause, count in (
@@ -64,9 +64,9 @@ def stage_cost(run: Run, stage: int) -> StageCost:
             stage=stage,
             layers=_layers(run, stage),
             parameters=sum(p.numel() * p.element_size() for p in parameters),
-            gradients=sum(p.numel() for p in parameters) * _gradient_bytes(run),
+            gradients=sum(p.numel() for p in parameters) * gradient_bytes(run),
             optimizer=sum(math.ceil(p.numel() / _shards(run, p)) for p in parameters)
-            * _optimizer_bytes(run),
+            * optimizer_bytes(run),
             activations=round(kept / len(chunks) * _chunks_in_flight(run, stage, len(chunks))),
             received={cause: count for cause, count in step.items() if count},
         )
@@ -90,12 +90,14 @@ def _chunks_in_flight(run: Run, stage: int, chunks: int) -> int:
     return min(2 * later + (chunks - 1) * run.stages + 1, _micro_batches(run) * chunks)
 
 
-def _gradient_bytes(run: Run) -> int:
+def gradient_bytes(run: Run) -> int:
+    """Of one parameter's gradient."""
     in_fp32 = run.args.accumulate_allreduce_grads_in_fp32
     return 4 if in_fp32 else int(run.transformer.params_dtype.itemsize)
 
 
-def _optimizer_bytes(run: Run) -> int:
+def optimizer_bytes(run: Run) -> int:
+    """Of one parameter's moments and full-precision copy."""
     args = run.args
     moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
     half = run.transformer.params_dtype.itemsize < 4
@@ -115,7 +117,7 @@ def _shards(run: Run, parameter: Tensor) -> int:
 
 def _reduction(run: Run, parameters: list[Any]) -> int:
     """Bytes received for gradients (and parameters, with the distributed optimizer), by rings."""
-    gradient = _gradient_bytes(run)
+    gradient = gradient_bytes(run)
     total = 0.0
     for parameter in parameters:
         replicas = _replicas(parameter)
@@ -146,7 +148,7 @@ def _transfers(run: Run, stage: int, chunks: int) -> int:
     return int(boundaries * size)
 
 
-def _micro_batch(run: Run, chunks: list[Any]) -> tuple[int, dict[str, int]]:
+def micro_batch(run: Run, chunks: list[Any]) -> tuple[int, dict[str, int]]:
     """Bytes kept for the backward, and bytes received, in one micro-batch through all chunks."""
     kept, received, attended = 0, _Received(run), shapes_only(chunks)
     with received:

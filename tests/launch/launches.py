@@ -1,0 +1,60 @@
+"""Launches of a memory layer on a GPU, counted without one: on the meta device.
+
+There are no numbers there: whatever reads one on the host raises, so a step that can be counted
+waits for nothing.
+"""
+
+from collections import Counter
+from unittest.mock import patch
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from launch.gpu_report.parts.layer import _layer
+from ultramem_megatron.kernels import dispatch
+
+_NO_KERNEL = {"empty", "empty_like", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
+
+
+class Launches(TorchDispatchMode):
+    """Operations that compute, by name, and kernels of Triton, which are not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        if not func.is_view and name not in _NO_KERNEL:
+            self.of[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def kernel(self, function, *args, **kwargs):
+        """In place of Triton's `JITFunction.run`."""
+        self.of[function.fn.__name__] += 1
+
+
+def launches_of_a_layer(keys, taps):
+    """Counters: "a step" (filter update, forward and backward), "decoding" (forward)."""
+    from triton.runtime.jit import JITFunction
+
+    def run(function, *args, **kwargs):
+        counted.kernel(function)
+
+    found = {}
+    with (
+        patch.object(JITFunction, "run", run),
+        patch.object(dispatch, "_choose", lambda device, forced: "triton"),
+    ):
+        layer, x = _layer(keys, taps, torch.device("meta"), large=True)
+        with Launches() as counted:
+            layer.end_batch()
+            layer.after_step()
+            output = layer(x)
+            output.backward(output.detach())
+        found["a step"] = counted.of
+        layer.prepare_for_inference()
+        with Launches() as counted, torch.no_grad():
+            layer(x)
+        found["decoding"] = counted.of
+    return found
