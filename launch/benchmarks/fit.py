@@ -47,6 +47,8 @@ LAYOUTS = (
     (1, (2, 2), 1, 1, "replicated", 2),
     (1, (4,), 4, 4, "dimension", 2),
     (2, (4,), 2, 4, "dimension", 2),
+    (4, (4,), 1, 4, "dimension", 2),
+    (1, (2, 2), 2, 2, "number", 2),
 )
 _WARM_UP = 2
 
