@@ -38,6 +38,8 @@ def _topology(file: Path) -> None:
 PICTURES: dict[str, Callable[[Path], None]] = {
     **dict.fromkeys(EXPERIMENTS, pictures.show),
     "decode": decode_figures.draw,
+    "h200/decode": decode_figures.draw,
+    "h200/decode_graphs": decode_figures.draw_graphs,
     "training": training_figure.draw,
     "figure1c": _figure1c,
     "figure9": _figure9,

@@ -1,8 +1,12 @@
 """Which causal convolution runs; see dispatch.py."""
 
+import torch
 from torch import Tensor
 
-from ultramem_megatron.kernels.causal_convolution.reference import causal_convolution_reference
+from ultramem_megatron.kernels.causal_convolution.reference import (
+    causal_convolution_reference,
+    causal_convolution_step_reference,
+)
 from ultramem_megatron.kernels.dispatch import implementation
 
 
@@ -18,3 +22,12 @@ def causal_convolution(
 
     out: Tensor = FusedCausalConvolution.apply(x, weight, history, reach)
     return out
+
+
+def causal_convolution_step(x: Tensor, weight: Tensor, history: Tensor) -> Tensor:
+    """Same contract as `causal_convolution_step_reference`; on GPUs without a graph one kernel."""
+    if implementation(x.device) != "triton" or torch.is_grad_enabled():
+        return causal_convolution_step_reference(x, weight, history)
+    from ultramem_megatron.kernels.causal_convolution.fused import step  # needs Triton
+
+    return step(x, weight, history)

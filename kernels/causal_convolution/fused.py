@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from ultramem_megatron.kernels.causal_convolution.triton_kernels import (
     backward_kernel,
     forward_kernel,
+    step_kernel,
 )
 from ultramem_megatron.kernels.precision import at_least_float32
 
@@ -19,6 +20,9 @@ FORWARD = {"BLOCK_R": 8, "BLOCK_D": 256, "num_warps": 4}
 
 BACKWARD = {"BLOCK_R": 2, "BLOCK_D": 256, "num_warps": 1}
 """One warp has all rows of a channel in a thread, so the weight's gradient needs no exchange."""
+
+STEP = {"BLOCK_R": 2, "BLOCK_D": 256, "num_warps": 2}
+"""A decoding step has few rows: narrow programs, so that there are many."""
 
 ROWS = 64
 """Rows that one program of the backward sums the weight's gradient over."""
@@ -86,6 +90,28 @@ class FusedCausalConvolution(torch.autograd.Function):
                 )
         grad_weight = partial.sum(0).t().to(weight.dtype)
         return grad_x, grad_weight, grad_history, None
+
+
+def step(x: Tensor, weight: Tensor, history: Tensor) -> Tensor:
+    """Same contract as `causal_convolution_step_reference`, without a graph."""
+    assert history.is_contiguous(), "written in place"
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _, rows, channels = x.shape
+    if out.numel():
+        blocks = triton.cdiv(rows, STEP["BLOCK_R"]), triton.cdiv(channels, STEP["BLOCK_D"])
+        with torch.cuda.device_of(x):
+            step_kernel[blocks](
+                x.contiguous(),
+                weight.contiguous(),
+                history,
+                out,
+                rows,
+                channels,
+                TAPS=weight.shape[1],
+                PRECISE=tl.float64 if x.dtype == torch.float64 else tl.float32,
+                **STEP,
+            )
+    return out
 
 
 def _sizes(x: Tensor, history: Tensor | None) -> tuple[int, int, int, int]:

@@ -38,3 +38,17 @@ def causal_convolution_reference(
             seen = seen.where(own.view(*pieces.shape[:3], 1), 0)
         out = torch.addcmul(out, seen, weight[:, tap])
     return out.to(x.dtype).flatten(0, 1)
+
+
+def causal_convolution_step_reference(x: Tensor, weight: Tensor, history: Tensor) -> Tensor:
+    """The convolution of one position; x then takes its place in the history.
+
+    x: (1, B, D). history: (K-1, B, D) inputs before it, replaced in place by the last K-1, x among
+    them, and not differentiable. Returns (1, B, D).
+
+    With x [3], history [1, 2] and weight [100, 10, 1] the result is [123], the history [2, 3].
+    """
+    seen = torch.cat([history, x])
+    out = causal_convolution_reference(x, weight, seen[:-1].unsqueeze(0))
+    history.copy_(seen[1:].detach())
+    return out

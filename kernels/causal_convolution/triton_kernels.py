@@ -55,6 +55,39 @@ def forward_kernel(
     tl.store(target, sum_rd, (row < rows)[:, None] & in_channels[None, :])
 
 
+@triton.jit(do_not_specialize=["rows"])
+def step_kernel(
+    x,
+    weight,
+    history,
+    out,
+    rows,
+    channels,
+    TAPS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (blocks of rows, blocks of channels); one position, rows are sequences.
+
+    A program alone reads and writes its rows and channels of the history (K-1, rows, channels).
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None] & (channel < channels)[None, :]
+    at = row[:, None] * channels + channel[None, :]
+    position = tl.cast(rows, tl.int64) * channels  # from one to the next
+    sum_rd = tl.zeros([BLOCK_R, BLOCK_D], PRECISE)
+    for tap in tl.static_range(TAPS):
+        source = x if tap == TAPS - 1 else history + tap * position
+        x_rd = tl.load(source + at, inside, 0)
+        if tap > 0:
+            tl.store(history + (tap - 1) * position + at, x_rd, inside)
+        weight_d = tl.load(weight + channel * TAPS + tap, channel < channels, 0)
+        sum_rd += x_rd.to(PRECISE) * weight_d.to(PRECISE)[None, :]
+    tl.store(out + at, sum_rd, inside)
+
+
 @triton.jit(do_not_specialize=["rows", "shift", "parts"])
 def backward_kernel(
     grad,

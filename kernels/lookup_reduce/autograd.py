@@ -39,6 +39,20 @@ def lookup_reduce(
     return pooled
 
 
+def lookup_addresses(table: Tensor, addresses: Tensor, scores: Tensor, num_groups: int) -> Tensor:
+    """`lookup_reduce` of addresses (T, P), int64, group * N + row of the N-row table.
+
+    On GPUs with few tokens and no graph, as in decoding, the lookup's kernel takes them apart.
+    """
+    if implementation(table.device) == "triton" and not torch.is_grad_enabled():
+        from ultramem_megatron.kernels.lookup_reduce import triton_forward  # needs Triton installed
+
+        if len(addresses) <= triton_forward.FEW_TOKENS and num_groups * len(table) < 2**31:
+            return triton_forward.pool(table, addresses, None, scores, num_groups)
+    rows, groups = addresses % len(table), addresses // len(table)
+    return lookup_reduce(table, rows, groups, scores, num_groups)
+
+
 class _LookupReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table, rows, groups, scores, num_groups):

@@ -6,13 +6,15 @@ go of it), the next backward clears the rows that the last one touched and adds 
 
 Others may have written to it meanwhile: where torch says so (its version: clipping, DDP, a second
 backward that was added), or where some of the rows that should be zero are not (writes through
-`.data`, of which torch says nothing: weight decay, noise), all of it is cleared. While somebody
+`.data`, of which torch says nothing: weight decay, noise), all of it is cleared, and always where
+there are other ranks: of a reduction over them torch says nothing either. While somebody
 holds it (a second backward of a step, a gradient that was put aside), there is a new one as ever.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -33,7 +35,7 @@ class _Buffer:
 
     def clear(self) -> None:
         """All zeros again."""
-        untouched = self.version == self.tensor._version
+        untouched = self.version == self.tensor._version and not _there_are_other_ranks()
         if untouched:
             self.tensor.index_fill_(0, self.rows.flatten(), 0)
             some = self.tensor[:: max(1, len(self.tensor) // _LOOKED_AT)]
@@ -73,6 +75,10 @@ def _is_other(tensor: Tensor, table: Tensor) -> bool:
     """A table can be given other contents: `.to(...)`, `.data = ...`."""
     alike = (tensor.shape, tensor.dtype, tensor.stride(), tensor.device)
     return alike != (table.shape, table.dtype, table.stride(), table.device)
+
+
+def _there_are_other_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _holders(tensor: Tensor) -> int:

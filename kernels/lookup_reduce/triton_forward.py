@@ -22,6 +22,9 @@ from torch import Tensor
 FEW_PROGRAMS = 128
 """Fewer than this leave most of a GPU idle (an A100 has 108 multiprocessors, an H100 132)."""
 
+FEW_TOKENS = 128
+"""With more, programs of one warp would spill registers if they took addresses apart."""
+
 _HALVES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 MOST_GROUPS = 64
@@ -31,8 +34,13 @@ BUSY_WARPS = 4096
 """About what a GPU's multiprocessors hold at a time; programs get more warps below it."""
 
 
-def pool(table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups: int) -> Tensor:
-    """Same contract as `lookup_reduce_reference`, without a graph; sums in float32 or better."""
+def pool(
+    table: Tensor, rows: Tensor, groups: Tensor | None, scores: Tensor, num_groups: int
+) -> Tensor:
+    """Same contract as `lookup_reduce_reference`, without a graph; sums in float32 or better.
+
+    groups: None where `rows` are addresses, group * N + row, below 2^31.
+    """
     tokens, picks, cores = scores.shape
     out = table.new_empty(tokens, num_groups, table.shape[1])
     if out.numel() == 0:
@@ -46,9 +54,10 @@ def pool(table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups
         pool_kernel[(tokens, cores * triton.cdiv(slice_width, sizes["BLOCK_W"]))](
             table.contiguous(),
             rows.contiguous(),
-            groups.contiguous(),
+            rows if groups is None else groups.contiguous(),
             scores.contiguous(),
             out,
+            len(table),
             picks,
             table.shape[1],
             slice_width,
@@ -56,6 +65,7 @@ def pool(table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups
             num_groups,
             PRECISE=precise(table),
             OPERANDS=operands(table),
+            ADDRESSES=groups is None,
             **sizes,
         )
     return out
@@ -120,13 +130,14 @@ def operands(table: Tensor) -> tl.constexpr:
     return _HALVES[table.dtype]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def pool_kernel(
     table,
     rows,
     groups,
     scores,
     out,
+    num_rows,
     picks,
     width,
     slice_width,
@@ -135,6 +146,7 @@ def pool_kernel(
     PRECISE: tl.constexpr,
     TENSOR_CORES: tl.constexpr,
     OPERANDS: tl.constexpr,
+    ADDRESSES: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -153,8 +165,13 @@ def pool_kernel(
         pick = first + tl.arange(0, BLOCK_P)
         real = pick < picks
         at = token * picks + pick
-        row = tl.load(rows + at, real, 0).to(tl.int64)
-        group = tl.load(groups + at, real, 0)
+        row = tl.load(rows + at, real, 0)
+        if ADDRESSES:
+            row = row.to(tl.int32)
+            row, group = row % num_rows, row // num_rows
+        else:
+            group = tl.load(groups + at, real, 0)
+        row = row.to(tl.int64)
         score = tl.load(scores + at * cores + core, real, 0).to(PRECISE)
         address = table + row[:, None] * width + column[None, :]
         value_pw = tl.load(address, real[:, None] & in_slice[None, :], 0)

@@ -23,7 +23,12 @@ def side_topk(
     chosen = implementation(query.device)
     if chosen == "triton" and query.dtype != torch.float64:
         from ultramem_megatron.kernels.side_topk.fused import FusedSideTopk  # needs Triton
+        from ultramem_megatron.kernels.side_topk.one_product import best_keys
 
+        if not torch.is_grad_enabled():
+            found = best_keys(query, keys, directions, topk, num_keys)
+            if found is not None:
+                return found
         fused: tuple[Tensor, Tensor] = FusedSideTopk.apply(query, keys, directions, topk, num_keys)
         return fused
     keys = keys[:, :, :num_keys]
@@ -38,10 +43,13 @@ def side_topk(
     return indices, scores
 
 
-def kept_keys(keys: Tensor) -> Tensor:
-    """Keys (H, S, N, R, K) as each call would convert them; on some devices with more rows."""
-    if implementation(keys.device) == "triton":
-        from ultramem_megatron.kernels.side_topk.fused import aligned
+def kept_keys(keys: Tensor, shared: bool) -> Tensor:
+    """Keys (H, S, N, R, K) as each call would convert them; on some devices with more rows.
 
-        return aligned(keys)
+    shared: all heads read one query.
+    """
+    if implementation(keys.device) == "triton":
+        from ultramem_megatron.kernels.side_topk.one_product import stored_for_one_product
+
+        return stored_for_one_product(keys, shared)
     return as_multiplied(keys)

@@ -34,12 +34,8 @@ class FusedSideTopk(torch.autograd.Function):
         ctx.given_keys = keys.shape[2]
         keys = aligned(keys)
         query_p, keys_p = _by_pair(query, keys)
-        scores = _scores(query_p, keys_p)
-        tokens, heads, sides, ranks, _ = query.shape
-        indices = torch.empty(tokens, heads, sides, topk, dtype=torch.int64, device=query.device)
-        picked = torch.empty(tokens, heads, sides, ranks, topk, device=query.device)
-        by_pair = directions.float().transpose(0, 1).contiguous()
-        _select(scores, num_keys, by_pair, indices, picked)
+        scores = _scores(query_p, keys_p).unflatten(1, query.shape[1:3])
+        indices, picked = select(scores, num_keys, directions, topk)
         ctx.save_for_backward(query, keys, indices)
         ctx.mark_non_differentiable(indices)
         return indices, picked
@@ -88,25 +84,34 @@ def select_sizes(num_keys: int, topk: int) -> dict[str, int]:
     return {"CHUNK": chunk, "CHUNKS": chunks, "CANDIDATES": candidates, "num_warps": warps}
 
 
-def _select(
-    scores: Tensor, num_keys: int, directions: Tensor, indices: Tensor, picked: Tensor
-) -> None:
-    ranks, pairs, tokens, width = scores.shape
-    topk = indices.shape[-1]
+def select(scores: Tensor, num_keys: int, directions: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Indices (T, H, S, m) and scores (T, H, S, R, m) of the best keys.
+
+    scores: (R, H, S, T, A), any strides but the last's; those beyond `num_keys` do not count.
+    directions: (S, H, R), of any dtype; for nothing where (H, S, R) is contiguous in float32.
+    """
+    ranks, heads, sides, tokens, width = scores.shape
+    indices = torch.empty(tokens, heads, sides, topk, dtype=torch.int64, device=scores.device)
+    picked = torch.empty(tokens, heads, sides, ranks, topk, device=scores.device)
+    by_rank, by_head, by_side, by_token, _ = scores.stride()
     if tokens:
-        select_kernel[(tokens * pairs,)](
+        select_kernel[(tokens * heads * sides,)](
             scores,
-            directions,
+            directions.float().transpose(0, 1).contiguous(),
             indices,
             picked,
-            tokens,
+            by_rank,
+            by_head,
+            by_side,
+            by_token,
             num_keys,
             width,
-            pairs,
+            heads,
             RANKS=ranks,
             TOPK=topk,
             **select_sizes(num_keys, topk),
         )
+    return indices, picked
 
 
 def _scattered(grad_picked: Tensor, indices: Tensor, keys: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Side top-m in Triton: one program per token, head and side.
 
 Letters as in reference.py; P = H*S pairs of head and side. Scores are as the matrix products leave
-them, (R, P, T, A): rows of A scores, of which those of the N keys count. The number of tokens is
-not specialised: in decoding every new one would be compiled for.
+them: rows of A scores, of which those of the N keys count, A a multiple of 64, so that all strides
+are; the number of tokens is not specialised: in decoding every new one would be compiled for.
 """
 
 import triton
@@ -21,31 +21,34 @@ def _combined_keys(row, rank_stride, direction, index, inside, num_keys, RANKS: 
     return tl.where(inside & (index < num_keys), ordered_keys(total), ABSENT)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def select_kernel(
     scores,
     directions,
     indices,
     picked,
-    num_tokens,
+    by_rank,
+    by_head,
+    by_side,
+    by_token,
     num_keys,
     width,
-    num_pairs,
+    num_heads,
     RANKS: tl.constexpr,
     TOPK: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """indices (T, P, m) and picked (T, P, R, m) from scores (R, P, T, A), directions (P, R).
+    """indices (T, P, m) and picked (T, P, R, m) from scores (R, H, S, T, A), directions (P, R).
 
-    width: A. CHUNK keys are a chunk; CHUNKS and CANDIDATES are powers of two, at least
-    ceil(N / CHUNK) >= m and m * CHUNK.
+    by_rank to by_token: strides of the scores; width: A. CHUNK keys are a chunk; CHUNKS and
+    CANDIDATES are powers of two, at least ceil(N / CHUNK) >= m and m * CHUNK.
     """
     program = tl.program_id(0).to(tl.int64)  # token * P + pair
-    token, pair = program // num_pairs, program % num_pairs
-    row = scores + (pair * num_tokens + token) * width
-    rank_stride = num_pairs.to(tl.int64) * num_tokens * width
+    token, pair = program // (2 * num_heads), program % (2 * num_heads)
+    row = scores + token * by_token + pair // 2 * by_head + pair % 2 * by_side
+    rank_stride = tl.cast(by_rank, tl.int64)
     direction = directions + pair * RANKS
     indices += program * TOPK
 

@@ -21,9 +21,15 @@ class FusedTuckerTopk(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, keys: Tensor, cores: Tensor, keys_per_side: int
+        ctx: Any,
+        scores: Tensor,
+        keys: Tensor,
+        cores: Tensor,
+        keys_per_side: int,
+        shuffle: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        scores, keys, cores_f = scores.contiguous(), keys.contiguous(), cores.float().contiguous()
+        """shuffle: see `tucker_topk`."""
+        scores, keys = scores.contiguous(), keys.contiguous()
         tokens, heads, _, ranks, topk = scores.shape
         num_cores = len(cores)
         addresses = torch.empty(tokens, heads, topk, dtype=torch.int64, device=scores.device)
@@ -33,8 +39,8 @@ class FusedTuckerTopk(torch.autograd.Function):
             grid_kernel[(tokens * heads,)](
                 scores,
                 keys,
-                cores_f,
-                cores_f.sum(0),
+                cores.contiguous(),
+                keys if shuffle is None else shuffle.contiguous(),
                 addresses,
                 positions,
                 best,
@@ -43,6 +49,7 @@ class FusedTuckerTopk(torch.autograd.Function):
                 TOPK=topk,
                 RANKS=ranks,
                 CORES=num_cores,
+                ROUNDS=0 if shuffle is None else len(shuffle),
                 **grid_sizes(topk),
             )
         ctx.save_for_backward(scores, cores, positions)
@@ -51,7 +58,7 @@ class FusedTuckerTopk(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor, grad_best: Tensor) -> tuple[Tensor, None, Tensor, None]:
+    def backward(ctx: Any, _: Tensor, grad_best: Tensor) -> tuple[Tensor | None, ...]:
         scores, cores, positions = ctx.saved_tensors
         tokens, heads, _, ranks, topk = scores.shape
         num_cores = len(cores)
@@ -75,7 +82,7 @@ class FusedTuckerTopk(torch.autograd.Function):
                 num_warps=1,
             )
         grad_cores = by_token.sum(0).transpose(0, 1).to(cores.dtype)
-        return grad_scores, None, grad_cores, None
+        return grad_scores, None, grad_cores, None, None
 
 
 def rows_of(topk: int) -> int:

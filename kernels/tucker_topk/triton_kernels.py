@@ -6,19 +6,37 @@ Letters as in reference.py. `scores` of a program are (S, R, m): the row's, then
 import triton
 import triton.language as tl
 
+from ultramem_megatron.kernels.grid_shuffle.triton_kernel import shuffled
 from ultramem_megatron.kernels.triton_selection import ABSENT, mask_of_largest, ordered_keys
 
 
 @triton.jit
-def _pair_scores(scores, core, i, j, inside_i, inside_j, TOPK: tl.constexpr, RANKS: tl.constexpr):
-    """sum_ab row[a, i] core[a, b] column[b, j] of index tensors that broadcast."""
+def _pair_scores(
+    scores,
+    core,
+    next_core,
+    i,
+    j,
+    inside_i,
+    inside_j,
+    TOPK: tl.constexpr,
+    RANKS: tl.constexpr,
+    CORES: tl.constexpr,
+):
+    """sum_ab row[a, i] core[a, b] column[b, j] of index tensors that broadcast.
+
+    core: the first of CORES matrices that add up, each `next_core` numbers after the one before.
+    """
     column = scores + RANKS * TOPK
     total = 0.0
     for b in tl.static_range(RANKS):
         half = 0.0
         for a in tl.static_range(RANKS):
             row = tl.load(scores + a * TOPK + i, mask=inside_i, other=0.0)
-            half += tl.load(core + a * RANKS + b) * row
+            entry = 0.0
+            for number in tl.static_range(CORES):
+                entry += tl.load(core + number * next_core + a * RANKS + b).to(tl.float32)
+            half += entry * row
         total += half * tl.load(column + b * TOPK + j, mask=inside_j, other=0.0)
     return total
 
@@ -28,7 +46,7 @@ def grid_kernel(
     scores,
     keys,
     cores,
-    total,
+    shuffle,
     addresses,
     positions,
     best_scores,
@@ -37,13 +55,15 @@ def grid_kernel(
     TOPK: tl.constexpr,
     RANKS: tl.constexpr,
     CORES: tl.constexpr,
+    ROUNDS: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     CHUNK: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """addresses, positions (T, H, m) and best_scores (T, H, m, C); total (H, R, R) sums the cores.
+    """addresses, positions (T, H, m) and best_scores (T, H, m, C).
 
+    shuffle: tables of the fixed shuffle's ROUNDS (see grid_shuffle), which may be 0.
     A chunk is CHUNK neighbours of a grid row. ROWS, GROUPS and CANDIDATES are powers of two, at
     least m, ceil(m / CHUNK) and m * CHUNK.
     """
@@ -51,7 +71,8 @@ def grid_kernel(
     head = program % num_heads
     scores += program * 2 * RANKS * TOPK
     keys += program * 2 * TOPK
-    total += head * RANKS * RANKS
+    cores += head * RANKS * RANKS
+    next_core = num_heads * RANKS * RANKS
     addresses += program * TOPK
 
     i = tl.arange(0, ROWS)[:, None]
@@ -59,7 +80,7 @@ def grid_kernel(
     maxima = tl.full([ROWS, GROUPS], ABSENT, tl.int32)
     for step in range(CHUNK):
         j = group * CHUNK + step
-        pair = _pair_scores(scores, total, i, j, i < TOPK, j < TOPK, TOPK, RANKS)
+        pair = _pair_scores(scores, cores, next_core, i, j, i < TOPK, j < TOPK, TOPK, RANKS, CORES)
         inside = (i < TOPK) & (j < TOPK)
         maxima = tl.maximum(maxima, tl.where(inside, ordered_keys(pair), ABSENT))
     best_chunks = mask_of_largest(tl.reshape(maxima, [ROWS * GROUPS]), TOPK)
@@ -74,7 +95,7 @@ def grid_kernel(
     i = chunk_of // GROUPS
     j = chunk_of % GROUPS * CHUNK + candidate % CHUNK
     inside = listed & (j < TOPK)
-    pair = _pair_scores(scores, total, i, j, inside, inside, TOPK, RANKS)
+    pair = _pair_scores(scores, cores, next_core, i, j, inside, inside, TOPK, RANKS, CORES)
     key = tl.where(inside, ordered_keys(pair), ABSENT)
     best = mask_of_largest(key, TOPK)
     tl.debug_barrier()
@@ -93,11 +114,12 @@ def grid_kernel(
     row_key = tl.load(keys + i, mask=picked, other=0)
     column_key = tl.load(keys + TOPK + j, mask=picked, other=0)
     tl.debug_barrier()
-    tl.store(addresses + pick, row_key * keys_per_side + column_key, mask=picked)
+    row_key, column_key = shuffled(row_key, column_key, shuffle, keys_per_side, ROUNDS)
+    tl.store(addresses + pick, row_key.to(tl.int64) * keys_per_side + column_key, mask=picked)
     tl.store(positions + program * TOPK + pick, position, mask=picked)
     for core in tl.static_range(CORES):
-        matrix = cores + (core * num_heads + head) * RANKS * RANKS
-        value = _pair_scores(scores, matrix, i, j, picked, picked, TOPK, RANKS)
+        matrix = cores + core * next_core
+        value = _pair_scores(scores, matrix, 0, i, j, picked, picked, TOPK, RANKS, 1)
         tl.store(best_scores + (program * TOPK + pick) * CORES + core, value, mask=picked)
 
 

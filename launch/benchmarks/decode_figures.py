@@ -31,6 +31,29 @@ def draw(file: Path) -> None:
         _figure(file, "6c", [_over_sparse_parameters], rows)
 
 
+def draw_graphs(file: Path) -> None:
+    """Write decode_graphs.png beside the CSV: latency, a panel for each number of KV heads.
+
+    Its rows are of a script, so without what the benchmark counts. Raises UltraMemError.
+    """
+    rows = read(file, "the H200 session of 2026-11-26", ("kind", "batch", "median_ms", "flags"))
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        heads = "2 KV groups" if "--num-query-groups 2" in row["flags"] else "16 KV heads"
+        panels.setdefault(heads, []).append(row)
+    shown = rows[0]
+    with picture(file.with_suffix(".png"), (5.5 * len(panels), 4)) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axis, (heads, own) in zip(axes, panels.items(), strict=True):
+            _latency(axis, own)
+            axis.set(title=heads)
+        figure.suptitle(
+            f"{shown['hardware']}, 1.6B, {shown['dtype']}, KV cache {shown['cache_length']}, "
+            f"{shown['date']}\nattention: {shown['attention']}",
+            fontsize=9,
+        )
+
+
 def _first_models(rows: Iterable[Row]) -> list[Row]:
     """Rows of the first model of each kind: the trio of equal FLOPs."""
     first: dict[str, str] = {}

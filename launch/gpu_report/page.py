@@ -9,7 +9,7 @@ from launch.gpu_report.known import KNOWN, Known
 
 _WORDS = (
     "Predicted figures are derived in launch/gpu_report/known.py, from the H200's rows, counts of "
-    "launches and bytes; they are no measurements."
+    "launches and bytes; they are no measurements. Times without a unit are in microseconds."
 )
 Parts = Mapping[str, Sequence[Mapping[str, Any]]]
 

@@ -19,6 +19,7 @@ from tests.kernels.lookup_cases import (
     results,
 )
 from ultramem_megatron.kernels.lookup_reduce import (
+    lookup_addresses,
     lookup_reduce,
     lookup_reduce_reference,
     triton_backward,
@@ -43,6 +44,18 @@ def test_equals_the_reference(sizes, few_programs, monkeypatch):
     if few_programs == 0:
         monkeypatch.setattr(triton_backward, "MANY_PROGRAMS", 0)
     assert_equals_reference(lookup_reduce, sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("graph", [False, True])
+def test_addresses_are_taken_apart(dtype, graph):
+    case = inputs(Sizes(3, 9, 2, 40, 4), dtype)
+    wanted = lookup_reduce(case.table, case.rows, case.groups, case.scores, 4)
+    addresses = case.groups * len(case.table) + case.rows
+    with torch.set_grad_enabled(graph):
+        found = lookup_addresses(case.table, addresses, case.scores, 4)
+    assert torch.equal(found, wanted)
+    assert found.requires_grad == graph
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

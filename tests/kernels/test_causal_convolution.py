@@ -12,6 +12,7 @@ from tests.closeness import assert_close, rounding
 from ultramem_megatron.kernels.causal_convolution import (
     causal_convolution,
     causal_convolution_reference,
+    causal_convolution_step,
 )
 
 # positions, sequences, channels, taps, pieces, documents
@@ -102,3 +103,28 @@ def test_a_document_sees_nothing_of_the_one_before(forced):
     broken = x.detach().clone()
     broken[:3] = float("nan")
     assert torch.equal(causal_convolution(broken, weight, reach=reach)[3:], own)
+
+
+def test_worked_step(forced):
+    history, weight = torch.tensor([1.0, 2.0]).view(2, 1, 1), torch.tensor([[100.0, 10.0, 1.0]])
+    with torch.no_grad():
+        assert causal_convolution_step(torch.full((1, 1, 1), 3.0), weight, history).item() == 123
+    assert history.flatten().tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize(
+    ("sequences", "channels", "taps"), [(1, 3, 1), (5, 300, 5), (3, 17, 2), (0, 4, 3)]
+)
+def test_steps_equal_the_whole(forced, sequences, channels, taps, graph):
+    x, weight, history, _ = _case((7, sequences, channels, taps, 1, False))
+    whole = causal_convolution_reference(x, weight, history)
+    kept = history.detach()[0].clone()
+    with torch.set_grad_enabled(graph):
+        steps = torch.cat([causal_convolution_step(one, weight, kept) for one in x.split(1)])
+    assert_close(steps, whole, rounding(torch.float64, taps))
+    last = torch.cat([history[0], x])[7:]
+    assert torch.equal(kept, last)
+    if graph:
+        found, wanted = (torch.autograd.grad(out.sum(), weight)[0] for out in (steps, whole))
+        assert_close(found, wanted, rounding(torch.float64, 7 * sequences + 1))

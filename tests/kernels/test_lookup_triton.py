@@ -37,7 +37,7 @@ def _types(dtype, *, floats, **others):
     return {**dict.fromkeys(floats, f"*{dtype}"), **_POINTERS, **_SIZE_TYPES, **others}
 
 
-def _compile_pool(capability, dtype, tokens, slice_width, picks, groups):
+def _compile_pool(capability, dtype, tokens, slice_width, picks, groups, addresses=False):
     import triton.language as tl
 
     from ultramem_megatron.kernels.lookup_reduce import triton_forward
@@ -48,8 +48,9 @@ def _compile_pool(capability, dtype, tokens, slice_width, picks, groups):
         operands = {"bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
         sizes = triton_forward.tensor_core_sizes(2 * tokens, slice_width, picks, groups)
     types = _types(dtype, floats=("table", "out"), scores="*fp32", cores="i32", num_groups="i32")
-    constants = {"PRECISE": tl.float32, "OPERANDS": operands, **sizes}
-    return compile_for(capability, triton_forward.pool_kernel, types, constants)
+    constants = {"PRECISE": tl.float32, "OPERANDS": operands, "ADDRESSES": addresses, **sizes}
+    loose = {"num_rows": "i32"}
+    return compile_for(capability, triton_forward.pool_kernel, types, constants, any_number=loose)
 
 
 # Tokens, width of one of two cores' slices, picks, groups: 1.6B in training and decoding, the
@@ -73,6 +74,16 @@ def test_forward_on_tensor_cores_compiles(capability, shape):
     assert built.spilled <= 24
     assert built.registers <= 210
     assert "mma.sync.aligned.m16n8k16" in built.ptx
+    assert re.search(_SIXTEEN_BYTES, built.ptx)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("tokens", [1, 64, 128])
+def test_addresses_are_taken_apart_without_spills(capability, tokens):
+    """As decoding at 1.6B reads."""
+    built = _compile_pool(capability, "bf16", tokens, 512, 84, 4, addresses=True)
+    assert built.spilled == 0
+    assert built.registers <= 210
     assert re.search(_SIXTEEN_BYTES, built.ptx)
 
 

@@ -120,10 +120,28 @@ def test_picks_and_gradients_equal_the_reference_in_float64(forced, sizes):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_keys_kept_for_many_calls_give_the_same(forced, dtype):
     query, keys, directions, topk = _case((3, 2, 40, 2, 3, 7), dtype)
-    kept = kept_keys(keys.detach().neg().exp().neg())  # none as large as a row of zeros gives
+    kept = kept_keys(keys.detach().neg().exp().neg(), shared=False)  # all below a row of zeros
     expected = side_topk(query.exp(), kept[:, :, :40].clone(), directions.exp(), topk)
     found = side_topk(query.exp(), kept, directions.exp(), topk, 40)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("shared", ["nothing", "heads", "ranks", "both"])
+@pytest.mark.parametrize("sizes", [(3, 2, 40, 2, 3, 7), (1, 3, 70, 1, 4, 5), (0, 2, 20, 2, 3, 4)])
+def test_kept_keys_without_a_graph_equal_the_reference(forced, sizes, shared):
+    """As decoding calls it, whoever of heads and ranks reads the same query."""
+    query, keys, directions, topk = _case(sizes, torch.float32)
+    query = query.detach()
+    if shared in ("heads", "both"):
+        query = query[:, :1].expand(-1, sizes[1], -1, -1, -1)
+    if shared in ("ranks", "both"):
+        query = query[:, :, :, :1].expand(-1, -1, -1, sizes[3], -1)
+    kept = kept_keys(keys.detach(), shared=shared in ("heads", "both"))
+    with torch.no_grad():
+        indices, scores = side_topk(query, kept, directions, topk, sizes[2])
+    wanted, exact = side_topk_reference(query.double(), keys.double(), directions.double(), topk)
+    assert torch.equal(indices, wanted)
+    assert_close(scores.double(), exact.detach(), rounding(torch.float32, sizes[4]))
 
 
 @pytest.mark.parametrize("function", [side_topk_reference, EagerSideTopk.apply])

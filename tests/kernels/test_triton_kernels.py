@@ -58,13 +58,21 @@ def test_convolution_compiles_to_vector_loads_without_spills(capability):
         assert built.registers <= most
         assert "ld.global.v4.b32" in built.ptx
         assert "st.global.v4.b32" in built.ptx
+    own = {name: types[name] for name in ("x", "weight", "history", "out", "channels")}
+    sizes = {"TAPS": 5, "PRECISE": tl.float32, **fused.STEP}
+    built = compile_for(
+        capability, triton_kernels.step_kernel, own, sizes, any_number={"rows": "i32"}
+    )
+    assert built.spilled == 0
+    assert built.registers <= 72
+    assert "ld.global.v4.b32" in built.ptx
 
 
 def test_shuffle_and_decomposition_compile_without_spills():
     from ultramem_megatron.kernels.grid_shuffle.triton_kernel import shuffle_kernel
     from ultramem_megatron.kernels.small_svd.triton_kernel import jacobi_kernel
 
-    pointers = {"addresses": "*i64", "tables": "*i32", "shuffled": "*i64"}
+    pointers = {"addresses": "*i64", "tables": "*i32", "target": "*i64"}
     constants = {"ROUNDS": 4, "BLOCK": 512}
     loose = {"count": "i32", "side": "i32"}
     assert compile_for(90, shuffle_kernel, pointers, constants, any_number=loose).spilled == 0
@@ -84,17 +92,18 @@ def test_side_top_m_compiles_to_vector_loads_without_spills(capability, num_keys
     from ultramem_megatron.kernels.side_topk.triton_kernels import scatter_kernel, select_kernel
 
     pointers = {"scores": "*bf16", "directions": "*fp32", "indices": "*i64", "picked": "*fp32"}
-    loose = {"num_tokens": "i32", "num_keys": "i32", "num_pairs": "i32"}
+    loose = {"num_keys": "i32", "num_heads": "i32"}
+    sizes = dict.fromkeys(("by_rank", "by_head", "by_side", "by_token", "width"), "i32")
     constants = {"RANKS": 2, "TOPK": topk, **select_sizes(num_keys, topk)}
     built = compile_for(
-        capability, select_kernel, {**pointers, "width": "i32"}, constants, any_number=loose
+        capability, select_kernel, {**pointers, **sizes}, constants, any_number=loose
     )
     assert built.spilled == 0
     assert built.registers <= 128
     assert f"ld.global.v{words}.b32" in built.ptx
 
     pointers = {"grad_picked": "*fp32", "indices": "*i64", "grad": "*bf16"}
-    del loose["num_keys"]
+    loose = {"num_tokens": "i32", "num_pairs": "i32"}
     constants = {"RANKS": 2, "TOPK": topk, "SLOTS": 64, "BLOCK": 1024, "num_warps": 4}
     built = compile_for(
         capability, scatter_kernel, {**pointers, "width": "i32"}, constants, any_number=loose
@@ -109,10 +118,11 @@ def test_grid_top_m_compiles_without_spills(capability, topk):
     from ultramem_megatron.kernels.tucker_topk.fused import grid_sizes
     from ultramem_megatron.kernels.tucker_topk.triton_kernels import grid_kernel
 
-    types = dict.fromkeys(("scores", "cores", "total", "best_scores"), "*fp32")
+    types = {"scores": "*fp32", "cores": "*bf16", "best_scores": "*fp32", "shuffle": "*i32"}
     types |= {"keys": "*i64", "addresses": "*i64", "positions": "*i32"}
-    types |= {"keys_per_side": "i32", "num_heads": "i32"}
-    constants = {"RANKS": 2, "CORES": 2, "TOPK": topk, **grid_sizes(topk)}
-    built = compile_for(capability, grid_kernel, types, constants)
-    assert built.spilled == 0
-    assert built.registers <= 255
+    loose = {"keys_per_side": "i32", "num_heads": "i32"}
+    for rounds in (0, 4):  # in training addresses are shuffled after they were counted
+        constants = {"RANKS": 2, "CORES": 2, "ROUNDS": rounds, "TOPK": topk, **grid_sizes(topk)}
+        built = compile_for(capability, grid_kernel, types, constants, any_number=loose)
+        assert built.spilled == 0
+        assert built.registers <= 255

@@ -10,6 +10,7 @@ import torch
 
 from tests.closeness import assert_close, assert_rounds_no_worse, rounding
 from tests.kernels.compiler import NATIVE
+from ultramem_megatron.kernels.grid_shuffle import grid_shuffle_reference
 from ultramem_megatron.kernels.tucker_topk import tucker_topk, tucker_topk_reference
 from ultramem_megatron.kernels.tucker_topk.eager import tucker_topk_eager
 
@@ -72,6 +73,16 @@ def test_small_integers_with_many_ties_give_the_same_addresses(forced, sizes, na
     wanted = _run(tucker_topk_reference, _case(sizes, integers=True))
     assert torch.equal(found[0], wanted[0])
     assert torch.equal(found[1].double(), wanted[1])
+
+
+@pytest.mark.parametrize("sizes", [SIZES[0], *SIZES[3:5]])
+def test_addresses_may_be_shuffled(forced, sizes):
+    scores, keys, cores, side = _case(sizes, torch.float32)
+    tables = torch.randint(side, (4, side), generator=torch.Generator().manual_seed(5)).int()
+    plain, best = tucker_topk(scores, keys, cores, side)
+    addresses, same = tucker_topk(scores, keys, cores, side, shuffle=tables)
+    assert torch.equal(addresses, grid_shuffle_reference(plain, tables))
+    assert torch.equal(same, best)
 
 
 def test_all_equal_gives_the_first_positions(forced):

@@ -76,6 +76,7 @@ _SLOW_NETWORK = ("--bandwidth", "350", "0.1")
 _COMMANDS = {
     "16": (*_TINY, *_MACHINE, "--gpus", "16"),
     "slow network": (*_TINY, *_MACHINE, "--gpus", "16", *_SLOW_NETWORK),
+    "dense": (*_TINY[: _TINY.index("--ultramem-spans")], *_MACHINE, "--gpus", "4"),
     "small memory": (*_TINY, "--fit", "--gpus", "1", "--memory", "0.003"),
     "indivisible": (*_TINY, *_MACHINE, "--gpus", "67"),
 }
@@ -119,6 +120,12 @@ def test_the_table_has_the_fastest_first_and_flags_to_copy(found):
     assert seconds == sorted(seconds)
     assert "by a cost model, not measured" in text
     assert f"--tensor-model-parallel-size {rows[0][0]} " in text
+
+
+def test_a_model_without_memories_has_layouts_too(found):
+    text, _ = found[1]["dense"]
+    assert "4 GPUs of 80 GB" in text
+    assert "ultramem" not in text.split("flags of the first:")[1].split("counted exactly")[0]
 
 
 def test_a_slow_network_is_what_binds(found):

@@ -112,17 +112,25 @@ class UltraMemLayer(nn.Module):
         return run(self.steps(x, history, reach))
 
     def steps(
-        self, x: Tensor, history: Tensor | None = None, reach: Tensor | None = None
+        self,
+        x: Tensor,
+        history: Tensor | None = None,
+        reach: Tensor | None = None,
+        advances: bool = False,
     ) -> Pausing:
-        """As forward, pausing whenever other ranks have to answer."""
-        query = self.query(x, history, reach)
-        retrieved = self.retrieve(query)
-        addresses = self.locate(retrieved.addresses)
+        """As forward, pausing whenever other ranks have to answer.
+
+        advances: see `CausalConvolution.forward`.
+        """
+        query = self.query(x, history, reach, advances)
+        records = self.training and torch.is_grad_enabled()
+        watched = records or bool(self.retrieval._forward_hooks)
+        retrieved, addresses = self._located(query, of_grid=watched)
         if self.premultiplied is not None:
             return self.premultiplied(addresses, retrieved.scores).view(x.shape)
         pooled = yield from self.values(addresses, retrieved.scores, x)
         out = self.value_proj(pooled.flatten(1)).view(x.shape)
-        if self.training and torch.is_grad_enabled():
+        if records:
             rows, _ = split_address(addresses, self.config.num_values)
             self.statistics.record(query, retrieved, rows, out, self.config.topk)
             self.statistics.record_recall(query, self.retrieval.recall)
@@ -138,9 +146,27 @@ class UltraMemLayer(nn.Module):
         located: Tensor = self.window(self.shuffle(addresses))
         return located
 
-    def retrieve(self, query: Tensor) -> Retrieved:
-        """Addresses and scores for normalised queries (T, Q, 2, Dk)."""
-        retrieved = self.retrieval(query)
+    def _located(self, query: Tensor, of_grid: bool) -> tuple[Retrieved, Tensor]:
+        """What is retrieved, and its addresses of the table.
+
+        of_grid: somebody looks at what is retrieved, addresses of the key grid; else they may be
+        shuffled already, which a GPU does in the kernel before.
+        """
+        if of_grid or not isinstance(self.shuffle, GridShuffle):
+            retrieved = self.retrieve(query)
+            return retrieved, self.locate(retrieved.addresses)
+        retrieved = self.retrieve(query, self.shuffle.tables)
+        return retrieved, self.window(retrieved.addresses)
+
+    def retrieve(self, query: Tensor, shuffle: Tensor | None = None) -> Retrieved:
+        """Addresses and scores for normalised queries (T, Q, 2, Dk).
+
+        shuffle: tables of the fixed shuffle, for shuffled addresses.
+        """
+        if shuffle is None:
+            retrieved = self.retrieval(query)
+        else:
+            retrieved = self.retrieval.shuffled(query, shuffle)
         if self.config.relu_scores:
             return retrieved._replace(scores=retrieved.scores.relu())
         if not self.config.softmax:
@@ -175,7 +201,7 @@ class UltraMemLayer(nn.Module):
         takes E*h*D/Dv times the memory of the table. Raises UltraMemError if that is impossible.
         """
         self.eval()
-        self.retrieval.keys.fix()
+        self.retrieval.fix()
         if premultiply:
             self.premultiplied = self._premultiply()
 

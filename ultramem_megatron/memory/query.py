@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ultramem_megatron.kernels.causal_convolution import causal_convolution
+from ultramem_megatron.kernels.causal_convolution import causal_convolution, causal_convolution_step
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
@@ -21,9 +21,20 @@ class CausalConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(hidden_size, kernel))
 
     def forward(
-        self, x: Tensor, history: Tensor | None = None, reach: Tensor | None = None
+        self,
+        x: Tensor,
+        history: Tensor | None = None,
+        reach: Tensor | None = None,
+        advances: bool = False,
     ) -> Tensor:
-        """x: (S, B, D) to the same; see `causal_convolution_reference`."""
+        """x: (S, B, D) to the same; see `causal_convolution_reference`.
+
+        advances: x is one position, and goes into its history (K-1, B, D); see
+        `causal_convolution_step_reference`.
+        """
+        if advances:
+            assert history is not None, "there is nothing to advance"
+            return causal_convolution_step(x, self.weight, history)
         return causal_convolution(x, self.weight, history, reach)
 
 
@@ -53,14 +64,18 @@ class QueryProjection(nn.Module):
             self.conv.weight[:, -1] = 1
 
     def forward(
-        self, x: Tensor, history: Tensor | None = None, reach: Tensor | None = None
+        self,
+        x: Tensor,
+        history: Tensor | None = None,
+        reach: Tensor | None = None,
+        advances: bool = False,
     ) -> Tensor:
         """x: (..., D), with a convolution (S, B, D). Returns (T, Q, 2, Dk).
 
         With queries per rank those of one side follow each other: (T, Q, 2, R*Dk).
         """
         if self.conv is not None:
-            x = self.conv(x, history, reach)
+            x = self.conv(x, history, reach, advances)
         if self.common is not None:
             x = self.common(x)
         return self.norm(self.proj(x).reshape(-1, *self.shape)).flatten(3)

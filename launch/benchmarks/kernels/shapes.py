@@ -50,6 +50,7 @@ class Shape:
             heads=self.heads,
             cores=self.cores,
             value_expansion=self.expansion,
+            share_query=self.heads == 1 or self.heads % 2 == 0,
         )
 
     def columns(self) -> dict[str, str | int]:

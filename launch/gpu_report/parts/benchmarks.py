@@ -1,28 +1,50 @@
 """The benchmarks of whole models and of overlap, shortened; what they write becomes rows."""
 
+import csv
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from launch.gpu_report.row import Row
-from ultramem_megatron.tools.rows import read
+
+_POLL_SECONDS = 0.2
 
 
 def written(benchmark: str, flags: str) -> Iterator[dict[str, str]]:
-    """The rows of the one CSV that `ultramem bench BENCHMARK` writes."""
+    """The rows of the one CSV that `ultramem bench BENCHMARK` writes, as they are made.
+
+    So a part that its time limit stops has those before.
+    """
     root = str(Path(__file__).parents[3])
     env = {**os.environ, "PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", f"launch.benchmarks.{benchmark}", *flags.split()]
-        done = subprocess.run([*command, "--out", folder], env=env, capture_output=True, text=True)
-        files = sorted(Path(folder).glob("*.csv"))
-        if files:  # rows are written as they are made
-            yield from read(files[0], f"ultramem bench {benchmark}")
-        if done.returncode:
-            raise RuntimeError(" / ".join((done.stdout + done.stderr).splitlines()[-3:]))
+    command = [sys.executable, "-m", f"launch.benchmarks.{benchmark}", *flags.split()]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
+        command += ["--out", folder]
+        with subprocess.Popen(command, env=env, stdout=said, stderr=said, text=True) as running:
+            given = 0
+            while True:
+                ended = running.poll() is not None
+                found = _whole_rows(Path(folder))
+                yield from found[given:]
+                given = len(found)
+                if ended:
+                    break
+                time.sleep(_POLL_SECONDS)
+        if running.returncode:
+            said.seek(0)
+            raise RuntimeError(" / ".join(said.read().splitlines()[-3:]))
+
+
+def _whole_rows(folder: Path) -> list[dict[str, str]]:
+    """Of the folder's CSV, without a line that is being written."""
+    for file in folder.glob("*.csv"):
+        text = file.read_text(encoding="utf-8")
+        return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    return []
 
 
 def quotients(

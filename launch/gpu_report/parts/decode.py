@@ -19,7 +19,7 @@ def rows(large: bool) -> Iterator[Row]:
     yield from attempted("decode", lambda: _steps(large, found))
     yield from quotients(found, _PAIRS, ", batch {}")
     for (kind, batch), milliseconds in found.items():
-        if kind == "ultramem" and ("dense", batch) in found:
+        if large and kind == "ultramem" and ("dense", batch) in found:
             extra = 1e3 * (milliseconds - found["dense", batch])
             what = f"decode, six memories, batch {batch}"
             yield Row(what=what, value=round(extra, 1), unit="us")

@@ -12,6 +12,7 @@ import torch
 from launch.benchmarks.kernels import convolutions, layers, lookups, topks
 from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.shapes import Shape
+from launch.gpu_report.parts import decoding_parity
 from launch.gpu_report.row import Row, attempted
 
 _OPS: dict[str, Callable[[Shape, torch.device], list[Candidate]]] = {
@@ -39,6 +40,9 @@ def rows(large: bool) -> Iterator[Row]:
                 cast = dataclasses.replace(shape, dtype=dtype)
                 name = f"{op}, {_words(cast)}"
                 yield from attempted(name, partial(_errors, build, cast, name, device))
+            cast = dataclasses.replace(shape, dtype=dtype)
+            name = f"decoding, {_words(cast)}"
+            yield from attempted(name, partial(_decoding_errors, cast, name, device))
 
 
 def _shapes(large: bool) -> Sequence[Shape]:
@@ -76,6 +80,17 @@ def _of(candidate: Candidate, expected: dict[str, torch.Tensor], name: str) -> I
     )
     repeats = all(torch.equal(found[key], again[key]) for key in found)
     yield Row(what=f"{name}, {candidate.name}, twice", value="equal" if repeats else "not equal")
+
+
+def _decoding_errors(shape: Shape, name: str, device: torch.device) -> Iterator[Row]:
+    torch.manual_seed(1)
+    reference, *others = implementations(device)
+    results = decoding_parity.outputs(shape, device, [reference, *others])
+    expected = next(results)
+    for kernels, found in zip(others, results, strict=True):
+        worst = max(expected, key=lambda key: _error(found[key], expected[key]))
+        error = float(f"{_error(found[worst], expected[worst]):.2e}")
+        yield Row(what=f"{name}, {kernels}", value=error, unit=f"relative, of {worst}")
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:

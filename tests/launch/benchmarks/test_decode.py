@@ -28,10 +28,11 @@ def _benchmark(folder):
 
 def _shuffled_addresses(model):
     """A list that forward passes of the model add to."""
+    from ultramem_megatron.memory.tables.value_table import value_tables
+
     addresses = []
-    for module in model.modules():
-        if type(module).__name__ == "GridShuffle":
-            module.register_forward_hook(lambda _, __, out: addresses.append(out))
+    for table in value_tables(model).values():
+        table.register_forward_hook(lambda _, inputs, __: addresses.append(inputs[0]))
     return addresses
 
 

@@ -13,10 +13,8 @@ from ultramem_megatron.errors import UltraMemError
 _GROUPED = ("--group-query-attention", "--num-query-groups", "2")
 _CASES = {
     "dense": ("dense", _GROUPED),
-    "all heads": ("dense", ()),
     "half rotated": ("dense", ("--rotary-percent", "0.5")),
     "learned positions": ("dense", ("--position-embedding-type", "learned_absolute")),
-    "moe": ("moe", _GROUPED),
     "moe-grouped": ("moe", _GROUPED),
     "moe-gated": ("moe", ("--swiglu", "--moe-router-pre-softmax")),
     "ultramem": ("ultramem", _GROUPED),
@@ -105,7 +103,7 @@ def _refusals():
         return str(caught.value)
 
     dense, _ = _model("dense", "--qk-layernorm")
-    shared, _ = _model("moe", "--moe-shared-expert-intermediate-size", "24")
+    shared, _ = _model("moe-grouped", "--moe-shared-expert-intermediate-size", "24")
     return of(lambda: DecodeStep(dense, [1], 500)), of(lambda: group_experts(unwrap_model(shared)))
 
 

@@ -1,7 +1,5 @@
 """Parts of a model on other devices, or left in files, compute what they do together."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -25,7 +23,7 @@ def test_parts_are_fetched_where_they_are_used(tmp_path, name):
     tokens = torch.arange(20).unsqueeze(0)
     whole = UltraMemGPTForCausalLM.from_pretrained(tmp_path / "hf")
     for left in ("model.layers", "model.tables"):
-        places: Any = {part: "disk" if part.startswith(left) else "cpu" for part in _PARTS}
+        places = {part: "disk" if part.startswith(left) else "cpu" for part in _PARTS}
         model = UltraMemGPTForCausalLM.from_pretrained(
             tmp_path / "hf", device_map=places, offload_folder=tmp_path / "left"
         )

@@ -68,6 +68,7 @@ def _written(folder):
     from ultramem_megatron.data.tokenizer import save, train
     from ultramem_megatron.inference.generate import main as generate
     from ultramem_megatron.inference.untrained import untrained_model
+    from ultramem_megatron.megatron.checkpoint.folder import loaded_iteration, stored_args
     from ultramem_megatron.megatron.checkpoint.weights import save_weights
     from ultramem_megatron.tools.export.__main__ import main
 
@@ -81,6 +82,7 @@ def _written(folder):
     moved = ["--tokenizer-model", f"{folder}/tokenizer"]
     main(["--load", f"{folder}/checkpoint", "--to", "hf", f"{folder}/hf", *moved])
     main(["--from", "hf", f"{folder}/hf", "--save", f"{folder}/back"])
+    assert stored_args(str(loaded_iteration(folder / "back"))).vocab_size is None
     out = io.StringIO()
     words = ["--load", f"{folder}/back", "--temperature", "0", "--tokens", "12"]
     with contextlib.redirect_stdout(out):

@@ -31,7 +31,8 @@ from ultramem_megatron.megatron.checkpoint.shared_tables import (
 from ultramem_megatron.megatron.layer.document_reach import masked_reach, packed_reach
 from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std
 from ultramem_megatron.megatron.layer.query_history import (
-    decoding_history,
+    keep_inputs,
+    kept_inputs,
     neighbours_history,
     paged_history,
 )
@@ -147,8 +148,22 @@ class TransformerMemory(UltraMemLayer):
         """As forward, pausing whenever other ranks have to answer."""
         if self.config.query_conv_kernel < 2:
             return (yield from super().steps(x))
-        history = self._history(x, surroundings.inference_context)
+        context = surroundings.inference_context
+        if context is not None and context.is_static_batching():
+            return (yield from self._static_steps(x, context))
+        history = self._history(x, context)
         return (yield from super().steps(x, history, self._reach(x, surroundings)))
+
+    def _static_steps(self, x: Tensor, context: Any) -> Pausing:
+        """With static batching; a single token's inputs are written where those before were.
+
+        So a CUDA graph of one step serves the next.
+        """
+        kept = kept_inputs(self.layer_number, context)
+        if kept is not None and len(x) == 1:
+            return (yield from super().steps(x, kept, advances=True))
+        keep_inputs(x, kept, self.config.query_conv_kernel, self.layer_number, context)
+        return (yield from super().steps(x, None if kept is None else kept.unsqueeze(0)))
 
     def end_batch(self, reduce: Callable[[Tensor], object] | None = None) -> None:
         """As UltraMemLayer.end_batch; by default over all ranks that see other tokens."""
@@ -186,9 +201,7 @@ class TransformerMemory(UltraMemLayer):
         """What the query convolution sees before x."""
         taps = self.config.query_conv_kernel
         if inference_context is not None:
-            is_static = inference_context.is_static_batching()
-            history = decoding_history if is_static else paged_history
-            return history(x, taps, self.layer_number, inference_context)
+            return paged_history(x, taps, self.layer_number, inference_context)
         shares = self.tensor_group if self.sequence_parallel else None
         if self.context_group.size() > 1 or (shares is not None and shares.size() > 1):
             return neighbours_history(x, taps, shares, self.context_group)

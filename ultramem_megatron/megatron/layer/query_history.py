@@ -93,19 +93,23 @@ def paged_history(x: Tensor, taps: int, layer_number: int, context: Any) -> Tens
     return inputs.where(positions.unsqueeze(-1) >= 0, 0).unsqueeze(2)
 
 
-def decoding_history(x: Tensor, taps: int, layer_number: int, context: Any) -> Tensor | None:
-    """Inputs before x, (1, K-1, B, D), kept in the inference context as keys and values are.
+def kept_inputs(layer_number: int, context: Any) -> Tensor | None:
+    """Static batching: the (K-1, B, D) inputs before this step's; None at a prompt's start."""
+    kept: Tensor | None = None
+    if context.sequence_len_offset:
+        kept = _kept(context).get((layer_number, context.batch_size_offset))
+    return kept
 
-    After the prompt's they are written where those before were, so that a CUDA graph of one step
-    serves the next.
-    """
-    caches = context.__dict__.setdefault("ultramem_query_history", {})
-    slot = (layer_number, context.batch_size_offset)
-    kept: Tensor | None = caches.get(slot) if context.sequence_len_offset else None
+
+def keep_inputs(x: Tensor, kept: Tensor | None, taps: int, layer_number: int, context: Any) -> None:
+    """Keep the last K-1 of `kept` and x (S, B, D) in the context, as it keeps keys and values."""
     before = x.new_zeros(taps - 1, *x.shape[1:]) if kept is None else kept
-    inputs = torch.cat([before, x.detach()])
-    if kept is None:
-        caches[slot] = inputs[len(x) :].clone()
-        return None
-    kept.copy_(inputs[len(x) :])
-    return inputs[: taps - 1].unsqueeze(0)
+    last = torch.cat([before, x.detach()])[len(x) :].clone()
+    _kept(context)[layer_number, context.batch_size_offset] = last
+
+
+def _kept(context: Any) -> dict[tuple[int, int], Tensor]:
+    inputs: dict[tuple[int, int], Tensor] = context.__dict__.setdefault(
+        "ultramem_query_history", {}
+    )
+    return inputs

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ultramem_megatron.kernels.grid_shuffle import grid_shuffle
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
@@ -32,6 +33,18 @@ class Retrieval(nn.Module, ABC):
     @abstractmethod
     def forward(self, query: Tensor) -> Retrieved:
         """query: (T, Q, 2, Dk), normalised."""
+
+    def shuffled(self, query: Tensor, tables: Tensor) -> Retrieved:
+        """As forward, its addresses shuffled by the tables of `grid_shuffle`.
+
+        Override it where a kernel can do that in passing.
+        """
+        retrieved = self(query)
+        return retrieved._replace(addresses=grid_shuffle(retrieved.addresses, tables))
+
+    def fix(self) -> None:
+        """Do once what every forward would repeat, until `train()`, for weights that stay."""
+        self.keys.fix()
 
     def reset(self, draw: Draw, scales: Scales) -> None:
         """Initial values."""

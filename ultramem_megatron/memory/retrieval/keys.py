@@ -60,7 +60,8 @@ class ProductKeys(nn.Module):
         """
         with torch.no_grad():
             normed = self._normed()
-        self.fixed = kept_keys(normed)  # to convert them takes as long as to norm them
+        # To convert them takes as long as to norm them.
+        self.fixed = kept_keys(normed, shared=self.config.num_queries == 1)
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module.train; in training mode keys are normalised at each use."""

@@ -34,11 +34,22 @@ class TuckerRetrieval(Retrieval):
 
     def forward(self, query: Tensor) -> Retrieved:
         """query: (T, Q, 2, Dk)."""
-        directions = torch.stack([self.cores.u, self.cores.t])
-        config = self.config
-        keys, scores = self.keys(query, directions, config.shortlist)
-        best = tucker_topk(scores, keys, self.cores(), config.keys_per_side, config.topk)
+        return self._best(query, None)
+
+    def shuffled(self, query: Tensor, tables: Tensor) -> Retrieved:
+        """See Retrieval.shuffled."""
+        return self._best(query, tables)
+
+    def _best(self, query: Tensor, shuffle: Tensor | None) -> Retrieved:
+        config, cores = self.config, self.cores()
+        keys, scores = self.keys(query, self.cores.directions(), config.shortlist)
+        best = tucker_topk(scores, keys, cores, config.keys_per_side, config.topk, shuffle=shuffle)
         return Retrieved.by_head(*best)
+
+    def fix(self) -> None:
+        """See Retrieval.fix."""
+        super().fix()
+        self.cores.fix()
 
     def reset(self, draw: Draw, scales: Scales) -> None:
         """See Retrieval.reset."""
@@ -57,9 +68,8 @@ class TuckerRetrieval(Retrieval):
 
     def recall(self, query: Tensor) -> Tensor:
         """See Retrieval.recall and filter_recall.py."""
-        directions = torch.stack([self.cores.u, self.cores.t])
-        core = self.cores.total()
-        return filter_recall(self.keys.scores(query), directions, core, self.config.shortlist)
+        scores, core = self.keys.scores(query), self.cores.total()
+        return filter_recall(scores, self.cores.directions(), core, self.config.shortlist)
 
     def report(self) -> dict[str, float]:
         """Leading singular values of the summed cores, mean over heads, and the weighted penalty.

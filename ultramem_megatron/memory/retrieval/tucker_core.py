@@ -3,7 +3,7 @@
 C cores (h in the paper), H heads, R Tucker rank.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class TuckerCores(PreciseBuffers):
     precise: ClassVar = ("u", "t")  # rounded, the filter would pick another shortlist
     u: Tensor
     t: Tensor
+    fixed: Tensor | None
 
     def __init__(self, config: UltraMemConfig) -> None:
         super().__init__()
@@ -35,6 +36,8 @@ class TuckerCores(PreciseBuffers):
         precise = torch.promote_types(self.weight.dtype, torch.float32)
         self.register_buffer("u", torch.zeros(heads, rank, dtype=precise))
         self.register_buffer("t", torch.zeros(heads, rank, dtype=precise))
+
+        self.register_buffer("fixed", None, persistent=False)
 
         self.spectrum: Tensor | None = None
         """Singular values (H, R) at the last update of the filter, for reports."""
@@ -53,6 +56,20 @@ class TuckerCores(PreciseBuffers):
         if update_filter:
             self._update_filter()
         return self.weight
+
+    def directions(self) -> Tensor:
+        """u of the rows and t of the columns, (2, H, R)."""
+        return torch.stack([self.u, self.t]) if self.fixed is None else self.fixed.transpose(0, 1)
+
+    def fix(self) -> None:
+        """Keep the directions until `train()`, for cores that stay as they are."""
+        self.fixed = torch.stack([self.u, self.t], 1)  # in a kernel's order
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module.train; in training mode directions follow the filter."""
+        if mode:
+            self.fixed = None
+        return super().train(mode)
 
     def total(self) -> Tensor:
         """Sum of the cores, (H, R, R), at least float32."""

@@ -18,7 +18,7 @@ from ultramem_megatron.communication.exchange import Transfer, all_to_all, gathe
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.lookup_dot import lookup_dot
-from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
+from ultramem_megatron.kernels.lookup_reduce import lookup_addresses
 from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.memory.tables.contract import Partition
 from ultramem_megatron.memory.tables.layout import TableLayout
@@ -41,8 +41,8 @@ class DimensionWiseReader:
         gathering = gather_tokens(self._narrow(addresses), self.group, "addresses")
         sending = self._send_scores(scores, part)
         yield
-        rows, groups = split_address(gathering.wait().long(), self.layout.num_values)
-        pooled = lookup_reduce(part, rows, groups, sending.wait(), self.num_groups)
+        addresses = gathering.wait().long()
+        pooled = lookup_addresses(part, addresses, sending.wait(), self.num_groups)
         returning = all_to_all(pooled, self.group, "pooled values")
         yield
         home = returning.wait()  # (G*T, E, v), by owner of columns

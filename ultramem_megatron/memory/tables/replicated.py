@@ -7,7 +7,7 @@ from torch import Tensor
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.lookup_dot import lookup_dot
-from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
+from ultramem_megatron.kernels.lookup_reduce import lookup_addresses
 from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.memory.tables.contract import Partition
 from ultramem_megatron.memory.tables.layout import TableLayout
@@ -26,8 +26,7 @@ class ReplicatedReader:
     def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
         """See TableReader.read."""
         yield from ()
-        rows, groups = split_address(addresses, self.num_values)
-        return lookup_reduce(part, rows, groups, scores, self.num_groups)
+        return lookup_addresses(part, addresses, scores, self.num_groups)
 
     def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
         """See TableReader.dot."""

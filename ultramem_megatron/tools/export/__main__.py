@@ -130,6 +130,8 @@ def to_megatron(export: str, folder: str, kind: str = "plain") -> None:
     args.tokenizer_model = tokenizer.get("tokenizer_model")
     if kind == "hf":
         _keep_tokenizer(args, Path(export), Path(folder))
+    if args.tokenizer_type not in (None, "NullTokenizer"):
+        args.vocab_size = None  # the tokenizer says it, to whoever trains on as before
     save_weights(model, args, folder)
 
 
