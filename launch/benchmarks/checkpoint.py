@@ -23,6 +23,7 @@ from torch import Tensor
 
 from launch.benchmarks.environment import environment_columns
 from ultramem_megatron.errors import CommandParser, exit_on_user_error
+from ultramem_megatron.faults.results_folder import results_folder
 from ultramem_megatron.megatron.flags.process import open_process
 from ultramem_megatron.tools.rows import write_as_made
 
@@ -43,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--quick", action="store_true", help="the two smallest tables, once")
     options = parser.parse_args(argv)
     sizes, rounds = (_ROWS[:2], 1) if options.quick else (_ROWS, 3)
+    results_folder(options.out)
     open_process()  # a CPU in the place of CUDA, where there is none
-    options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
         store = dist.FileStore(str(Path(folder) / "store"), 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
+from ultramem_megatron.faults.results_folder import results_folder
 
 CASES = Path(__file__).parents[2] / "tests" / "recipes" / "cases.txt"
 _PRELOADED = "tests.preloaded"
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = [case for case in cases.values() if re.search(options.only, case.name)]
     if not chosen:
         raise UltraMemError(f"--only {options.only}: no case has such a name. See {CASES.name}.")
+    results_folder(options.out.parent)
     try_once = functools.cache(try_case)
     with open(options.out, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")

@@ -5,11 +5,20 @@ import csv
 import pytest
 
 from launch.benchmarks.checkpoint import main
+from launch.benchmarks.recipes import main as try_recipes
 from tests.ranks import run_on_ranks
+from ultramem_megatron.errors import UltraMemError
 
 
 def _quick(folder):
     main(["--out", str(folder), "--quick"])
+
+
+@pytest.mark.parametrize(("command", "name"), [(main, "out"), (try_recipes, "out/matrix.csv")])
+def test_a_folder_that_cannot_be_made_is_one_line(command, name, tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(UltraMemError, match="Results go to a folder that is there or can be made"):
+        command(["--out", str(tmp_path / "taken" / name)])
 
 
 @pytest.mark.long
