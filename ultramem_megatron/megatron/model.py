@@ -19,7 +19,7 @@ from megatron.training.models.base import ModelBuilder, ModelConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from ultramem_megatron.megatron import hooks
-from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std
+from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std, residual_branches
 from ultramem_megatron.megatron.layer.overlap import describe_overlap
 from ultramem_megatron.megatron.layer.specs import with_memory
 from ultramem_megatron.megatron.metrics import MemoryMonitor
@@ -160,7 +160,7 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
         tables = most_on_one_stage({place.table for place in placements(ultramem)}, transformer)
         print_rank_0(describe_memories(ultramem, transformer.hidden_size))
         stds = [feed_forward_std(transformer, place.adds) for place in placements(ultramem)]
-        print_rank_0(describe_start(ultramem, transformer.num_layers, stds))
+        print_rank_0(describe_start(ultramem, residual_branches(transformer), stds))
         print_rank_0(describe_tables(ultramem, settings, storage, tables))
         if self._model_config.memory_overlap:
             print_rank_0(describe_overlap(ultramem.spans, transformer))

@@ -48,13 +48,16 @@ def describe_memories(ultramem: UltraMemConfig, hidden_size: int) -> str:
     )
 
 
-def describe_start(ultramem: UltraMemConfig, num_layers: int, mlp_stds: Sequence[float]) -> str:
-    """How large outputs start, in one line. mlp_stds: of the layers' own MLPs."""
+def describe_start(ultramem: UltraMemConfig, branches: int, mlp_stds: Sequence[float]) -> str:
+    """How large outputs start, in one line.
+
+    branches: residual ones of the model. mlp_stds: of the layers' own MLPs.
+    """
     mlp = "/".join(f"{std:.3g}" for std in dict.fromkeys(mlp_stds))
     return (
         f" > UltraMem initialisation {ultramem.init}: an MLP's output starts with a standard "
         f"deviation of {mlp}, to which `matched` sets a memory's; the paper's rule would be "
-        f"{output_std(num_layers):.3g}"
+        f"{output_std(branches):.3g}"
     )
 
 

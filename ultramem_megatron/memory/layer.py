@@ -53,6 +53,7 @@ class UltraMemLayer(nn.Module):
         num_layers: int,
         layer_number: int = 1,
         eps: float = 1e-5,
+        residual_branches: int | None = None,
         feed_forward_std: float | None = None,
         values: nn.Module | None = None,
         table_number: int | None = None,
@@ -60,7 +61,8 @@ class UltraMemLayer(nn.Module):
     ) -> None:
         """Build and initialise in the default dtype and on the default device.
 
-        hidden_size: D. num_layers: L of the whole model (for the initial output variance).
+        hidden_size: D. num_layers: L of the whole model, and residual_branches, by default 2 L,
+        how many outputs it adds up (for the initial output variance).
         layer_number: 1-based; with the config it determines the initial values, whatever else has
         drawn random numbers before. eps: of the query and key norms. feed_forward_std: of the
         output of the layer's own MLP, for `init=matched`; by default that of a GELU MLP 4 D wide
@@ -95,12 +97,13 @@ class UltraMemLayer(nn.Module):
         self.statistics = MemoryStatistics(config.num_values)
         self.register_load_state_dict_post_hook(_refuse_non_finite_weights)
         if not self.values.weight.is_meta:
+            branches = residual_branches or 2 * num_layers
             if feed_forward_std is None:
-                feed_forward_std = default_std(hidden_size, num_layers)
+                feed_forward_std = default_std(hidden_size, branches)
             self.reset_parameters(
                 Host(
                     hidden_size=hidden_size,
-                    num_layers=num_layers,
+                    residual_branches=branches,
                     feed_forward_std=feed_forward_std,
                 )
             )

@@ -114,3 +114,26 @@ def test_what_is_computed_is_what_is_built(
 ) -> None:
     built, computed = results[model]
     assert computed == pytest.approx(built, rel=0.1)
+
+
+def _branches_and_scales() -> list[tuple[int, float]]:
+    """Residual branches; what Megatron divides the standard deviation of output weights by."""
+    from megatron.core.transformer import TransformerConfig
+
+    from ultramem_megatron.megatron.layer.feed_forward import residual_branches
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "init_method_std": 0.02}
+    configs = [
+        TransformerConfig(num_layers=layers, is_hybrid_model=hybrid, **sizes)
+        for layers, hybrid in ((4, False), (8, True))
+    ]
+    return [
+        (residual_branches(config), 0.02 / config.output_layer_init_method.keywords["std"])
+        for config in configs
+    ]
+
+
+def test_a_layer_of_a_hybrid_has_half_the_branches_of_a_transformer_layer() -> None:
+    for branches, divisor in run_on_ranks(1, _branches_and_scales)[0]:
+        assert branches == 8
+        assert divisor == pytest.approx(branches**0.5)

@@ -19,6 +19,11 @@ from ultramem_megatron.memory.initialization.feed_forward import mlp_std
 _ROUTED_TOKENS = 4096
 
 
+def residual_branches(config: TransformerConfig) -> int:
+    """How many outputs the model adds to its hidden states, as Megatron scales their weights."""
+    return config.num_layers * (1 if config.is_hybrid_model else 2)
+
+
 def feed_forward_std(config: TransformerConfig, layer_number: int) -> float:
     """Of the layer of this number, counted from 1, for inputs as a norm leaves them.
 

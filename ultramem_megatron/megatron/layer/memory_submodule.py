@@ -29,7 +29,7 @@ from ultramem_megatron.megatron.checkpoint.shared_tables import (
     stored_place,
 )
 from ultramem_megatron.megatron.layer.document_reach import masked_reach, packed_reach
-from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std
+from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std, residual_branches
 from ultramem_megatron.megatron.layer.query_history import (
     keep_inputs,
     kept_inputs,
@@ -105,6 +105,7 @@ class TransformerMemory(UltraMemLayer):
                 num_layers=config.num_layers,
                 layer_number=layer_number,
                 eps=config.layernorm_epsilon,
+                residual_branches=residual_branches(config),
                 feed_forward_std=feed_forward_std(config, placement.adds),
                 values=values,
                 table_number=placement.table,

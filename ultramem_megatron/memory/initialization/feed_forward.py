@@ -44,13 +44,13 @@ def mean_square(function: Callable[[Tensor], Tensor], std: float) -> float:
     return float(torch.trapezoid(function(z * std).double().square() * density, z))
 
 
-def default_std(hidden_size: int, num_layers: int) -> float:
+def default_std(hidden_size: int, residual_branches: int) -> float:
     """Of Megatron's MLP where nothing is said: GELU, 4 D wide, weights of 0.02."""
     return mlp_std(
         hidden_size,
         4 * hidden_size,
         first_std=0.02,
-        second_std=0.02 / math.sqrt(2 * num_layers),
+        second_std=0.02 / math.sqrt(residual_branches),
         activation=F.gelu,
         gated=False,
     )

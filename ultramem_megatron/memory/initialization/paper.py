@@ -5,13 +5,16 @@ from ultramem_megatron.memory.initialization.read_std import value_std
 from ultramem_megatron.memory.initialization.scales import Host, Initialisation, Scales
 
 
-def output_std(num_layers: int) -> float:
-    """1/sqrt(2L): the target of appendix A, what it takes an MLP's output to be."""
-    return (2 * num_layers) ** -0.5
+def output_std(residual_branches: int) -> float:
+    """1/sqrt(2L): the target of appendix A, what it takes an MLP's output to be.
+
+    residual_branches: that add to the model's hidden states, 2L in L Transformer layers.
+    """
+    return residual_branches**-0.5
 
 
 def _scales(config: UltraMemConfig, host: Host) -> Scales:
-    std = value_std(config, output_std(host.num_layers))  # sqrt(E / (2 m H L)) where pooled
+    std = value_std(config, output_std(host.residual_branches))  # sqrt(E / (2 m H L)) where pooled
     return Scales(
         query_gain=1.0,
         key_gain=config.key_dim**-0.5,

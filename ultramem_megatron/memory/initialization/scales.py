@@ -11,7 +11,8 @@ class Host:
     """The model that a memory stands in."""
 
     hidden_size: int
-    num_layers: int
+    residual_branches: int
+    """That add to its hidden states: two in a Transformer layer, one in a layer of a hybrid."""
     feed_forward_std: float
     """Of the output of the layer's own MLP or experts, where the memory adds its own."""
 
