@@ -25,12 +25,16 @@ _X10 = "ablation-151m-x10-"
 
 @dataclass(frozen=True)
 class Experiment:
-    """Models to train alike; `baseline` names the one that differences are taken from."""
+    """Models to train alike; `baseline` names the one that differences are taken from.
+
+    `rivals` are further ones.
+    """
 
     name: str
     about: str
     models: tuple[Model, ...]
     baseline: str
+    rivals: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (1, 2, 3)
     steps: int = 1000
     """At 200 the scores of a memory are at the bottom of a transient, which ends near 1,000."""
@@ -169,6 +173,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 Model("ultramem", "ultramem-1.6b-x12", ablation("", ULTRAMEM_ROW).small),
             ),
             "dense",
+            rivals=("moe",),
             seeds=_SIX_SEEDS,
             paper={
                 size: {

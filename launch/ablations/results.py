@@ -78,14 +78,17 @@ def summary(results: Results) -> str:
     experiment = results.experiment
     papers = [f"the paper's {size}" for size in experiment.paper]
     head = ["model", "dense + sparse, M", "FLOPs, M", "seeds", "validation loss"]
-    head += [f"minus {experiment.baseline}'s", *papers]
+    rivals = (experiment.baseline, *experiment.rivals)
+    for rival in rivals:
+        head += [f"minus {rival}'s", *papers]
     if experiment.cumulative:
         head += ["minus the row before's", *papers]
     rows = []
     for model, before in zip(results.models, [None, *results.models], strict=False):
         losses = list(results.of(model, "valid_loss").values())
         cells = [model, *_sizes(results, model), str(len(losses)), _with_bar(*spread(losses))]
-        cells += _compared(results, model, experiment.baseline)
+        for rival in rivals:
+            cells += _compared(results, model, rival)
         if experiment.cumulative:
             cells += _compared(results, model, before)
         rows.append(cells)

@@ -205,8 +205,9 @@ def test_summary_pairs_seeds_and_settles_only_what_they_settle() -> None:
     runs = _runs({"dense": (3.0, 4.0, 5.0), "moe": (2.5, 3.3, 4.4), "ultramem": (3.1, 3.9, 5.0)})
     text = summary(Results(EXPERIMENTS["figure1a"], runs, []))
     assert "| 4.000 ± 1.000 |  |  |  |" in text
-    assert "| -0.600 (-0.700 to -0.500) | -0.330 | -0.190 |" in text
-    assert "| not resolved: -0.100 to +0.100 | -0.290 | -0.250 |" in text
+    assert "| -0.600 (-0.700 to -0.500) | -0.330 | -0.190 |  |  |  |" in text
+    beside_moe = "+0.600 (+0.600 to +0.600) | +0.040 | -0.060 |"
+    assert f"| not resolved: -0.100 to +0.100 | -0.290 | -0.250 | {beside_moe}" in text
     two = _runs({"dense": (3.0, 4.0), "moe": (2.5, 3.3)})
     assert "| -0.500 and -0.700 | -0.330 |" in summary(Results(EXPERIMENTS["figure1a"], two, []))
 
