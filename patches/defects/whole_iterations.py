@@ -19,7 +19,7 @@ def _beside(original: Callable[..., Any]) -> Callable[..., Any]:
         iteration = Path(checkpoint_dir)
         target = _target(iteration)
         request = original(sharded_state_dict, target, *rest, **kw)
-        if target != checkpoint_dir:
+        if target != str(iteration):
             put_in_place = functools.partial(_swap, iteration)
             if request is None:
                 put_in_place()

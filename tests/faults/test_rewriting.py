@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.faults.test_killed_saves import killed_before, operations_of
-from tests.ranks import RanksFailed
+from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.faults import integrity
@@ -93,3 +93,24 @@ def test_killed_before_any_operation_of_writing_it_again(finished):
             assert integrity.newest_whole(copy / "checkpoints") == 3
         assert run_pretrain(2, _flags(copy)).iterations == []  # loaded, nothing left to train
     assert kill_at > 12
+
+
+def _save_twice(folder):
+    import torch
+    from megatron.core import dist_checkpointing, parallel_state
+
+    from ultramem_megatron.patches import registry
+
+    registry.apply_all()
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    for written in (1, 2):
+        dist_checkpointing.save({"written": written}, folder)
+    return dist_checkpointing.load({}, str(folder))["written"]
+
+
+def test_a_folder_may_be_a_path_too(tmp_path):
+    """Upstream's own tests save so; the first save once looked for a folder to swap."""
+    (tmp_path / _AGAIN).mkdir()
+    assert run_on_ranks(1, _save_twice, tmp_path / _AGAIN) == [2]
+    assert [path.name for path in tmp_path.iterdir()] == [_AGAIN]
