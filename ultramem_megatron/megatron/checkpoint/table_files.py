@@ -24,7 +24,7 @@ class TableFiles:
     """The tables of one iteration of a checkpoint."""
 
     def __init__(self, folder: str, in_memory: bool) -> None:
-        """in_memory: copy tables into host memory, pinned for a GPU, else leave them on disk.
+        """in_memory: copy tables into host memory, else leave them on disk.
 
         Raises UltraMemError where the system cannot map files so.
         """
@@ -41,8 +41,8 @@ class TableFiles:
 
         Raises UltraMemError where the checkpoint does not have all of them.
         """
-        stored = self._metadata.state_dict_metadata.get(key)
-        if stored is None:
+        stored: Any = self._metadata.state_dict_metadata.get(key)
+        if stored is None or not hasattr(stored, "chunks"):  # of an object, no tensor
             raise UltraMemError(f"{self._folder} has no table {key}.")
         pieces = tuple(self._pieces(key, stored, range(first, first + rows)))
         covered = sum(len(piece.rows) * len(piece.columns) for piece in pieces)
@@ -66,13 +66,10 @@ class TableFiles:
             content = content[begin - first : end - first]
             if self._in_memory:
                 content = content.clone()
-                content = content.pin_memory() if torch.cuda.is_available() else content
             here = range(begin - wanted.start, end - wanted.start)
             yield Piece(here, range(column, column + columns), content)
 
-    def _content(
-        self, place: Any, dtype: torch.dtype, shape: tuple[int, int], key: str
-    ) -> Tensor:
+    def _content(self, place: Any, dtype: torch.dtype, shape: tuple[int, int], key: str) -> Tensor:
         """The mapped numbers of a shard as bytes (rows, bytes of a row)."""
         if place.transform_descriptors:
             raise self._damaged(place, key, "is compressed, or changed in another way")
@@ -90,7 +87,7 @@ class TableFiles:
         from torch.distributed.checkpoint.utils import _create_file_view
 
         with (self._folder / place.relative_path).open("rb") as file, FakeTensorMode():
-            shard = _create_file_view(file, place.offset, place.length)
+            shard: Any = _create_file_view(file, place.offset, place.length)
             try:
                 tensor = torch.load(shard, map_location="cpu", weights_only=True)
             except Exception as error:  # bytes that were no tensor raise any of them
@@ -99,7 +96,7 @@ class TableFiles:
         if not is_plain or tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise self._damaged(place, key, "is no table of the size that the metadata names")
         # Where torch.load finds storages without reading them, it says so in this attribute.
-        offset: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+        offset: int = tensor.untyped_storage()._checkpoint_offset
         return offset + tensor.storage_offset() * dtype.itemsize
 
     def _map(self, name: str) -> mmap.mmap:
