@@ -188,6 +188,13 @@ def _add_table_arguments(group: Any) -> None:
         "cheaper by bytes moved.",
     )
     group.add_argument(
+        "--ultramem-node-size",
+        type=whole_number,
+        metavar="N",
+        help="Neighbouring ranks of a table that share fast links, for --ultramem-partition grid "
+        "and auto. Default: the ranks launched on a host.",
+    )
+    group.add_argument(
         "--ultramem-overlap",
         action="store_true",
         help="Compute each memory beside the layers of its span, so that its exchanges between "

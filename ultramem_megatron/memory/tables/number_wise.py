@@ -260,7 +260,7 @@ def _reader(
 
 PARTITION = Partition(
     name="number",
-    parts=lambda size: (size, 1),
+    parts=lambda size, _node: (size, 1),
     check=_check,
     reader=_reader,
     volume=volume,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ultramem_megatron.memory.tables.partitions import PARTITIONS
 from ultramem_megatron.memory.tables.settings import exchange_of
-from ultramem_megatron.memory.tables.traffic import Volume, seconds_per_token
+from ultramem_megatron.memory.tables.traffic import seconds_per_token
 from ultramem_megatron.tools.plan.fit_counts import Counts, LayerCount
 from ultramem_megatron.tools.plan.fit_model import Layout, Machine, Prediction, Work
 
@@ -230,5 +230,5 @@ def _exchange_of_token(
     )
     volume = PARTITIONS[partition].volume(exchange)
     if recompute:
-        volume = Volume(2 * volume.forward, volume.backward)
+        volume = volume.with_recomputation()
     return seconds_per_token(volume, exchange)
