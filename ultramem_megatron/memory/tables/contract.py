@@ -53,6 +53,7 @@ class Partition:
     raises UltraMemError for numbers that it cannot lay out. check: raises UltraMemError for a
     layout that cannot be read so. reader: of a layout with so many expansion groups, over a process
     group, exchanging what the cost model's view says. volume: bytes that a read moves.
+    kept: bytes of a token, beyond what a whole table takes, that wait for its backward.
     waits_for_host: whether a read lets the host wait for the device, as no CUDA graph can.
     """
 
@@ -61,6 +62,7 @@ class Partition:
     check: Callable[[TableLayout], None]
     reader: Callable[[TableLayout, int, Any, Exchange], TableReader]
     volume: Callable[[Exchange], Volume]
+    kept: Callable[[Exchange], float]
     waits_for_host: bool = False
 
     def layout(

@@ -106,6 +106,12 @@ def _volume_of_dots(x: Exchange) -> Volume:
     return Volume(x.address_bytes * x.picks * others + inputs + products, inputs + products)
 
 
+def kept(x: Exchange) -> float:
+    """Rows, groups and scores of the other ranks' picks."""
+    cores = max(1, x.cores // x.size)
+    return x.picks * (x.size - 1) * (2 * 8 + cores * x.number_bytes)
+
+
 def _check(layout: TableLayout) -> None:
     size = layout.size
     if layout.value_dim % size:
@@ -135,4 +141,5 @@ PARTITION = Partition(
     check=_check,
     reader=_reader,
     volume=volume,
+    kept=kept,
 )

@@ -97,6 +97,17 @@ def volume(x: Exchange) -> Volume:
     return Volume(far.forward + inside[0], far.backward + inside[1], inside)
 
 
+def _kept(x: Exchange) -> float:
+    slices = _parts(x.size, x.ranks_per_node)[1]
+    return dimension_wise.kept(replace(x, size=slices)) + slices * number_wise.kept(_in_node(x))
+
+
 PARTITION = Partition(
-    name="grid", parts=_parts, check=_check, reader=_reader, volume=volume, waits_for_host=True
+    name="grid",
+    parts=_parts,
+    check=_check,
+    reader=_reader,
+    volume=volume,
+    kept=_kept,
+    waits_for_host=True,
 )

@@ -51,4 +51,5 @@ PARTITION = Partition(
     check=_check,
     reader=_reader,
     volume=lambda _: Volume(0.0, 0.0),
+    kept=lambda _: 0.0,
 )
