@@ -147,7 +147,7 @@ def test_layout_trains_like_one_rank(start, world_size, layout):
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
-        pytest.param(world_size, {**_GRID, **layout}, id=name)
+        pytest.param(world_size, layout, id=name)
         for name, world_size, layout in [
             ("DP8 nodes of 2", 8, {}),
             ("DP8 nodes of 4", 8, {"ultramem_node_size": 4}),
@@ -169,7 +169,7 @@ def test_layout_trains_like_one_rank(start, world_size, layout):
     ],
 )
 def test_grid_trains_like_one_rank(start, world_size, layout):
-    _check(start, world_size, **layout)
+    _check(start, world_size, **{**_GRID, **layout})
 
 
 _CP = {"context_parallel_size": 2}
