@@ -8,7 +8,7 @@ from tests.decoding import random_model
 from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import make_saving_fast
 from ultramem_megatron.data import indexed
-from ultramem_megatron.memory.background_reads import read_background
+from ultramem_megatron.megatron.background_reads import read_background
 
 _LENGTH, _WINDOWS = 32, 3  # of the model; of a batch
 _SIZES = (230, 40)  # tokens of two data sets: 8 and 2 windows, so 3 and 1 batches
@@ -47,7 +47,7 @@ def _save_and_count(folder, kind, streams):
                 tokens = torch.from_numpy(piece)[None]
                 positions = torch.arange(len(piece))[None]
                 model(tokens, positions, causal_mask(len(piece), torch.device("cpu")))
-            found: dict[int, torch.Tensor] = {}
+            found = {}
             for layer in layers:
                 reads = layer.statistics.take_rows()
                 found[layer.table_number] = found.get(layer.table_number, 0) + reads

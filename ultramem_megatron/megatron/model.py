@@ -19,6 +19,7 @@ from megatron.training.models.base import ModelBuilder, ModelConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from ultramem_megatron.megatron import hooks
+from ultramem_megatron.megatron.background_reads import read_background
 from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std, residual_branches
 from ultramem_megatron.megatron.layer.overlap import describe_overlap
 from ultramem_megatron.megatron.layer.specs import with_memory
@@ -38,7 +39,6 @@ from ultramem_megatron.megatron.table_groups import table_groups
 from ultramem_megatron.megatron.table_log import TableLog
 from ultramem_megatron.megatron.train_only import train_only_memory, train_only_values
 from ultramem_megatron.megatron.upcycle import start_from_dense
-from ultramem_megatron.memory.background_reads import read_background
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.finite import refuse_non_finite
 from ultramem_megatron.memory.layer import memory_layers

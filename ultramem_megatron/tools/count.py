@@ -147,7 +147,7 @@ class _Counts:
         """Added up over the replicas; a collective."""
         import torch.distributed as dist
 
-        from ultramem_megatron.memory.background_reads import BackgroundReads, TableReads
+        from ultramem_megatron.megatron.background_reads import BackgroundReads, TableReads
 
         for _, table in sorted(self.tables.items()):
             dist.all_reduce(table, group=replicas)

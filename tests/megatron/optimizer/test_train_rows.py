@@ -16,9 +16,9 @@ from tests.whole_model import (
     whole,
 )
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.background_reads import BackgroundReads, TableReads
 from ultramem_megatron.megatron.flags.train_rows_flags import refuse_train_rows
 from ultramem_megatron.megatron.optimizer.train_rows import move_touched_rows
-from ultramem_megatron.memory.background_reads import BackgroundReads, TableReads
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.row_choice import choose_rows, rarity
 from ultramem_megatron.memory.spans import Span

@@ -5,7 +5,7 @@ import torch
 
 from tests.ranks import RanksFailed
 from tests.training_runs import run_pretrain, tiny_gpt
-from ultramem_megatron.memory.background_reads import BackgroundReads, TableReads
+from ultramem_megatron.megatron.background_reads import BackgroundReads, TableReads
 from ultramem_megatron.patches.registry import PATCH_MODULES
 
 _NAME = "defects.stub_optimizers"

@@ -3,8 +3,8 @@
 from argparse import Namespace
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.memory.background_reads import FLAG as FILE_FLAG
-from ultramem_megatron.memory.background_reads import read_background
+from ultramem_megatron.megatron.background_reads import FLAG as FILE_FLAG
+from ultramem_megatron.megatron.background_reads import read_background
 from ultramem_megatron.memory.config import UltraMemConfig
 
 _OPTIMIZERS = ("adam", "sgd")

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.background_reads import BackgroundReads
 from ultramem_megatron.megatron.optimizer.lazy_adam import make_lazy
 from ultramem_megatron.megatron.optimizer.lazy_sgd import make_lazy_sgd
-from ultramem_megatron.memory.background_reads import BackgroundReads
 from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.row_choice import choose_rows, rarity
 from ultramem_megatron.memory.tables.value_table import ValueTable, value_tables
@@ -73,7 +73,7 @@ def _keep(table: ValueTable, rows: Tensor) -> None:
     """rows: of the whole table, ascending."""
     held = table.layout.rows()
     own = rows[(rows >= held.start) & (rows < held.stop)] - held.start
-    grad: Tensor = table.weight.main_grad  # type: ignore[assignment]  # Megatron's tag
+    grad: Tensor = table.weight.main_grad  # type: ignore[attr-defined]  # Megatron's tag
     kept = grad[own]
     grad.zero_()
     grad.index_copy_(0, own, kept)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.memory.background_reads import BackgroundReads, TableReads, read_background
+from ultramem_megatron.megatron.background_reads import BackgroundReads, TableReads, read_background
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.spans import Span
 

@@ -1,7 +1,7 @@
 """How often each row of the value tables is read in ordinary text, in a file of plain numbers.
 
-What few batches of it read can be changed with little harm: `row_choice.py`. The file is NumPy's
-npz, without pickled objects. N rows of a table.
+What few batches of it read can be changed with little harm: `memory/row_choice.py`. The file is
+NumPy's npz, without pickled objects. N rows of a table.
 """
 
 import os
