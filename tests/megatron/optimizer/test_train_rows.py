@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close, rounding
+from tests.ranks import RanksFailed
 from tests.training_runs import tiny_gpt
 from tests.whole_model import (
     STEADY,
@@ -246,6 +247,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(file, tmp_path):
     assert resumed.losses == expected.losses[2:]
     for name, parameter in expected.ranks[0].parameters.items():
         assert torch.equal(resumed.ranks[0].parameters[name], parameter), name
+    without = {"ultramem_train_rows": None, "ultramem_background_reads": None}
+    with pytest.raises(RanksFailed, match=r"saved it had --ultramem-train-rows, .* --finetune"):
+        train(1, _flags(file, ckpt_format="torch_dist", **folder, **without))
 
 
 @pytest.mark.long
