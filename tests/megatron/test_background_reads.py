@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron import background_reads
 from ultramem_megatron.megatron.background_reads import BackgroundReads, TableReads, read_background
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.spans import Span
@@ -70,3 +71,11 @@ def test_files_that_are_none_are_refused(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(UltraMemError, match="it is damaged, or no such file"):
             read_background(str(file), _DESIGN)
+
+
+def test_sizes_are_compared_before_anything_is_unpacked(tmp_path, monkeypatch):
+    file = tmp_path / "reads.npz"
+    np.savez(file, **_arrays(**{"1.reads": np.zeros(10**6, np.int64)}))
+    monkeypatch.setattr(background_reads, "_unpacked", None)
+    with pytest.raises(UltraMemError, match="does not count 9 rows"):
+        read_background(str(file), _DESIGN)

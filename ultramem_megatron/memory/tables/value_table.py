@@ -1,6 +1,9 @@
 """The physical value table: this rank's part of it, and reading it."""
 
+import contextlib
 import re
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,9 +16,12 @@ from ultramem_megatron.memory.tables.contract import TableReader
 from ultramem_megatron.memory.tables.lockstep import LockstepReader
 from ultramem_megatron.memory.tables.settings import TableSettings, exchange_of
 from ultramem_megatron.memory.tables.shared_tokens import SharedTokensReader
+from ultramem_megatron.memory.tables.stored import StoredReader, StoredTable
 
 VALUES_TAG = "ultramem_values"
 """Attribute of a value table's parameter, by which the optimizer gives it a rate of its own."""
+
+_without_rows: ContextVar[bool] = ContextVar("tables are built without their rows", default=False)
 
 _TABLE_NAME = re.compile(
     r"\b(pre_)?values\.((pre_)?table\.)?weight$|^decoder\.ultramem\.(pre_)?values$"
@@ -42,7 +48,8 @@ class ValueTable(nn.Module):
         size, rank = (1, 0) if group is None else (group.size(), group.rank())
         settings = TableSettings(size, partition)
         self.layout = settings.layout(config, rank, width=width, cores=cores)
-        self.weight = nn.Parameter(torch.empty(self.layout.shape))
+        rows, columns = self.layout.shape
+        self.weight = nn.Parameter(torch.empty(0 if _without_rows.get() else rows, columns))
         mark_as_values(self.weight)
         self._config, self._group = config, group
         exchange = exchange_of(config, size, self.weight.element_size())
@@ -67,7 +74,8 @@ class ValueTable(nn.Module):
     def draw(self, draw: Draw, std: float, name: str) -> None:
         """Fill this rank's part from a normal distribution; `name` tells a layer's tables apart."""
         layout = self.layout
-        draw.table_(self.weight, layout.rows(), layout.columns(), layout.value_dim, std, name)
+        if len(self.weight):
+            draw.table_(self.weight, layout.rows(), layout.columns(), layout.value_dim, std, name)
 
     def share_tokens(self, group: Any) -> None:
         """The ranks of `group` hold the same tokens: let each read a share of them."""
@@ -76,6 +84,10 @@ class ValueTable(nn.Module):
     def read_in_lockstep(self) -> None:
         """Let ranks of the group bring different numbers of tokens, or none; for inference."""
         self._reader = LockstepReader(self._reader, self._group)
+
+    def leave_stored(self, table: StoredTable) -> None:
+        """Fetch rows from there; of a whole table that was built `without_rows`, for inference."""
+        self._reader = StoredReader(table, self.layout.num_values, self._config.value_expansion)
 
     def serve(self) -> bool:
         """In lockstep: take part in one read of the other ranks; False if all have finished."""
@@ -100,6 +112,16 @@ class PreValueTable(ValueTable):
         """See ValueTable.serve."""
         assert isinstance(self._reader, LockstepReader)
         return self._reader.serve_dot(self.weight, self._config.picks, self.layout.value_dim)
+
+
+@contextlib.contextmanager
+def without_rows() -> Iterator[None]:
+    """Tables that are built within it allocate and draw no rows, which are elsewhere."""
+    before = _without_rows.set(True)
+    try:
+        yield
+    finally:
+        _without_rows.reset(before)
 
 
 def mark_as_values(parameter: nn.Parameter) -> None:
