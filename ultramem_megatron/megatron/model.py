@@ -19,11 +19,13 @@ from megatron.training.models.base import ModelBuilder, ModelConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from ultramem_megatron.megatron import hooks
+from ultramem_megatron.megatron.background_reads import read_background
 from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std, residual_branches
 from ultramem_megatron.megatron.layer.overlap import describe_overlap
 from ultramem_megatron.megatron.layer.specs import with_memory
 from ultramem_megatron.megatron.metrics import MemoryMonitor
 from ultramem_megatron.megatron.optimizer.auxiliary_loss import finalize_with_auxiliary_loss
+from ultramem_megatron.megatron.optimizer.train_rows import TrainedRows
 from ultramem_megatron.megatron.pipeline.carrier import widen_pipeline_tensors
 from ultramem_megatron.megatron.pipeline.layout import most_on_one_stage, spans_cross_stages
 from ultramem_megatron.megatron.startup import (
@@ -35,7 +37,7 @@ from ultramem_megatron.megatron.startup import (
 )
 from ultramem_megatron.megatron.table_groups import table_groups
 from ultramem_megatron.megatron.table_log import TableLog
-from ultramem_megatron.megatron.train_only import train_only_memory
+from ultramem_megatron.megatron.train_only import train_only_memory, train_only_values
 from ultramem_megatron.megatron.upcycle import start_from_dense
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.finite import refuse_non_finite
@@ -52,8 +54,9 @@ class MemorySettings(ModelConfig):
     group, as in TableSettings; of no account where that has one rank. memory_overlap: memories
     compute beside the layers of their spans (see branch.py); results are the same. upcycle_from:
     iteration folder of a dense checkpoint to start from. train_only_memory: freeze everything else.
-    log_tables_interval: steps from one picture of the tables in TensorBoard and W&B to the next,
-    None for none.
+    train_rows: and move, in a step, at most so many rows of each table, chosen by background_reads,
+    a file of `ultramem count`; None: all of the memories. log_tables_interval: steps from one
+    picture of the tables in TensorBoard and W&B to the next, None for none.
     """
 
     ultramem: UltraMemConfig | None = None
@@ -62,6 +65,8 @@ class MemorySettings(ModelConfig):
     memory_overlap: bool = False
     upcycle_from: str | None = None
     train_only_memory: bool = False
+    train_rows: int | None = None
+    background_reads: str | None = None
     log_tables_interval: int | None = None
 
 
@@ -105,6 +110,8 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
             if spans_cross_stages(config.ultramem.spans, config.transformer):
                 widen_pipeline_tensors(models)
             self._hang_hooks(models, config.ultramem, pg_collection)
+            if config.train_rows is not None:
+                self._choose_rows(models, config.ultramem, pg_collection)
             self._print_plan(config.ultramem, pg_collection, kwargs.get("ddp_config"))
         return models
 
@@ -112,7 +119,9 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
         """A pre-wrap hook: weights of a dense model, and what is frozen."""
         if self._model_config.upcycle_from is not None:
             start_from_dense(chunks, self._model_config.upcycle_from)
-        if self._model_config.train_only_memory:
+        if self._model_config.train_rows is not None:
+            train_only_values(chunks)
+        elif self._model_config.train_only_memory:
             train_only_memory(chunks)
         return chunks
 
@@ -124,8 +133,7 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
         monitor = MemoryMonitor(
             {layer.layer_number: layer for layer in layers},
             ultramem,
-            # Under sequence parallelism tensor-parallel ranks, too, see other tokens.
-            data_group=groups.tp_dp_cp if transformer.sequence_parallel else groups.dp_cp,
+            data_group=self._token_group(groups),
             pipeline_group=groups.pp,
         )
         hooks.MemoryHooks(
@@ -134,8 +142,23 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
             table_ranks=_table_ranks(groups),
             fullest_stage=most_on_one_stage((span.start for span in ultramem.spans), transformer),
             monitor=monitor,
+            moves_few_rows=self._model_config.train_rows is not None,
             table_log=self._table_log(monitor.layers, ultramem, groups),
         ).hang()
+
+    def _token_group(self, groups: ProcessGroupCollection) -> Any:
+        """Under sequence parallelism tensor-parallel ranks, too, see other tokens."""
+        return groups.tp_dp_cp if self._model_config.transformer.sequence_parallel else groups.dp_cp
+
+    def _choose_rows(
+        self, models: list[Any], ultramem: UltraMemConfig, groups: ProcessGroupCollection
+    ) -> None:
+        config = self._model_config
+        layers = [layer for model in models for layer in memory_layers(model)]
+        background = read_background(config.background_reads, ultramem)
+        rows = TrainedRows(layers, background, config.train_rows, self._token_group(groups))
+        transformer = config.transformer
+        transformer.finalize_model_grads_func = rows.after(transformer.finalize_model_grads_func)
 
     def _table_log(
         self, layers: Mapping[int, Any], ultramem: UltraMemConfig, groups: ProcessGroupCollection

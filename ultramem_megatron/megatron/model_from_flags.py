@@ -101,5 +101,7 @@ def fill(
     config.memory_overlap = args.ultramem_overlap
     # Absent from the flags stored in a checkpoint of Megatron's own.
     config.train_only_memory = getattr(args, "ultramem_train_only", None) == "memory"
+    config.train_rows = getattr(args, "ultramem_train_rows", None)
+    config.background_reads = getattr(args, "ultramem_background_reads", None)
     config.log_tables_interval = getattr(args, "ultramem_log_tables_interval", None)
     return config

@@ -9,6 +9,8 @@ number of them a step is another step.
 
 Experts over ranks stand in an optimizer of their own, experts on one rank with everything else; the
 lists of groups of the two do not fit.
+
+Fine-tuning by rows has a state of value tables alone.
 """
 
 import re
@@ -45,6 +47,7 @@ def check_optimizer_layout(
         stored = Namespace()
     _check_muon(source, args, stored)
     _check_experts(source, args, stored)
+    _check_train_rows(source, args, stored)
     if not args.use_distributed_optimizer or _kind(str(folder)) != "dp_reshardable":
         return
     rows, columns = _saved_parts(str(folder), ultramem.num_values)
@@ -90,6 +93,17 @@ def _check_experts(source: Source, args: Namespace, stored: Namespace) -> None:
             f"{args.expert_model_parallel_size}, and the optimizer's state of experts on one rank "
             f"and of experts over several cannot follow each other. Go on with the same size, "
             f"{_WEIGHTS_ALONE}."
+        )
+
+
+def _check_train_rows(source: Source, args: Namespace, stored: Namespace) -> None:
+    saved = getattr(stored, "ultramem_train_rows", None)
+    if (saved is None) != (args.ultramem_train_rows is None):
+        had = "did not have" if saved is None else "had"
+        raise UltraMemError(
+            f"{source}: the run that saved it {had} --ultramem-train-rows, whose optimizer has a "
+            f"state of value tables alone, which does not fit another's. Add --finetune to start "
+            f"from its weights, {_WEIGHTS_ALONE}."
         )
 
 

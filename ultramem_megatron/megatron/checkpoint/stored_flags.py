@@ -114,6 +114,7 @@ LAYOUT_FLAGS = (
     "expert_model_parallel_size",
     "optimizer",
     "muon_tp_mode",
+    "ultramem_train_rows",
 )
 """Of how a run was laid out, what decides whether its optimizer's state fits another one."""
 
