@@ -158,7 +158,9 @@ def _start(plan: Plan, file: str, rank: int, wanted: Collection[str] | None, por
 def _rank_main(plan: Plan, file: str, rank: int, recorder: Recorder, port: int) -> int:
     os.setsid()  # so that `_kill` reaches whatever the rank starts
     log = os.open(
-        plan.logs / f"{file.replace('/', '.')}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        plan.logs / f"{file.replace('/', '.')}.{rank}",
+        os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+        0o644,
     )
     os.dup2(log, 1)
     os.dup2(log, 2)
