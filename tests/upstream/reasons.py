@@ -4,10 +4,11 @@
 
     [Transformer Engine is not installed]
     NameError: name 'te' is not defined
-    ssm/* :: ImportError: Transformer Engine
+    ssm/ :: ImportError: Transformer Engine
 
-A pattern is a regular expression that has to match the error from its start; before ` :: ` a glob
-may say which tests it is for. Errors read `Type: message @ file:function`, on one line.
+A pattern is a regular expression that has to match the error from its start; before ` :: ` may
+stand, as a glob, how the tests begin that it is for. Errors are one line,
+`Type: message @ file:function`.
 """
 
 import re
@@ -51,7 +52,7 @@ class Reasons:
     def covering(self, test: str, error: str) -> str | None:
         """The reason for which `test` may end in `error`; None: there is none, it is ours."""
         for reason, tests, pattern in self.patterns:
-            if fnmatchcase(test, tests) and pattern.match(error):
+            if fnmatchcase(test, f"{tests}*") and pattern.match(error):
                 return reason
         return None
 
@@ -59,7 +60,7 @@ class Reasons:
 def _pattern(reason: str, line: str, number: int) -> _Pattern:
     tests, separator, error = line.partition(_FOR)
     if not separator:
-        tests, error = "*", line
+        tests, error = "", line
     try:
         if reason:
             return _Pattern(reason, tests, re.compile(error))

@@ -18,7 +18,7 @@ LIST = """
 [more ranks are needed]
 RuntimeError: world size \\(\\d+\\) is not divisible by
 [no engine]
-ssm/* :: ImportError: Engine
+ssm/ :: ImportError: Engine
 """
 RESULTS = [
     Result("a/test_x.py::test_1", "passed"),
