@@ -115,6 +115,49 @@ def test_others_train_like_one_rank(design: dict[str, Any], tmp_path: Path) -> N
         _check(start, world_size, **layout)
 
 
+_REPLACING = {"ultramem_replace_mlp": True}
+_PLUS_ALONE = {**_MEMORY_PLUS, **_REPLACING, "ultramem_spans": "1:1/2:2/4:4"}
+_PLUS_ALONE["ultramem_share_values"] = 3
+_PEER_ALONE = {**_PEER, **_REPLACING, "ultramem_spans": "2:2/4:4"}
+
+
+@_long
+@pytest.mark.parametrize(
+    ("design", "layouts"),
+    [
+        (
+            _PLUS_ALONE,
+            [
+                (2, {**_TP, **_NUMBER}),
+                (4, {**_SP, **_DIMENSION, **_RECOMPUTE}),
+                (2, {"context_parallel_size": 2, **_NUMBER}),
+            ],
+        ),
+        (
+            _PEER_ALONE,
+            [
+                (2, _PP),
+                (4, {**_PP, **_SP, **_DIMENSION}),
+                (4, {**_NUMBER, "ultramem_overlap": True, "hidden_dropout": 0.0}),
+                (2, {"num_virtual_stages_per_pipeline_rank": 2, **_PP}),
+            ],
+        ),
+    ],
+    ids=["Memory+", "PEER"],
+)
+def test_in_place_of_mlps_others_train_like_one_rank(
+    design: dict[str, Any], layouts: list[tuple[int, dict[str, Any]]], tmp_path: Path
+) -> None:
+    start = _Start(tmp_path, **design)
+    for world_size, layout in layouts:
+        _check(start, world_size, **layout)
+
+
+@_long
+def test_in_place_of_mlps_with_the_distributed_optimizer(tmp_path: Path) -> None:
+    _check(_Start(tmp_path, **_PLUS_ALONE, **_DIST), 4, **_DIMENSION, **_OVERLAP)
+
+
 @_long
 @pytest.mark.parametrize("order", ["ring", "noring"])
 def test_windows_of_one_table_train_like_one_rank(order: str, tmp_path: Path) -> None:
@@ -168,6 +211,10 @@ def test_a_checkpoint_of_shared_tables_continues_in_another_layout(
         (
             {**_DIMENSION, "ultramem_pre_value_dim": 7},
             "--ultramem-pre-value-dim 7 is not divisible by --ultramem-parallel-size 2",
+        ),
+        (
+            {**_REPLACING, "num_experts": 2, "moe_layer_freq": "[0,0,1,0]"},
+            "--ultramem-spans 3:3 with --ultramem-replace-mlp: layer 3 has experts",
         ),
     ],
 )

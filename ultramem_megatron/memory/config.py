@@ -41,6 +41,8 @@ class UltraMemConfig:
 
     spans: tuple[Span, ...]
     """Where memories read and where their results join the residual stream (section 2.3)."""
+    replace_mlp: bool = False
+    """The layers in which memories stand have no MLP of their own (Memory+, PEER)."""
     num_keys: int
     """n: physical keys per side; a layer holds n*n values."""
     key_dim: int

@@ -49,6 +49,7 @@ def check_design(config: UltraMemConfig, *, hidden_size: int, num_layers: int) -
     """As `validate`, of a layer that need not learn: with weights that others have trained."""
     _check_ranges(config)
     check_spans(config.spans, num_layers)
+    _check_replacing(config)
     _check_expansion(config.value_expansion)
     _check_key_expansion(config)
     check_sharing(config)
@@ -83,6 +84,16 @@ def _check_ranges(config: UltraMemConfig) -> None:
 def _require(holds: bool, field: str, value: object, allowed: str) -> None:
     if not holds:
         raise UltraMemError(f"{flag(field)} is {value}; it must be {allowed}.")
+
+
+def _check_replacing(config: UltraMemConfig) -> None:
+    longer = [span for span in config.spans if span.start < span.end]
+    if config.replace_mlp and longer:
+        raise UltraMemError(
+            f"{flag('spans')} {longer[0]} with {flag('replace_mlp')}: a memory in place of a "
+            f"layer's MLP adds its result in the layer that it reads. Use "
+            f"{longer[0].start}:{longer[0].start}, or drop {flag('replace_mlp')}."
+        )
 
 
 def _check_key_expansion(config: UltraMemConfig) -> None:

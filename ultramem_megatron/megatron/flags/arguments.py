@@ -53,6 +53,7 @@ _CHOICE_HELP = {
     "init": f"Initial values: {INITIALISATIONS.described()}.",
 }
 _SWITCH_HELP = {
+    "replace_mlp": "Layers in which memories stand have no MLP (Memory+, PEER).",
     "share_query": "Two heads use one query.",
     "query_per_rank": "Each Tucker rank has queries of its own; needs --ultramem-rank-layout full.",
     "values_per_head": "Every head reads a table of its own.",
