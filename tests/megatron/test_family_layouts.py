@@ -213,7 +213,12 @@ def test_a_checkpoint_of_shared_tables_continues_in_another_layout(
             "--ultramem-pre-value-dim 7 is not divisible by --ultramem-parallel-size 2",
         ),
         (
-            {**_REPLACING, "num_experts": 2, "moe_layer_freq": "[0,0,1,0]"},
+            {
+                **_REPLACING,
+                "num_experts": 2,
+                "moe_layer_freq": "[0,0,1,0]",
+                "disable_bias_linear": True,
+            },
             "--ultramem-spans 3:3 with --ultramem-replace-mlp: layer 3 has experts",
         ),
     ],

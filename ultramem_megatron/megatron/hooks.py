@@ -134,7 +134,10 @@ class MemoryHooks:
     def make_scheduler(self, *args: Any, **kwargs: Any) -> ValueLearningRateScheduler:
         """The scheduler that lets the value tables' rate fall."""
         self.scheduler = ValueLearningRateScheduler(
-            *args, value_lr_decay=self.ultramem.value_lr_decay, **kwargs
+            *args,
+            value_lr_decay=self.ultramem.value_lr_decay,
+            value_lr_fixed=self.ultramem.value_lr_fixed,
+            **kwargs,
         )
         from megatron.training import get_args, print_rank_0
 

@@ -75,7 +75,6 @@ FAMILY: dict[str, dict[str, Any]] = {
     "ring": {
         **MODELS["ultramemv2"],
         "ultramem_share_order": "ring",
-        "ultramem_heads": 3,
         "ultramem_value_expansion": 4,
         "ultramem_query_conv_kernel": 3,
         "ultramem_pre_value_activation": "silu",
