@@ -106,7 +106,7 @@ _BASE = "--ultramem-spans 3:5 --ultramem-num-keys 10 "
 
 
 def test_a_rate_that_follows_the_schedule_beats_a_presets_fixed_one():
-    sizes = {"num_layers": 22, "hidden_size": 1024}
+    sizes = {"num_layers": 24, "hidden_size": 1024}
     preset = "--ultramem-preset memory-plus-373m-1024k"
     assert _config(preset, **sizes).value_lr_fixed == 1e-3
     assert _config(f"{preset} --ultramem-value-lr-fixed 2e-3", **sizes).value_lr_fixed == 2e-3

@@ -25,6 +25,7 @@ _FLAGS: dict[str, Any] = {
     "disable_bias_linear": True,
     "lr_decay_style": "cosine",
     "lr_warmup_iters": 3,
+    "lr_decay_iters": 10,
     "train_iters": 4,
     **STEADY,
 }

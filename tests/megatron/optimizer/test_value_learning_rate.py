@@ -71,8 +71,10 @@ def test_a_fixed_rate_knows_no_schedule():
         assert scheduler.value_learning_rate() == optimizer.param_groups[1]["lr"] == 3e-3
         scheduler.step(1)
         upstream.step(1)
-    assert "--ultramem-value-lr-fixed 0.003 one step" in throw_warning(config, 1e-4, 1000)  # 0.096
-    assert throw_warning(replace(config, value_lr_fixed=1e-3), 1.0, 0) is None
+    high = throw_warning(replace(config, value_lr_fixed=4e-3), 1e-4, 1000)
+    assert high is not None
+    assert "--ultramem-value-lr-fixed 0.004 one step can move a memory's output by 0.13" in high
+    assert throw_warning(config, 1.0, 0) is None
 
 
 def test_state_is_megatrons():
