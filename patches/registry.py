@@ -18,6 +18,7 @@ PATCH_MODULES = (
     # A machine without CUDA.
     "cpu.devices",
     "cpu.cuda_calls",
+    "cpu.device_mesh",
     "cpu.initialize",
     "cpu.rng_state",
     "cpu.no_compile",
@@ -52,6 +53,7 @@ PATCH_MODULES = (
     "defects.fused_adam",
     "defects.loss_scale_together",
     "defects.empty_groups",
+    "defects.stub_optimizers",
     # Faults.
     "defects.checkpoint_sums",
     "defects.safe_metadata",

@@ -17,6 +17,7 @@ from ultramem_megatron.megatron.metrics import (
     tensorboard_tag,
 )
 from ultramem_megatron.megatron.optimizer.lazy_adam import make_lazy
+from ultramem_megatron.megatron.optimizer.train_rows import move_touched_rows
 from ultramem_megatron.megatron.optimizer.value_learning_rate import (
     ValueLearningRateScheduler,
     throw_warning,
@@ -41,13 +42,19 @@ _hung: list[tuple[list[Any], Any]] = []
 
 @dataclass
 class MemoryHooks:
-    """The functions of one model. fullest_stage: memories on the stage that has most of them."""
+    """The functions of one model. fullest_stage: memories on the stage that has most of them.
+
+    replaced: elements of an MLP in whose place each memory stands, which Megatron counts.
+    """
 
     ultramem: UltraMemConfig
     hidden_size: int
     table_ranks: int
     fullest_stage: int
     monitor: MemoryMonitor
+    replaced: int = 0
+    moves_few_rows: bool = False
+    """--ultramem-train-rows."""
     table_log: TableLog | None = None
     scheduler: ValueLearningRateScheduler | None = None
     warned: set[int] = field(default_factory=set)
@@ -130,7 +137,10 @@ class MemoryHooks:
     def make_scheduler(self, *args: Any, **kwargs: Any) -> ValueLearningRateScheduler:
         """The scheduler that lets the value tables' rate fall."""
         self.scheduler = ValueLearningRateScheduler(
-            *args, value_lr_decay=self.ultramem.value_lr_decay, **kwargs
+            *args,
+            value_lr_decay=self.ultramem.value_lr_decay,
+            value_lr_fixed=self.ultramem.value_lr_fixed,
+            **kwargs,
         )
         from megatron.training import get_args, print_rank_0
 
@@ -143,9 +153,13 @@ class MemoryHooks:
         return self.scheduler
 
     def make_lazy(self, optimizer: Any, model_chunks: list[Any]) -> None:
-        """With --ultramem-lazy-adam rows of value tables without gradient are left alone."""
-        if not self.ultramem.lazy_adam:
+        """With --ultramem-lazy-adam rows of value tables without gradient are left alone.
+
+        So they are with --ultramem-train-rows, which clears the gradients of most.
+        """
+        if not (self.ultramem.lazy_adam or self.moves_few_rows):
             return
+        make = move_touched_rows if self.moves_few_rows else make_lazy
         # Half precision trains a float32 copy of each parameter.
         tables = [
             getattr(parameter, "main_param", parameter)
@@ -155,11 +169,12 @@ class MemoryHooks:
         ]
         for single in getattr(optimizer, "chained_optimizers", [optimizer]):
             if tables and single.optimizer is not None:
-                make_lazy(single.optimizer, tables)
+                make(single.optimizer, tables)
 
     def flops(self, tokens: int) -> int:
-        """Of forward and backward through all memories."""
-        return training_flops(self.ultramem, self.hidden_size, tokens)
+        """Of forward and backward through all memories, less the MLPs that they replace."""
+        mlps = 3 * tokens * len(self.ultramem.spans) * 2 * self.replaced
+        return training_flops(self.ultramem, self.hidden_size, tokens) - mlps
 
     def footprint(self, args: Any, verbose: bool) -> float:
         """Bytes of the memories on one rank of the fullest stage: weights, gradients, Adam."""
@@ -173,6 +188,7 @@ class MemoryHooks:
         share = self.fullest_stage / len(self.ultramem.spans)
         # Everything but the tables is whole on every tensor-parallel rank.
         held = size.sparse / self.table_ranks + size.dense
+        held -= len(self.ultramem.spans) * self.replaced / args.tensor_model_parallel_size
         return share * held * footprint.bytes_per_parameter(args)
 
 

@@ -75,7 +75,6 @@ FAMILY: dict[str, dict[str, Any]] = {
     "ring": {
         **MODELS["ultramemv2"],
         "ultramem_share_order": "ring",
-        "ultramem_heads": 3,
         "ultramem_value_expansion": 4,
         "ultramem_query_conv_kernel": 3,
         "ultramem_pre_value_activation": "silu",
@@ -84,6 +83,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "memory+": {
         **_PKM,
         "ultramem_spans": "full",
+        "ultramem_replace_mlp": True,
         "ultramem_softmax": True,
         "ultramem_values": "gated",
         "ultramem_projection_bias": True,

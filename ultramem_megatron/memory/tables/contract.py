@@ -49,31 +49,41 @@ class TableReader(Protocol):
 class Partition:
     """One way to cut a table, in the list.
 
-    name: the flag's value. parts: row and column parts for P ranks. check: raises UltraMemError for
-    a layout that cannot be read so. reader: of a layout with so many expansion groups, over a
-    process group, exchanging what the cost model's view says. volume: bytes that a read moves.
+    name: the flag's value. parts: row and column parts for P ranks, so many of them in a node;
+    raises UltraMemError for numbers that it cannot lay out. check: raises UltraMemError for a
+    layout that cannot be read so. reader: of a layout with so many expansion groups, over a process
+    group, exchanging what the cost model's view says. volume: bytes that a read moves.
+    kept: bytes of a token, beyond what a whole table takes, that wait for its backward.
     waits_for_host: whether a read lets the host wait for the device, as no CUDA graph can.
     """
 
     name: str
-    parts: Callable[[int], tuple[int, int]]
+    parts: Callable[[int, int], tuple[int, int]]
     check: Callable[[TableLayout], None]
     reader: Callable[[TableLayout, int, Any, Exchange], TableReader]
     volume: Callable[[Exchange], Volume]
+    kept: Callable[[Exchange], float]
     waits_for_host: bool = False
 
     def layout(
-        self, num_values: int, value_dim: int, cores: int, size: int = 1, rank: int = 0
+        self,
+        num_values: int,
+        value_dim: int,
+        cores: int,
+        size: int = 1,
+        rank: int = 0,
+        *,
+        node: int = 1,
     ) -> TableLayout:
-        """The part of one of `size` ranks."""
-        return TableLayout(num_values, value_dim, cores, *self.parts(size), rank)
+        """The part of one of `size` ranks, of which each `node` neighbours share fast links."""
+        return TableLayout(num_values, value_dim, cores, *self.parts(size, node), rank)
 
     def fits(self, x: Exchange, num_values: int) -> bool:
         """Whether a table of these sizes can be cut so."""
         try:
-            self.check(self.layout(num_values, x.value_dim, x.cores, x.size))
+            self.check(self.layout(num_values, x.value_dim, x.cores, x.size, node=x.ranks_per_node))
             if x.pre_dim:
-                self.check(self.layout(num_values, x.pre_dim, 1, x.size))
+                self.check(self.layout(num_values, x.pre_dim, 1, x.size, node=x.ranks_per_node))
         except UltraMemError:
             return False
         return True

@@ -239,6 +239,11 @@ def _volume_of_dots(x: Exchange) -> Volume:
     return Volume(indices + inputs + products, inputs + products)
 
 
+def kept(x: Exchange) -> float:
+    """As many rows as were picked: those that came, or those that this rank summed for others."""
+    return x.picks * x.value_dim * x.number_bytes
+
+
 def pools_at_owner(x: Exchange) -> bool:
     """Whether sums move fewer bytes than rows."""
     return volume_of_sums(x).total < volume_of_rows(x).total
@@ -260,9 +265,10 @@ def _reader(
 
 PARTITION = Partition(
     name="number",
-    parts=lambda size: (size, 1),
+    parts=lambda size, _node: (size, 1),
     check=_check,
     reader=_reader,
     volume=volume,
+    kept=kept,
     waits_for_host=True,
 )

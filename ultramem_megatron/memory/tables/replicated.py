@@ -47,8 +47,9 @@ def _reader(
 
 PARTITION = Partition(
     name="replicated",
-    parts=lambda size: (size, 1),
+    parts=lambda size, _node: (size, 1),
     check=_check,
     reader=_reader,
     volume=lambda _: Volume(0.0, 0.0),
+    kept=lambda _: 0.0,
 )

@@ -36,23 +36,25 @@ class ValueTable(nn.Module):
         config: UltraMemConfig,
         partition: str = "replicated",
         group: Any = None,
+        node_size: int | None = None,
         *,
         width: int | None = None,
         cores: int | None = None,
     ) -> None:
         """group: ranks that share the table, None: this one. partition: how, of PARTITIONS.
 
-        width, cores: of a row, and scores for it; by default Dv and those of the config.
+        node_size: of TableSettings. width, cores: of a row, and scores for it; by default Dv and
+        those of the config.
         """
         super().__init__()
         size, rank = (1, 0) if group is None else (group.size(), group.rank())
-        settings = TableSettings(size, partition)
+        settings = TableSettings(size, partition, node_size)
         self.layout = settings.layout(config, rank, width=width, cores=cores)
         rows, columns = self.layout.shape
         self.weight = nn.Parameter(torch.empty(0 if _without_rows.get() else rows, columns))
         mark_as_values(self.weight)
         self._config, self._group = config, group
-        exchange = exchange_of(config, size, self.weight.element_size())
+        exchange = exchange_of(config, size, self.weight.element_size(), node_size)
         self._reader: TableReader = settings.kind.reader(
             self.layout, config.value_expansion, group, exchange
         )

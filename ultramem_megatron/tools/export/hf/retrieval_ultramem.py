@@ -58,8 +58,7 @@ class Keys(nn.Module):
         heads, _, side, ranks, width = self.weight.shape
         tokens, queries = query.shape[:2]
         by_rank = query.view(tokens, queries, 1, 2, ranks if self.by_rank else 1, width)
-        by_rank = by_rank.expand(-1, -1, -(-heads // queries), -1, ranks, -1).flatten(1, 2)
-        by_rank = by_rank[:, :heads]
+        by_rank = by_rank.expand(-1, -1, heads // queries, -1, ranks, -1).flatten(1, 2)
         normed = self.norm(self.weight.view(heads, 2, side, -1, self.key_dim)).view_as(self.weight)
         scores = by_rank.permute(1, 2, 3, 0, 4) @ normed.permute(0, 1, 3, 4, 2)  # (H, 2, R, T, n)
         scores = precise(scores).permute(3, 0, 1, 2, 4)  # (T, H, 2, R, n)
