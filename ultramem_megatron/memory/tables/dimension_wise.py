@@ -18,9 +18,10 @@ from ultramem_megatron.communication.exchange import Transfer, all_to_all, gathe
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.lookup_dot import lookup_dot
+from ultramem_megatron.kernels.lookup_prevalued.activations import activation
 from ultramem_megatron.kernels.lookup_reduce import lookup_addresses
 from ultramem_megatron.memory.retrieval.addresses import split_address
-from ultramem_megatron.memory.tables.contract import Partition
+from ultramem_megatron.memory.tables.contract import Partition, PreValues
 from ultramem_megatron.memory.tables.layout import TableLayout
 from ultramem_megatron.memory.tables.traffic import PRODUCT_BYTES, Exchange, Volume, address_bytes
 
@@ -33,10 +34,15 @@ class DimensionWiseReader:
     num_groups: int
     group: Any
     pauses = 2
-    dot_pauses = 2
+    prevalued_pauses = 4
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
-        """See TableReader.read."""
+    def read(
+        self, part: Tensor, addresses: Tensor, scores: Tensor, pre: PreValues | None = None
+    ) -> Pausing:
+        """See TableReader.read. Pre-values come first: no rank has all of a product."""
+        if pre:
+            dots = yield from self._dot(pre.part, addresses, pre.x)
+            scores = scores * activation(pre.act)(dots).unsqueeze(2)
         tokens = len(addresses)
         gathering = gather_tokens(self._narrow(addresses), self.group, "addresses")
         sending = self._send_scores(scores, part)
@@ -50,8 +56,8 @@ class DimensionWiseReader:
         by_token = by_rank.permute(1, 2, 0, 3)
         return by_token.reshape(tokens, self.num_groups, self.layout.value_dim)
 
-    def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
-        """See TableReader.dot: partial products of all tokens go home and are added up there."""
+    def _dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
+        """Products (T, P): partial ones of all tokens go home and are added up there."""
         size, tokens = self.layout.size, len(addresses)
         gathering = gather_tokens(self._narrow(addresses), self.group, "addresses")
         slices = x.to(part.dtype).view(tokens, size, part.shape[1]).transpose(0, 1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
-from ultramem_megatron.memory.tables.contract import TableReader
+from ultramem_megatron.memory.tables.contract import PreValues, TableReader
 from ultramem_megatron.memory.tables.lockstep import LockstepReader
 from ultramem_megatron.memory.tables.settings import TableSettings, exchange_of
 from ultramem_megatron.memory.tables.shared_tokens import SharedTokensReader
@@ -55,13 +55,21 @@ class ValueTable(nn.Module):
         """How often a read pauses for other ranks."""
         return self._reader.pauses
 
-    def forward(self, addresses: Tensor, scores: Tensor) -> Pausing:
-        """As read. Who reads calls the module, for which Megatron's parameter gather waits."""
-        return self.read(addresses, scores)
+    @property
+    def prevalued_pauses(self) -> int:
+        """How often a read behind pre-values pauses for other ranks."""
+        return self._reader.prevalued_pauses
 
-    def read(self, addresses: Tensor, scores: Tensor) -> Pausing:
-        """Pooled values (T, E, Dv) for addresses (T, P), group * N + row, and scores (T, P, C)."""
-        return self._reader.read(self.weight, addresses, scores)
+    def forward(self, addresses: Tensor, scores: Tensor, pre: Any = None) -> Pausing:
+        """As read. Who reads calls the module, for which Megatron's parameter gather waits."""
+        return self.read(addresses, scores, pre)
+
+    def read(self, addresses: Tensor, scores: Tensor, pre: PreValues | None = None) -> Pausing:
+        """Pooled values (T, E, Dv) for addresses (T, P), group * N + row, and scores (T, P, C).
+
+        pre: what scores are multiplied by.
+        """
+        return self._reader.read(self.weight, addresses, scores, pre)
 
     @torch.no_grad()
     def draw(self, draw: Draw, std: float, name: str) -> None:
@@ -77,29 +85,19 @@ class ValueTable(nn.Module):
         """Let ranks of the group bring different numbers of tokens, or none; for inference."""
         self._reader = LockstepReader(self._reader, self._group)
 
-    def serve(self) -> bool:
+    def serve(self, pre: PreValues | None = None) -> bool:
         """In lockstep: take part in one read of the other ranks; False if all have finished."""
         assert isinstance(self._reader, LockstepReader)
         config = self._config
-        return self._reader.serve(self.weight, config.picks, config.cores)
+        return self._reader.serve(self.weight, config.picks, config.cores, pre)
 
 
 class PreValueTable(ValueTable):
-    """N pre-values: rows to multiply with, not to add up."""
+    """N pre-values, which are read together with the values they stand before."""
 
-    @property
-    def pauses(self) -> int:
-        """How often a product pauses for other ranks."""
-        return self._reader.dot_pauses
-
-    def forward(self, addresses: Tensor, x: Tensor) -> Pausing:
-        """Products (T, P) of the rows at addresses (T, P) with their token's vector (T, width)."""
-        return self._reader.dot(self.weight, addresses, x)
-
-    def serve(self) -> bool:
-        """See ValueTable.serve."""
-        assert isinstance(self._reader, LockstepReader)
-        return self._reader.serve_dot(self.weight, self._config.picks, self.layout.value_dim)
+    def forward(self, x: Tensor, act: str) -> PreValues:  # type: ignore[override]  # reads nothing
+        """For inputs (T, Dp). Called before the read, for the sake of Megatron's gather as well."""
+        return PreValues(self.weight, x, act)
 
 
 def mark_as_values(parameter: nn.Parameter) -> None:
