@@ -26,7 +26,9 @@ def ratios(rows: Sequence[Row]) -> list[tuple[str, float, str]]:
             _of(rows, "lookup behind pre-values", name, values) for name in ("two passes", "native")
         )
         if two and one:
-            name = f"lookup behind pre-values forward+backward at {values} values, one pass over two"
+            name = (
+                f"lookup behind pre-values forward+backward at {values} values, one pass over two"
+            )
             found.append((name, _ms(one) / _ms(two), "< 1"))
     small, large = (_of(rows, "lookup", "native", values) for values in (_SMALL, _LARGE))
     if small and large:

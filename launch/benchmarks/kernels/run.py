@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 
 from launch.benchmarks.environment import environment_columns
-from launch.benchmarks.kernels import convolutions, layers, lookups, measure, prevalued_lookups, topks
+from launch.benchmarks.kernels import (
+    convolutions,
+    layers,
+    lookups,
+    measure,
+    prevalued_lookups,
+    topks,
+)
 from launch.benchmarks.kernels.candidate import Candidate, check
 from launch.benchmarks.kernels.ratios import print_ratios
 from launch.benchmarks.kernels.shapes import Shape, sweeps
