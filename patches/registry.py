@@ -52,6 +52,7 @@ PATCH_MODULES = (
     "defects.fused_adam",
     "defects.loss_scale_together",
     "defects.empty_groups",
+    "defects.stub_optimizers",
     # Faults.
     "defects.checkpoint_sums",
     "defects.safe_metadata",

@@ -87,12 +87,15 @@ class NumberTokenizer:
         return " ".join(map(str, tokens))
 
 
-def random_model(kind: str) -> tuple[Any, Any]:
-    """A model of that kind and its flags; convolutions, which start inert, mix their taps."""
+def random_model(kind: str, layout: Any = None) -> tuple[Any, Any]:
+    """A model of that kind and its flags; convolutions, which start inert, mix their taps.
+
+    layout: an InferenceLayout; by default all ranks share everything.
+    """
     from ultramem_megatron.inference.untrained import untrained_model
     from ultramem_megatron.memory.layer import memory_layers
 
-    model, args = untrained_model(flags_of(kind))
+    model, args = untrained_model(flags_of(kind), layout)
     for layer in memory_layers(model):
         if layer.query.common is not None:  # a trained model's is not zero
             mean = layer.query.common.mean

@@ -45,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "expansion-9": {"value_expansion": 9, "topk": 11},
     "cores-4": {"cores": 4},
     "heads-1": {"heads": 1},
+    "heads-3": {"heads": 3},
     "heads-4": {"heads": 4},
     "heads-3-own-queries": {"heads": 3, "share_query": False},
     "rmsnorm": {"qk_norm": "rmsnorm"},

@@ -32,6 +32,7 @@ COMMANDS = {
     "run": Command("training.run_script", "run Megatron-LM's own pretrain_gpt.py with memories"),
     "generate": Command("inference.generate", "continue prompts from a checkpoint"),
     "evaluate": Command("tools.evaluate.__main__", "perplexity of data, tasks of lm-eval"),
+    "count": Command("tools.count", "reads of each value in ordinary text, for fine-tuning"),
     "inspect": Command("tools.inspect.__main__", "which values fire for which tokens"),
     "export": Command("tools.export.__main__", "a checkpoint as plain safetensors, and back"),
     "quantize": Command("tools.quantize", "value tables of a Hugging Face folder in 8 bits"),

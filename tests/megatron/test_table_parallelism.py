@@ -73,12 +73,18 @@ def _check(start, world_size, **layout):
 
 _NUMBER = {"ultramem_partition": "number"}
 _DIMENSION = {"ultramem_partition": "dimension"}
+_GRID = {"ultramem_partition": "grid", "ultramem_node_size": 2}
 _TP = {"tensor_model_parallel_size": 2}
 _SP = {**_TP, "sequence_parallel": True}
 _PP = {"pipeline_model_parallel_size": 2}
 _CROSSING = {**_PP, "pipeline_model_parallel_layout": "Ett|ttttL"}  # span 2:3
 _VPP = {**_PP, "num_virtual_stages_per_pipeline_rank": 3}
 _DIST = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
+_RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 2,
+}
 _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 
@@ -96,6 +102,7 @@ _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
             ("P2 of DP4 dimension", 4, {**_DIMENSION, "ultramem_parallel_size": 2}),
             ("DP8 dimension", 8, _DIMENSION),
             ("DP8 number", 8, _NUMBER),
+            ("DP4 grid", 4, _GRID),
             ("P1 of TP2", 2, {**_TP, "ultramem_parallel_size": 1}),
             ("TP2 number", 2, {**_TP, **_NUMBER}),
             ("TP2 dimension", 2, {**_TP, **_DIMENSION}),
@@ -104,6 +111,7 @@ _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
             ("P1 of TP2 SP", 2, {**_SP, "ultramem_parallel_size": 1}),
             ("TP2 DP2 number", 4, {**_TP, **_NUMBER}),
             ("TP2 DP2 SP P2", 4, {**_SP, **_DIMENSION, "ultramem_parallel_size": 2}),
+            ("TP2 DP2 SP grid", 4, {**_SP, **_GRID}),
             ("PP2 not crossing", 2, _PP),
             ("PP2 crossing", 2, _CROSSING),
             ("PP3 crossing twice", 3, {"pipeline_model_parallel_size": 3}),
@@ -117,16 +125,7 @@ _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
             ("PP2 TP2 SP, crossing", 4, {**_CROSSING, **_SP, **_DIMENSION}),
             ("PP2 interleaved TP2 DP2", 8, {**_VPP, **_TP, **_DIMENSION}),
             ("per-token loss", 2, {"calculate_per_token_loss": True, **_DIMENSION}),
-            (
-                "recompute",
-                2,
-                {
-                    **_NUMBER,
-                    "recompute_granularity": "full",
-                    "recompute_method": "uniform",
-                    "recompute_num_layers": 2,
-                },
-            ),
+            ("recompute", 2, {**_NUMBER, **_RECOMPUTE}),
             (
                 "PP2 crossing, recompute",
                 2,
@@ -142,6 +141,35 @@ _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 )
 def test_layout_trains_like_one_rank(start, world_size, layout):
     _check(start, world_size, **layout)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        pytest.param(world_size, layout, id=name)
+        for name, world_size, layout in [
+            ("DP8 nodes of 2", 8, {}),
+            ("DP8 nodes of 4", 8, {"ultramem_node_size": 4}),
+            ("P4 of DP8", 8, {"ultramem_parallel_size": 4}),
+            ("TP2 DP2", 4, _TP),
+            ("TP4", 4, {"tensor_model_parallel_size": 4}),
+            ("TP2 SP DP4, nodes of 4", 8, {**_SP, "ultramem_node_size": 4}),
+            ("CP2 TP2 SP", 4, {"context_parallel_size": 2, **_SP}),
+            ("PP2 DP4, crossing", 8, _CROSSING),
+            ("PP2 interleaved TP2 DP2, crossing", 8, {**_VPP, **_TP}),
+            ("recompute", 4, _RECOMPUTE),
+            ("PP2 crossing, recompute", 8, {**_CROSSING, **_RECOMPUTE}),
+            ("overlap", 4, {"ultramem_overlap": True}),
+            ("TP2 DP2 SP overlap", 4, {**_SP, "ultramem_overlap": True}),
+            ("per-token loss", 4, {"calculate_per_token_loss": True}),
+            ("nodes of 1: columns alone", 4, {"ultramem_node_size": 1}),
+            ("one node: rows alone", 4, {"ultramem_node_size": None}),
+        ]
+    ],
+)
+def test_grid_trains_like_one_rank(start, world_size, layout):
+    _check(start, world_size, **{**_GRID, **layout})
 
 
 _CP = {"context_parallel_size": 2}
@@ -322,6 +350,7 @@ def test_experts_and_tables_share_their_groups():
             "-value-dim 16 is not divisible by --ultramem-parallel-size 3",
         ),
         (2, {**_DIMENSION, "ultramem_cores": 3, "ultramem_value_dim": 18}, "straddle ranks"),
+        (2, {**_GRID, "ultramem_node_size": 0}, "--ultramem-node-size 0: it must be at least 1"),
         (
             2,
             {"num_experts": 4, "ultramem_parallel_size": 2},

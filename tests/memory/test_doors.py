@@ -89,7 +89,7 @@ def test_values(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = dataclasses.replace(
         VALUES["pooled"],
         name="halved",
-        build=lambda config, site: _Gated(config, site.partition, site.group),
+        build=lambda config, site: _Gated(config, *site.cut),
         reference=_gated_reference,
     )
     _add(monkeypatch, VALUES, "values", kind)
@@ -125,7 +125,7 @@ def test_a_partition(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = dataclasses.replace(
         whole,
         name="reversed",
-        parts=lambda size: (1, 1),
+        parts=lambda size, node: (1, 1),
         check=lambda layout: None,
         reader=lambda *args: Reversed(whole.reader(*args)),
     )

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,17 +18,24 @@ from ultramem_megatron.patches import registry
 
 @dataclass(frozen=True)
 class InferenceLayout:
-    """How ranks share a model. None: all ranks; partition as for training."""
+    """How ranks share a model. None: all ranks; partition as for training.
+
+    table_memory: where value tables are, of TABLE_MEMORIES. Those that are not on the device are
+    whole on each rank, and processes of a host share what they read from disk.
+    """
 
     tensor_parallel: int | None = None
     table_ranks: int | None = None
     partition: str = "auto"
+    table_memory: str = "device"
 
 
 def describe_ranks(
     args: Namespace, ultramem: UltraMemConfig | None, layout: InferenceLayout
 ) -> TableSettings:
     """Replace what belongs to the training run's ranks by what these have. Raises UltraMemError."""
+    if layout.table_memory != "device":
+        layout = _with_whole_tables(ultramem, layout)
     ranks = int(os.environ["WORLD_SIZE"])
     tensor_parallel = layout.tensor_parallel or ranks
     _check_tensor_parallel(args, tensor_parallel, ranks)
@@ -36,6 +43,19 @@ def describe_ranks(
     args.world_size, args.tensor_model_parallel_size = ranks, tensor_parallel
     args.recompute_granularity = args.recompute_method = None  # nothing is kept for a backward pass
     return _describe_experts_and_tables(args, ultramem, layout)
+
+
+def _with_whole_tables(ultramem: UltraMemConfig | None, layout: InferenceLayout) -> InferenceLayout:
+    if ultramem is None:
+        raise UltraMemError(
+            f"--table-memory {layout.table_memory}: this model has no memories. Leave it out."
+        )
+    if (layout.table_ranks or 1) > 1:
+        raise UltraMemError(
+            f"--table-memory {layout.table_memory}: tables that are not on the device are not cut "
+            f"over ranks. Leave --ultramem-parallel-size {layout.table_ranks} out."
+        )
+    return replace(layout, table_ranks=1)
 
 
 def _check_tensor_parallel(args: Namespace, size: int, ranks: int) -> None:

@@ -8,6 +8,8 @@ from ultramem_megatron.errors import UltraMemError
 if TYPE_CHECKING:  # imported where it is used: --help needs no torch
     from ultramem_megatron.inference.layout import InferenceLayout
 
+TABLE_MEMORIES = ("device", "host", "disk")
+
 
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that say how the ranks of a torchrun share the model."""
@@ -34,6 +36,14 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
         help="How they share it, as in training (ultramem flags has the names). Default: auto, by "
         "bytes moved.",
     )
+    parser.add_argument(
+        "--table-memory",
+        choices=TABLE_MEMORIES,
+        default="device",
+        help="Where value tables are: on the device (default), in the host's memory, or on disk, "
+        "in the checkpoint's own files. From the last two only rows that are read come to the "
+        "device; --ultramem-parallel-size is 1 then.",
+    )
 
 
 def layout_from(options: argparse.Namespace) -> "InferenceLayout":
@@ -48,5 +58,8 @@ def layout_from(options: argparse.Namespace) -> "InferenceLayout":
             f"{', '.join(allowed)}."
         )
     return InferenceLayout(
-        options.tensor_parallel_size, options.ultramem_parallel_size, options.ultramem_partition
+        options.tensor_parallel_size,
+        options.ultramem_parallel_size,
+        options.ultramem_partition,
+        options.table_memory,
     )

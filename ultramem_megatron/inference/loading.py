@@ -5,6 +5,7 @@ groups, each of which decodes a batch of its own; value tables are cut over the 
 several of them. Megatron's process groups are made anew, so a process that trains must not load.
 """
 
+import contextlib
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -20,10 +21,12 @@ from ultramem_megatron.inference.layout import (
     describe_ranks,
     has_cuda,
 )
+from ultramem_megatron.inference.table_memory import check_table_memory, leave_tables
 from ultramem_megatron.megatron.flags.process import open_process
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.finite import naming_where
 from ultramem_megatron.memory.tables.settings import TableSettings
+from ultramem_megatron.memory.tables.value_table import without_rows
 
 
 class LoadedModel(NamedTuple):
@@ -90,10 +93,13 @@ def load_model(
     open_process()
     folder = checkpoint_folder(load, ckpt_step)
     args = completed(stored_args(folder))
-    model = build_model(
-        args, layout or InferenceLayout(), local_layers=local_layers, cuda_graphs=cuda_graphs
-    )
-    _load_weights(model, folder)
+    layout = layout or InferenceLayout()
+    on_device = layout.table_memory == "device"
+    if not on_device:
+        check_table_memory(layout.table_memory, cuda_graphs, premultiply_values)
+    with contextlib.nullcontext() if on_device else without_rows():
+        model = build_model(args, layout, local_layers=local_layers, cuda_graphs=cuda_graphs)
+    _load_weights(model, folder, layout.table_memory)
     prepare_for_inference(model, premultiply_values)
     return model, args
 
@@ -180,15 +186,18 @@ def _build(args: Namespace, ultramem: UltraMemConfig | None, tables: TableSettin
     return Float16Module(config, model) if args.fp16 or args.bf16 else model
 
 
-def _load_weights(model: Any, folder: str) -> None:
+def _load_weights(model: Any, folder: str, table_memory: str) -> None:
     from megatron.core import dist_checkpointing, parallel_state
 
     metadata = dist_checkpointing.load_content_metadata(folder) or {}
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
     sharded = {"model": model.sharded_state_dict(metadata=metadata)}
+    left = {}
+    if table_memory != "device":
+        left = leave_tables(model, sharded["model"], folder, in_memory=table_memory == "host")
     loaded = dist_checkpointing.load(sharded, folder, verify_integrity=True)["model"]
     with naming_where(folder):
-        model.load_state_dict(loaded)
+        model.load_state_dict(loaded | left)
 
 
 def open_model_tokenizer(args: Namespace) -> Any:

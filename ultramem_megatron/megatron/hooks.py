@@ -17,6 +17,7 @@ from ultramem_megatron.megatron.metrics import (
     tensorboard_tag,
 )
 from ultramem_megatron.megatron.optimizer.lazy_adam import make_lazy
+from ultramem_megatron.megatron.optimizer.train_rows import move_touched_rows
 from ultramem_megatron.megatron.optimizer.value_learning_rate import (
     ValueLearningRateScheduler,
     throw_warning,
@@ -48,6 +49,8 @@ class MemoryHooks:
     table_ranks: int
     fullest_stage: int
     monitor: MemoryMonitor
+    moves_few_rows: bool = False
+    """--ultramem-train-rows."""
     table_log: TableLog | None = None
     scheduler: ValueLearningRateScheduler | None = None
     warned: set[int] = field(default_factory=set)
@@ -143,9 +146,13 @@ class MemoryHooks:
         return self.scheduler
 
     def make_lazy(self, optimizer: Any, model_chunks: list[Any]) -> None:
-        """With --ultramem-lazy-adam rows of value tables without gradient are left alone."""
-        if not self.ultramem.lazy_adam:
+        """With --ultramem-lazy-adam rows of value tables without gradient are left alone.
+
+        So they are with --ultramem-train-rows, which clears the gradients of most.
+        """
+        if not (self.ultramem.lazy_adam or self.moves_few_rows):
             return
+        make = move_touched_rows if self.moves_few_rows else make_lazy
         # Half precision trains a float32 copy of each parameter.
         tables = [
             getattr(parameter, "main_param", parameter)
@@ -155,7 +162,7 @@ class MemoryHooks:
         ]
         for single in getattr(optimizer, "chained_optimizers", [optimizer]):
             if tables and single.optimizer is not None:
-                make_lazy(single.optimizer, tables)
+                make(single.optimizer, tables)
 
     def flops(self, tokens: int) -> int:
         """Of forward and backward through all memories."""

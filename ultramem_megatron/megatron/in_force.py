@@ -21,6 +21,14 @@ from ultramem_megatron.patches import registry
 
 _WIDTH, _LABEL = 100, 22
 _ROOT = Path(__file__).resolve().parents[2]
+_RUN_FLAGS = (
+    "overlap",
+    "upcycle",
+    "train_only",
+    "train_rows",
+    "background_reads",
+    "log_tables_interval",
+)
 
 
 def log_settings(args: Namespace, config: Any) -> None:
@@ -53,7 +61,7 @@ def settings_in_force(
         for field in dataclasses.fields(ultramem):
             found[field.name] = _shown(getattr(ultramem, field.name))
         found["tables"] = cut_of(tables)
-        for name in ("overlap", "upcycle", "train_only", "log_tables_interval"):
+        for name in _RUN_FLAGS:
             found[name] = _shown(getattr(args, f"ultramem_{name}"))
     names = ("ultramem-megatron", "megatron-core", "numpy")
     known = {name: version(name) for name in names}
@@ -66,7 +74,10 @@ def settings_in_force(
 
 def cut_of(tables: TableSettings) -> str:
     """How tables lie on ranks, in words; checkpoints keep them."""
-    return f"over {tables.size} ranks, {tables.partition}-wise" if tables.size > 1 else "whole"
+    if tables.size == 1:
+        return "whole"
+    nodes = f", {tables.node} in a node" if tables.partition == "grid" else ""
+    return f"over {tables.size} ranks, {tables.partition}-wise{nodes}"
 
 
 def block(found: Mapping[str, str]) -> str:

@@ -19,11 +19,13 @@ from megatron.training.models.base import ModelBuilder, ModelConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from ultramem_megatron.megatron import hooks
+from ultramem_megatron.megatron.background_reads import read_background
 from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std, residual_branches
 from ultramem_megatron.megatron.layer.overlap import describe_overlap
 from ultramem_megatron.megatron.layer.specs import with_memory
 from ultramem_megatron.megatron.metrics import MemoryMonitor
 from ultramem_megatron.megatron.optimizer.auxiliary_loss import finalize_with_auxiliary_loss
+from ultramem_megatron.megatron.optimizer.train_rows import TrainedRows
 from ultramem_megatron.megatron.pipeline.carrier import widen_pipeline_tensors
 from ultramem_megatron.megatron.pipeline.layout import most_on_one_stage, spans_cross_stages
 from ultramem_megatron.megatron.startup import (
@@ -35,7 +37,7 @@ from ultramem_megatron.megatron.startup import (
 )
 from ultramem_megatron.megatron.table_groups import table_groups
 from ultramem_megatron.megatron.table_log import TableLog
-from ultramem_megatron.megatron.train_only import train_only_memory
+from ultramem_megatron.megatron.train_only import train_only_memory, train_only_values
 from ultramem_megatron.megatron.upcycle import start_from_dense
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.finite import refuse_non_finite
@@ -48,18 +50,23 @@ from ultramem_megatron.memory.tables.settings import TableSettings
 class MemorySettings(ModelConfig):
     """What a model config has beside Megatron's own: the memories (None: a plain model).
 
-    table_partition: how value tables are cut over Megatron's expert-parallel group, "number" or
-    "dimension"; of no account where that has one rank. memory_overlap: memories compute beside the
-    layers of their spans (see branch.py); results are the same. upcycle_from: iteration folder of a
-    dense checkpoint to start from. train_only_memory: freeze everything else. log_tables_interval:
-    steps from one picture of the tables in TensorBoard and W&B to the next, None for none.
+    table_partition, table_node_size: how value tables are cut over Megatron's expert-parallel
+    group, as in TableSettings; of no account where that has one rank. memory_overlap: memories
+    compute beside the layers of their spans (see branch.py); results are the same. upcycle_from:
+    iteration folder of a dense checkpoint to start from. train_only_memory: freeze everything else.
+    train_rows: and move, in a step, at most so many rows of each table, chosen by background_reads,
+    a file of `ultramem count`; None: all of the memories. log_tables_interval: steps from one
+    picture of the tables in TensorBoard and W&B to the next, None for none.
     """
 
     ultramem: UltraMemConfig | None = None
     table_partition: str = "dimension"
+    table_node_size: int | None = None
     memory_overlap: bool = False
     upcycle_from: str | None = None
     train_only_memory: bool = False
+    train_rows: int | None = None
+    background_reads: str | None = None
     log_tables_interval: int | None = None
 
 
@@ -95,7 +102,7 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
     ) -> list[Any]:
         """All chunks of this rank, as Megatron's; also starts the memory layers' metrics."""
         config = self._model_config
-        tables = (config.table_partition, pg_collection.ep.size())
+        tables = (config.table_partition, config.table_node_size, pg_collection.ep.size())
         check_agreement((config.ultramem, *tables, config.memory_overlap))
         models: list[Any] = super().build_distributed_models(pg_collection, *args, **kwargs)
         hooks.hang_for_every_model()
@@ -103,6 +110,8 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
             if spans_cross_stages(config.ultramem.spans, config.transformer):
                 widen_pipeline_tensors(models)
             self._hang_hooks(models, config.ultramem, pg_collection)
+            if config.train_rows is not None:
+                self._choose_rows(models, config.ultramem, pg_collection)
             self._print_plan(config.ultramem, pg_collection, kwargs.get("ddp_config"))
         return models
 
@@ -110,7 +119,9 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
         """A pre-wrap hook: weights of a dense model, and what is frozen."""
         if self._model_config.upcycle_from is not None:
             start_from_dense(chunks, self._model_config.upcycle_from)
-        if self._model_config.train_only_memory:
+        if self._model_config.train_rows is not None:
+            train_only_values(chunks)
+        elif self._model_config.train_only_memory:
             train_only_memory(chunks)
         return chunks
 
@@ -122,8 +133,7 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
         monitor = MemoryMonitor(
             {layer.layer_number: layer for layer in layers},
             ultramem,
-            # Under sequence parallelism tensor-parallel ranks, too, see other tokens.
-            data_group=groups.tp_dp_cp if transformer.sequence_parallel else groups.dp_cp,
+            data_group=self._token_group(groups),
             pipeline_group=groups.pp,
         )
         hooks.MemoryHooks(
@@ -132,8 +142,23 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
             table_ranks=_table_ranks(groups),
             fullest_stage=most_on_one_stage((span.start for span in ultramem.spans), transformer),
             monitor=monitor,
+            moves_few_rows=self._model_config.train_rows is not None,
             table_log=self._table_log(monitor.layers, ultramem, groups),
         ).hang()
+
+    def _token_group(self, groups: ProcessGroupCollection) -> Any:
+        """Under sequence parallelism tensor-parallel ranks, too, see other tokens."""
+        return groups.tp_dp_cp if self._model_config.transformer.sequence_parallel else groups.dp_cp
+
+    def _choose_rows(
+        self, models: list[Any], ultramem: UltraMemConfig, groups: ProcessGroupCollection
+    ) -> None:
+        config = self._model_config
+        layers = [layer for model in models for layer in memory_layers(model)]
+        background = read_background(config.background_reads, ultramem)
+        rows = TrainedRows(layers, background, config.train_rows, self._token_group(groups))
+        transformer = config.transformer
+        transformer.finalize_model_grads_func = rows.after(transformer.finalize_model_grads_func)
 
     def _table_log(
         self, layers: Mapping[int, Any], ultramem: UltraMemConfig, groups: ProcessGroupCollection
@@ -149,7 +174,10 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
         self, ultramem: UltraMemConfig, groups: ProcessGroupCollection, ddp_config: Any
     ) -> None:
         transformer = self._model_config.transformer
-        settings = TableSettings(_table_ranks(groups), self._model_config.table_partition)
+        config = self._model_config
+        settings = TableSettings(
+            _table_ranks(groups), config.table_partition, config.table_node_size
+        )
         replicas = (groups.expt_dp if table_groups(groups) else groups.dp_cp).size()
         sharded = ddp_config is not None and ddp_config.use_distributed_optimizer
         in_fp32 = ddp_config is not None and ddp_config.grad_reduce_in_fp32
@@ -200,6 +228,7 @@ def _spec_with_memory(config: UltraMemGPTModelConfig) -> Any:
             model_config.transformer,
             vp_stage,
             partition=config.table_partition,
+            node_size=config.table_node_size,
             overlap=config.memory_overlap,
         )
 

@@ -1,12 +1,35 @@
-"""Memory-only training: every weight outside of memory layers is frozen."""
+"""Memory-only training: every weight outside of memory layers, or of their values, is frozen."""
 
 from torch import Tensor, nn
 
 from ultramem_megatron.memory.layer import memory_layers
+from ultramem_megatron.memory.tables.value_table import value_tables
 
 
 def train_only_memory(chunks: list[nn.Module]) -> None:
-    """Freeze all parameters of this rank's chunks but those of their memory layers.
+    """Freeze all parameters of this rank's chunks but those of their memory layers."""
+    _freeze(chunks)
+    for chunk in chunks:
+        for layer in memory_layers(chunk):
+            layer.requires_grad_(True)
+
+
+def train_only_values(chunks: list[nn.Module]) -> None:
+    """Freeze all but the value tables, with pre-values; also what queries have in common.
+
+    So which rows a token reads stays as it is (sparse memory finetuning, arXiv 2510.15103).
+    """
+    _freeze(chunks)
+    for chunk in chunks:
+        for layer in memory_layers(chunk):
+            for table in value_tables(layer).values():
+                table.requires_grad_(True)
+            if layer.query.common is not None:
+                layer.query.common.frozen = True
+
+
+def _freeze(chunks: list[nn.Module]) -> None:
+    """Freeze all.
 
     To be called before Megatron wraps the chunks: frozen parameters then have neither gradient
     buffer nor optimizer state. Embeddings are made to require a gradient all the same, or
@@ -14,8 +37,6 @@ def train_only_memory(chunks: list[nn.Module]) -> None:
     """
     for chunk in chunks:
         chunk.requires_grad_(False)
-        for layer in memory_layers(chunk):
-            layer.requires_grad_(True)
         embedding = getattr(chunk, "embedding", None)
         if embedding is not None:
             embedding.register_forward_hook(_require_gradient)

@@ -29,7 +29,7 @@ from ultramem_megatron.memory.retrieval import RETRIEVALS
 from ultramem_megatron.memory.retrieval.addresses import GridShuffle, shuffles, split_address
 from ultramem_megatron.memory.retrieval.retrieved import Retrieved
 from ultramem_megatron.memory.retrieval.window import window_module
-from ultramem_megatron.memory.validation import validate
+from ultramem_megatron.memory.validation import check_alive, check_design
 from ultramem_megatron.memory.values import VALUES
 from ultramem_megatron.memory.values.contract import Site
 from ultramem_megatron.memory.values.pooled import PooledValues
@@ -73,7 +73,7 @@ class UltraMemLayer(nn.Module):
         this memory's values begin. Raises UltraMemError.
         """
         super().__init__()
-        validate(config, hidden_size=hidden_size, num_layers=num_layers)
+        check_design(config, hidden_size=hidden_size, num_layers=num_layers)
         self.config = config
         self.layer_number = layer_number
         self.table_number = layer_number if table_number is None else table_number
@@ -97,6 +97,7 @@ class UltraMemLayer(nn.Module):
         self.statistics = MemoryStatistics(config.num_values)
         self.register_load_state_dict_post_hook(_refuse_non_finite_weights)
         if not self.values.weight.is_meta:
+            check_alive(config)
             branches = residual_branches or 2 * num_layers
             if feed_forward_std is None:
                 feed_forward_std = default_std(hidden_size, branches)

@@ -1,7 +1,7 @@
 """Modules of torch's as a memory layer needs them: construction draws no random numbers."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ultramem_megatron.memory.config import Norm
 
@@ -11,6 +11,18 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw nothing."""
+
+
+class BiasedRMSNorm(nn.RMSNorm):
+    """nn.RMSNorm and a bias after it, which torch's lacks and the authors' code can have."""
+
+    def __init__(self, dim: int, *, eps: float, elementwise_affine: bool = True) -> None:
+        super().__init__(dim, eps=eps, elementwise_affine=elementwise_affine)
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., dim) to the same."""
+        return super().forward(x) + self.bias
 
 
 def build_norm(
@@ -23,7 +35,7 @@ def build_norm(
     if kind == "none":
         return nn.Identity()
     if kind == "rmsnorm":
-        return nn.RMSNorm(dim, eps=eps, elementwise_affine=affine)
+        return (BiasedRMSNorm if bias else nn.RMSNorm)(dim, eps=eps, elementwise_affine=affine)
     return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine, bias=bias)
 
 

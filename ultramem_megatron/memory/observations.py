@@ -28,6 +28,8 @@ class MemoryStatistics:
     wants_recall: bool = False
     """Set it to have the next forward keep `recall`, which takes as long as many."""
     recall: Tensor | None = None
+    rows: Tensor | None = None
+    """Reads of every row, (N,) int32, where `count_rows` asked for them."""
 
     @torch.no_grad()
     def record(
@@ -43,8 +45,9 @@ class MemoryStatistics:
         if self.sums is None or self.hits is None or self.hits.device != rows.device:
             self.sums = torch.zeros(4, device=rows.device)
             self.hits = torch.zeros(self.counters.number, dtype=torch.int32, device=rows.device)
-        flat = self.counters.of(rows.flatten())
-        self.hits.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
+        add_reads(self.hits, self.counters.of(rows.flatten()))
+        if self.rows is not None:
+            add_reads(self.rows, rows)
         scores = retrieved.scores
         means = (
             scores[:, ::topk].mean(),
@@ -69,6 +72,16 @@ class MemoryStatistics:
         self.forwards, self.sums, self.hits = 0, None, None
         return taken
 
+    def count_rows(self, device: torch.device) -> None:
+        """From now on, count the reads of every row exactly, also of large tables."""
+        self.rows = torch.zeros(self.num_values, dtype=torch.int32, device=device)
+
+    def take_rows(self) -> Tensor:
+        """Reads of every row since the last call, (N,) int32."""
+        assert self.rows is not None, "count_rows was not called"
+        taken, self.rows = self.rows, torch.zeros_like(self.rows)
+        return taken
+
     @torch.no_grad()
     def record_recall(self, query: Tensor, measure: Callable[[Tensor], Tensor | None]) -> None:
         """Keep what `measure` finds for the first tokens of query (T, ...), where it is wanted."""
@@ -84,6 +97,12 @@ class MemoryStatistics:
         """Reads of the key grid, (B, B); see `grid_counts`."""
         taken, self.grid = self.grid, None
         return taken
+
+
+def add_reads(reads: Tensor, rows: Tensor) -> None:
+    """One more read (N,) for each of `rows`, any shape, int64."""
+    flat = rows.flatten()
+    reads.scatter_add_(0, flat, torch.ones_like(flat, dtype=reads.dtype))
 
 
 _COMPARED = 256

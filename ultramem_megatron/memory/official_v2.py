@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
-from ultramem_megatron.memory.foreign import Entry, ForeignMemories, Sizes, check_shapes, tensors
+from ultramem_megatron.memory.foreign import Entry, ForeignMemories, Sizes, check_shapes
 from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.modules import build_norm
 from ultramem_megatron.memory.official_v1 import norm_kind
@@ -36,21 +36,23 @@ from ultramem_megatron.memory.sharing import first_value
 from ultramem_megatron.memory.spans import Span
 from ultramem_megatron.memory.values import VALUES
 from ultramem_megatron.memory.values.contract import Site
+from ultramem_megatron.memory.vertical_parallel import TABLES, Given, whole_tables
 
 _WHAT = "UltraMemV2"
-_TABLES = ("values_for_look_up", "pre_values_for_look_up")
 _NORMS = {"query_norm": "query.norm", "keys_norm": "retrieval.keys.norm"}
 
 
-def load_official_v2(state_dict: Mapping[str, Any], cfg: Mapping[str, Any]) -> ForeignMemories:
+def load_official_v2(state_dict: Given, cfg: Mapping[str, Any]) -> ForeignMemories:
     """The memories of a model of the authors'; dtypes and device are the tensors'.
 
-    state_dict: `full_memory_layer.*` and `mem_blocks.{l}.*`, tensors or numpy arrays, whole tables.
+    state_dict: `full_memory_layer.*` and `mem_blocks.{l}.*`, tensors or numpy arrays; with vertical
+    parallelism those of all ranks, a list or by rank (0, "rank_0"); or the folder of a checkpoint.
     cfg: their constructor's sizes, and `norm` ("rms" or "ln"), `layer_norm_eps`,
     `q_for_each_tucker_rank`, `use_glu_act`, `key_expand_time`. Where the stored filter is still
     zero it is computed from the cores. Raises UltraMemError for what their code cannot run.
     """
-    state, sizes = tensors(state_dict), Sizes(cfg, _WHAT)
+    sizes = Sizes(cfg, _WHAT)
+    state = whole_tables(state_dict, sizes)
     config = _config(state, sizes)
     hidden, eps = sizes.get("hidden_size"), sizes.get("layer_norm_eps")
     names = [_Names(number, state, config) for number in range(len(config.spans))]
@@ -82,7 +84,10 @@ def load_official_v2(state_dict: Mapping[str, Any], cfg: Mapping[str, Any]) -> F
 
 
 def to_official_v2(memories: ForeignMemories) -> dict[str, Tensor]:
-    """The authors' state dict, detached copies; inverse of `load_official_v2`."""
+    """The authors' state dict, detached copies; inverse of `load_official_v2`.
+
+    Tables are whole; `cut_official_v2` cuts them for ranks.
+    """
     return memories.authors_state()
 
 
@@ -116,8 +121,8 @@ class _Names:
     def _tables(self) -> dict[str, str]:
         """Their name of each table, and ours."""
         if self._config.values == "pooled":
-            return {_TABLES[0]: "values.weight"}
-        return {_TABLES[0]: "values.table.weight", _TABLES[1]: "values.pre_table.weight"}
+            return {TABLES[0]: "values.weight"}
+        return {TABLES[0]: "values.table.weight", TABLES[1]: "values.pre_table.weight"}
 
     def entries(self) -> dict[str, Entry]:
         mine = f"layers.{self.number}."
@@ -137,7 +142,7 @@ class _Names:
         found |= {their: Entry(f"{mine}{our}") for their, our in self.norms()}
         named = {self.theirs(name): entry for name, entry in found.items()}
         if self.number == 0:
-            named |= {f"full_memory_layer.{t}": Entry(mine + o) for t, o in self._tables().items()}
+            named |= {their: Entry(mine + our) for their, our in self._tables().items()}
         return named
 
     def ours(self) -> dict[str, Tensor]:
@@ -157,7 +162,7 @@ class _Names:
         if self._config.values != "pooled":
             found["values.pre_proj.weight"] = of("pre_values_proj.weight")
         found |= {mine: of(their) for their, mine in self.norms()}
-        tables = {o: self._state[f"full_memory_layer.{t}"] for t, o in self._tables().items()}
+        tables = {our: self._state[their] for their, our in self._tables().items()}
         return {f"layers.{self.number}.{name}": x for name, x in (found | tables).items()}
 
 
@@ -193,14 +198,12 @@ def _config(state: Mapping[str, Tensor], sizes: Sizes) -> UltraMemConfig:
 def _refuse_what_does_not_run(sizes: Sizes) -> None:
     sizes.refuse("mem_output_dropout_rate", why="dropout is not supported; pass 0")
     sizes.refuse("mem_key_balance_reg_coef", why="the balance loss is not supported; pass 0")
-    sizes.refuse(
-        "vertical_parallel",
-        why="these tables are cut by columns; concatenate those of all ranks and pass False",
-    )
     heads, rank = sizes.get("head"), sizes.get("tucker_rank")
     if sizes.get("q_for_each_tucker_rank"):
         sizes.require(rank == 2, "tucker_rank", "2: with a query for each rank their code fails")
-        sizes.require(heads in (1, 2, 4), "head", "1, 2 or 4: their queries serve pairs of heads")
+        sizes.require(
+            1 <= heads <= 4, "head", "from 1 to 4: they have two queries, for two heads each"
+        )
     else:
         sizes.require(heads in (1, 2), "head", "1 or 2, which share one query")
     expansion, groups = sizes.get("key_expand_time"), sizes.get("value_expand_time")
@@ -245,10 +248,10 @@ def _shapes(
         "tucker_core_v": (1, heads, 1, ranks),
         **{f"tucker_core.{core}": (heads, ranks, ranks) for core in range(config.cores)},
     }
-    yield f"full_memory_layer.{_TABLES[0]}", (config.num_values, config.value_dim)
+    yield TABLES[0], (config.num_values, config.value_dim)
     if config.values != "pooled":
         block["pre_values_proj.weight"] = (config.pre_dim, hidden)
-        yield f"full_memory_layer.{_TABLES[1]}", (config.num_values, config.pre_dim)
+        yield TABLES[1], (config.num_values, config.pre_dim)
     for name in names:
         for their, shape in block.items():
             yield name.theirs(their), shape

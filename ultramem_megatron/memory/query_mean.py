@@ -30,6 +30,8 @@ class QueryMean(PreciseBuffers):
     mean: Tensor
     updates: Tensor
     sums: Tensor
+    frozen = False
+    """Set it to have training leave the mean as it is."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -41,7 +43,7 @@ class QueryMean(PreciseBuffers):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., D); the same shape and dtype. Inputs under recomputation count once."""
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and not self.frozen:
             self._record(x.detach())
         return x - self.mean.to(x.dtype)
 

@@ -41,13 +41,26 @@ _NUMBERS = {
 
 def validate(config: UltraMemConfig, *, hidden_size: int, num_layers: int) -> None:
     """Raise UltraMemError, naming flag, value, what is allowed and what to change."""
+    check_design(config, hidden_size=hidden_size, num_layers=num_layers)
+    check_alive(config)
+    if config.share_query and config.heads > 1 and config.heads % 2:
+        raise UltraMemError(
+            f"{flag('heads')} is {config.heads}; with a query shared by two heads it must be 1 or "
+            f"even. Use {config.heads + 1}, or --no-ultramem-share-query."
+        )
+
+
+def check_design(config: UltraMemConfig, *, hidden_size: int, num_layers: int) -> None:
+    """As `validate`, of what can be computed: with weights that others have trained.
+
+    Their layers may have an odd number of heads, the last with a query alone.
+    """
     _check_ranges(config)
     check_spans(config.spans, num_layers)
     _check_expansion(config.value_expansion)
     _check_key_expansion(config)
     check_sharing(config)
     _check_heads(config)
-    _check_alive(config)
     RETRIEVALS[config.retrieval].check(config)
     _check_values(config, hidden_size)
 
@@ -118,15 +131,10 @@ def _check_heads(config: UltraMemConfig) -> None:
             f"{flag('query_per_rank')} gives each rank a query as wide as a key: it needs "
             f"{flag('rank_layout')} full, not {config.rank_layout}."
         )
-    if config.share_query and config.heads > 1 and config.heads % 2:
-        raise UltraMemError(
-            f"{flag('heads')} is {config.heads}; with a query shared by two heads it must be 1 or "
-            f"even. Use {config.heads + 1}, or --no-ultramem-share-query."
-        )
 
 
-def _check_alive(config: UltraMemConfig) -> None:
-    """Designs whose scores do not depend on the input, so that nothing before them learns."""
+def check_alive(config: UltraMemConfig) -> None:
+    """Raise UltraMemError where scores do not depend on the input: nothing before them learns."""
     if config.qk_norm == "layernorm" and config.key_dim < 2:
         raise UltraMemError(
             f"{flag('key_dim')} is {config.key_dim}; under {flag('qk_norm')} layernorm it must be "

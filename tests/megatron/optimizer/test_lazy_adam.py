@@ -7,7 +7,7 @@ from tests.closeness import assert_close, rounding
 from tests.training_runs import tiny_gpt
 from tests.whole_model import assert_same_training, train, whole
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.optimizer import lazy_adam
+from ultramem_megatron.megatron.optimizer import lazy_rows
 from ultramem_megatron.megatron.optimizer.lazy_adam import make_lazy
 
 # What a step does to a number, one operation after the other.
@@ -38,7 +38,7 @@ def _step(parameters, optimizer, rows):
 
 @pytest.mark.parametrize("rows_at_once", [2, 2**16])
 def test_with_every_row_in_use_it_is_adamw(rows_at_once, monkeypatch):
-    monkeypatch.setattr(lazy_adam, "_ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(lazy_rows, "ROWS_AT_ONCE", rows_at_once)
     dense, lazy = _optimizers()
     for _ in range(4):
         for pair in (dense, lazy):

@@ -54,19 +54,26 @@ def v2_weights(cfg: Mapping[str, Any], seed: int = 0) -> State:
             block[f"tucker_core.{core}"] = _normal(generator, heads, ranks, ranks)
         if cfg["pre_vdim"]:
             block["pre_values_proj.weight"] = _normal(generator, cfg["pre_vdim"], hidden, std=0.3)
+        if cfg.get("bias_for_layer_norm"):
+            for name in ("query_norm", "keys_norm"):
+                block[f"{name}.bias"] = _normal(generator, width)
         state |= {f"mem_blocks.{layer}.{name}": tensor for name, tensor in block.items()}
     return state
 
 
-def _norm(x: Tensor, gain: Tensor, kind: str, eps: float) -> Tensor:
+def _norm(x: Tensor, gain: Tensor, bias: Tensor | float, kind: str, eps: float) -> Tensor:
     if kind == "ln":
         x = x - x.mean()
-    return gain * x / torch.sqrt((x * x).mean() + eps)
+    return gain * x / torch.sqrt((x * x).mean() + eps) + bias
 
 
 def v2_token(x: Tensor, state: State, cfg: Mapping[str, Any], layer: int) -> Tensor:
     def of(name: str) -> Tensor:
         return state[f"mem_blocks.{layer}.{name}"]
+
+    def normed(x: Tensor, name: str) -> Tensor:
+        bias = of(f"{name}.bias") if cfg.get("bias_for_layer_norm") else 0.0
+        return _norm(x, of(f"{name}.weight"), bias, cfg["norm"], cfg["layer_norm_eps"])
 
     width, ranks, knn = cfg["kdim"], cfg["tucker_rank"], cfg["knn"]
     groups, vdim, window = cfg["value_expand_time"], cfg["vdim"], v2_window(cfg) ** 2
@@ -78,14 +85,13 @@ def v2_token(x: Tensor, state: State, cfg: Mapping[str, Any], layer: int) -> Ten
         for s, direction in enumerate(("tucker_core_u", "tucker_core_v")):
             start = (head // 2 * 2 + s) * width
             query = projected[start : start + width]
-            query = _norm(query, of("query_norm.weight"), cfg["norm"], cfg["layer_norm_eps"])
+            query = normed(query, "query_norm")
             found = []
             for key in range(side):
                 by_rank = [
-                    _norm(keys[head, s, key, :, rank], of("keys_norm.weight"), cfg["norm"],
-                          cfg["layer_norm_eps"]) @ query
+                    normed(keys[head, s, key, :, rank], "keys_norm") @ query
                     for rank in range(ranks)
-                ]  # fmt: skip
+                ]
                 found.append(torch.stack(by_rank))
             filtered = [one @ of(direction)[0, head, 0] for one in found]
             best.append(_best(filtered, knn))
@@ -169,7 +175,7 @@ def plus_token(x: Tensor, state: State, cfg: Mapping[str, Any], layer: int, owne
         own = query[head * both : (head + 1) * both]
         row, column = keys[head, 0] @ own[:half], keys[head, 1] @ own[half:]
         slots, scores = _product_keys(row, column, cfg["mem_knn"], cfg["mem_knn"])
-        weights = torch.exp(scores) / torch.exp(scores).sum()
+        weights = scores.softmax(0)
         for slot, weight in zip(slots, weights, strict=True):
             if cfg["peer_variant"]:
                 inner = _gelu(of("values_u.weight", table)[slot] @ x)
@@ -222,7 +228,7 @@ def peer_token(x: Tensor, state: State, cfg: Mapping[str, Any]) -> Tensor:
         row, column = (keys[head, :, s] @ query[s, head] for s in (0, 1))
         best = 1 if alone else cfg["num_experts_per_head"]
         slots, scores = _product_keys(row, column, cfg["product_key_topk"], best)
-        weights = scores.clamp(min=0) if alone else torch.exp(scores) / torch.exp(scores).sum()
+        weights = scores.clamp(min=0) if alone else scores.softmax(0)
         first = head * side * side if cfg["separate_embed_per_head"] else 0
         for slot, weight in zip(slots, weights, strict=True):
             inner = state["weight_down_embed.weight"][first + slot] @ x

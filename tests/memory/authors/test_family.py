@@ -111,6 +111,8 @@ def _agree(
         {"mem_layer_num": 1, "share_ratio": 1.0, "key_expand_time": 1},
         {"q_for_each_tucker_rank": False, "tucker_rank": 3, "head": 2},
         {"q_for_each_tucker_rank": False, "tucker_rank": 1, "knn": 4},
+        {"head": 3, "norm": "rms", "bias_for_layer_norm": True, "hidden_size": 7},
+        {"knn": 1, "norm": "ln", "bias_for_layer_norm": True, "vdim": 2, "pre_vdim": 1},
     ],
     ids=str,
 )
@@ -133,6 +135,7 @@ def test_ultramem_v2_is_its_formulas(changes: dict[str, Any]) -> None:
         {"peer_variant": True, "mem_gated": True},
         {"peer_variant": True, "swilu_projection": False},
         {"mem_share_values": False, "mem_v_dim": 9},
+        {"mem_knn": 1, "mem_heads": 5, "dim": 7},
     ],
     ids=str,
 )
@@ -152,6 +155,7 @@ def test_memory_plus_is_its_formulas(changes: dict[str, Any], owner: int) -> Non
         {"non_competing_scores": True, "pre_rmsnorm": True, "separate_embed_per_head": True},
         {"product_key_topk": 2, "num_experts_per_head": 4, "activation": "tanh"},
         {"product_key_topk": 5, "heads": 1},
+        {"product_key_topk": 1, "num_experts_per_head": 1, "heads": 3, "dim_key": 1},
     ],
     ids=str,
 )
@@ -174,7 +178,7 @@ def test_an_activation_may_be_given_as_its_class() -> None:
     ("changes", "message"),
     [
         ({"tucker_rank": 3}, "tucker_rank is 3; it must be 2"),
-        ({"head": 3}, "head is 3; it must be 1, 2 or 4"),
+        ({"head": 5}, "head is 5; it must be from 1 to 4"),
         ({"value_expand_time": 2}, "value_expand_time is 2; it must be 1 or key_expand_time"),
         ({"share_ratio": 1.5}, "share_ratio is 1.5"),
         ({"share_ratio": 0.9}, "keys a side; knum, mem_layer_num, share_ratio"),

@@ -9,6 +9,8 @@ number of them a step is another step.
 
 Experts over ranks stand in an optimizer of their own, experts on one rank with everything else; the
 lists of groups of the two do not fit.
+
+Fine-tuning by rows has a state of value tables alone.
 """
 
 import re
@@ -45,10 +47,11 @@ def check_optimizer_layout(
         stored = Namespace()
     _check_muon(source, args, stored)
     _check_experts(source, args, stored)
+    _check_train_rows(source, args, stored)
     if not args.use_distributed_optimizer or _kind(str(folder)) != "dp_reshardable":
         return
     rows, columns = _saved_parts(str(folder), ultramem.num_values)
-    mine = tables.kind.parts(tables.size)
+    mine = tables.kind.parts(tables.size, tables.node)
     if (rows, columns) != mine:
         raise UltraMemError(
             f"{source}: its tables were {_cut(rows, columns)}, here they are {_cut(*mine)}, and "
@@ -93,6 +96,17 @@ def _check_experts(source: Source, args: Namespace, stored: Namespace) -> None:
         )
 
 
+def _check_train_rows(source: Source, args: Namespace, stored: Namespace) -> None:
+    saved = getattr(stored, "ultramem_train_rows", None)
+    if (saved is None) != (args.ultramem_train_rows is None):
+        had = "did not have" if saved is None else "had"
+        raise UltraMemError(
+            f"{source}: the run that saved it {had} --ultramem-train-rows, whose optimizer has a "
+            f"state of value tables alone, which does not fit another's. Add --finetune to start "
+            f"from its weights, {_WEIGHTS_ALONE}."
+        )
+
+
 def _kind(folder: str) -> str | None:
     from megatron.core.dist_checkpointing import load_content_metadata
 
@@ -119,5 +133,6 @@ def _cut(rows: int, columns: int) -> str:
     """In the words of the settings in force."""
     if rows * columns == 1:
         return "whole"
-    how = "number" if rows > 1 else "dimension"
-    return f"over {rows * columns} ranks, {how}-wise"
+    how = "grid" if min(rows, columns) > 1 else "number" if rows > 1 else "dimension"
+    nodes = f", {rows} in a node" if how == "grid" else ""
+    return f"over {rows * columns} ranks, {how}-wise{nodes}"

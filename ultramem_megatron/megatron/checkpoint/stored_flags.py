@@ -114,10 +114,19 @@ LAYOUT_FLAGS = (
     "expert_model_parallel_size",
     "optimizer",
     "muon_tp_mode",
+    "ultramem_train_rows",
 )
 """Of how a run was laid out, what decides whether its optimizer's state fits another one."""
 
-_MEMORY_FLAGS = ("preset", "parallel_size", "partition", "overlap", "train_only", "in_force")
+_MEMORY_FLAGS = (
+    "preset",
+    "parallel_size",
+    "partition",
+    "node_size",
+    "overlap",
+    "train_only",
+    "in_force",
+)
 
 
 @cache

@@ -107,7 +107,7 @@ def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     _add_table_arguments(parser.add_argument_group(f"{GROUPS}their tables on many ranks"))
     _add_log_arguments(parser.add_argument_group(f"{GROUPS}in TensorBoard and W&B"))
-    _add_start_arguments(parser.add_argument_group(f"{GROUPS}from a dense model"))
+    _add_start_arguments(parser.add_argument_group(f"{GROUPS}from a trained model"))
     _add_checkpoint_arguments(parser.add_argument_group(f"{GROUPS}their checkpoints"))
     return parser
 
@@ -154,6 +154,19 @@ def _add_start_arguments(group: Any) -> None:
         choices=("memory",),
         help="memory: freeze everything but the memory layers.",
     )
+    group.add_argument(
+        "--ultramem-train-rows",
+        type=whole_number,
+        metavar="T",
+        help="Fine-tuning with little forgetting (arXiv 2510.15103): with --ultramem-train-only "
+        "memory, a step moves at most T rows of each value table, those that its batch reads and "
+        "background text does not, by TF-IDF. Everything else of the model is frozen. Adam or SGD.",
+    )
+    group.add_argument(
+        "--ultramem-background-reads",
+        metavar="FILE",
+        help="Reads of each row in background text, which `ultramem count` wrote for the model.",
+    )
 
 
 def _add_checkpoint_arguments(group: Any) -> None:
@@ -188,6 +201,13 @@ def _add_table_arguments(group: Any) -> None:
         "cheaper by bytes moved.",
     )
     group.add_argument(
+        "--ultramem-node-size",
+        type=whole_number,
+        metavar="N",
+        help="Neighbouring ranks of a table that share fast links, for --ultramem-partition grid "
+        "and auto. Default: the ranks launched on a host.",
+    )
+    group.add_argument(
         "--ultramem-overlap",
         action="store_true",
         help="Compute each memory beside the layers of its span, so that its exchanges between "
@@ -213,7 +233,7 @@ def config_from_args(args: Namespace) -> UltraMemConfig | None:
     values = (preset_fields(preset) if preset else {}) | given
     if "spans" not in values:
         asked_for = [flag(name) for name in given]
-        for name in ("overlap", "upcycle", "train_only"):
+        for name in ("overlap", "upcycle", "train_only", "train_rows", "background_reads"):
             if getattr(args, f"ultramem_{name}", None):
                 asked_for.append(flag(name))
         if asked_for:

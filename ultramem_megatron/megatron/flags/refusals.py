@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.flags.train_rows_flags import refuse_train_rows
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.placement import placements
 
@@ -71,6 +72,7 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
             f"one of the two."
         )
     _check_sgd(args)
+    refuse_train_rows(args, ultramem)
     if ultramem.query_conv_kernel > 1:
         _check_documents(args, f"{flag('query_conv_kernel')} {ultramem.query_conv_kernel}")
     if ultramem.lazy_adam and args.optimizer != "adam":

@@ -9,7 +9,7 @@ from ultramem_megatron.memory.tables.settings import TableSettings, exchange_of
 
 
 def settings_from_args(args: Namespace, config: UltraMemConfig) -> TableSettings:
-    """Group size and partition that the flags ask for, checked.
+    """Group size, partition and node size that the flags ask for, checked.
 
     Without --ultramem-parallel-size all ranks of a pipeline stage share a table; with experts it is
     the expert-parallel group, the only other geometry Megatron has. Raises UltraMemError.
@@ -19,11 +19,14 @@ def settings_from_args(args: Namespace, config: UltraMemConfig) -> TableSettings
     if size is None:
         size = args.expert_model_parallel_size if args.num_experts else stage
     _check_size(size, stage, args)
+    node_size = args.ultramem_node_size
+    if node_size is not None and node_size < 1:
+        raise UltraMemError(f"--ultramem-node-size {node_size}: it must be at least 1.")
     partition = args.ultramem_partition or "auto"
     if partition == "auto":
-        number_bytes = args.params_dtype.itemsize
-        partition = choose(exchange_of(config, size, number_bytes), config.num_values)
-    settings = TableSettings(size, partition)
+        exchange = exchange_of(config, size, args.params_dtype.itemsize, node_size)
+        partition = choose(exchange, config.num_values)
+    settings = TableSettings(size, partition, node_size)
     settings.check(config)
     return settings
 

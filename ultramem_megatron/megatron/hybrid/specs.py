@@ -47,16 +47,20 @@ class LayerByNumber:
 
 
 def stack_with_memory(
-    stack: ModuleSpec, ultramem: UltraMemConfig, config: TransformerConfig, partition: str
+    stack: ModuleSpec,
+    ultramem: UltraMemConfig,
+    config: TransformerConfig,
+    partition: str,
+    node_size: int | None,
 ) -> ModuleSpec:
     """Add memories to the spec of a HybridStack, which is not modified; for one model chunk.
 
-    config: with the pattern kept (pattern.py). partition: how tables are cut over Megatron's
-    expert-parallel group, if that has several ranks.
+    config: with the pattern kept (pattern.py). partition, node_size: how tables are cut over
+    Megatron's expert-parallel group, as in TableSettings, if that has several ranks.
     """
     leave_to_scalar_optimizer()
     symbols = "".join(kept_stages(config) or ())
-    memories = memory_specs(ultramem, partition)
+    memories = memory_specs(ultramem, partition, node_size)
     roles = _roles(ultramem, config)
     kinds: dict[str, ModuleSpec] = {}
     for symbol in set(symbols):

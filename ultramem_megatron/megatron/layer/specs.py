@@ -44,15 +44,17 @@ def with_memory(
     pp_rank: int | None = None,
     *,
     partition: str = "dimension",
+    node_size: int | None = None,
     overlap: bool = False,
 ) -> TransformerBlockSubmodules:
     """Add memories to the layers of one pipeline stage (or virtual chunk).
 
     spec: what Megatron's own spec functions return, one layer's ModuleSpec or a whole block's
     submodules; it is not modified. pp_rank: this rank's pipeline stage, by default the one of
-    Megatron's parallel state. partition: how tables are cut over Megatron's expert-parallel group,
-    if that has several ranks. overlap: memories compute beside the layers of their spans. Raises
-    UltraMemError when a span cannot cross into another stage.
+    Megatron's parallel state. partition, node_size: how tables are cut over Megatron's
+    expert-parallel group, as in TableSettings, if that has several ranks. overlap: memories compute
+    beside the layers of their spans. Raises UltraMemError when a span cannot cross into another
+    stage.
     """
     check_pipeline(ultramem.spans, config)
     check_shared_tables(ultramem, config)
@@ -61,7 +63,7 @@ def with_memory(
         pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
     layers = _layer_specs(spec, get_num_layers_to_build(config, vp_stage, pp_rank))
-    memories = memory_specs(ultramem, partition)
+    memories = memory_specs(ultramem, partition, node_size)
     with_memories = []
     for number, layer in enumerate(layers, start=offset + 1):
         role = _role(number, offset, len(layers), ultramem, config)
@@ -72,9 +74,12 @@ def with_memory(
     return TransformerBlockSubmodules(layer_specs=with_memories, layer_norm=final_norm)
 
 
-def memory_specs(ultramem: UltraMemConfig, partition: str) -> dict[int, ModuleSpec]:
+def memory_specs(
+    ultramem: UltraMemConfig, partition: str, node_size: int | None
+) -> dict[int, ModuleSpec]:
     """A spec for each memory, by the number of the layer that reads; for one model chunk."""
-    shared = {"ultramem": ultramem, "partition": partition, "values_by_table": {}}
+    shared: dict[str, Any] = {"ultramem": ultramem, "values_by_table": {}}
+    shared |= {"partition": partition, "node_size": node_size}
     return {
         placement.reads: ModuleSpec(TransformerMemory, {**shared, "placement": placement})
         for placement in placements(ultramem)

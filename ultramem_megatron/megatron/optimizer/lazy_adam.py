@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
-
-_ROWS_AT_ONCE = 2**16
+from ultramem_megatron.megatron.optimizer.lazy_rows import touched_rows, update_instead
 
 
 def make_lazy(optimizer: torch.optim.Optimizer, tables: Sequence[Tensor]) -> None:
@@ -33,19 +32,9 @@ def make_lazy(optimizer: torch.optim.Optimizer, tables: Sequence[Tensor]) -> Non
             f"{type(optimizer).__name__} (Megatron takes Transformer Engine's or Apex's where they "
             f"are installed). Drop the flag: dense Adam trains every table."
         )
-    chosen = {id(table) for table in tables}
-
-    def before_step(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in chosen and parameter.grad is not None:
-                    _update(parameter, group, optimizer.state[parameter])
-                    parameter.grad = None  # which AdamW passes over
-
-    optimizer.register_step_pre_hook(before_step)
+    update_instead(optimizer, tables, _update)
 
 
-@torch.no_grad()
 def _update(table: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
     grad = table.grad
     assert grad is not None
@@ -54,8 +43,7 @@ def _update(table: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> N
             state[name] = torch.zeros_like(table)
     state.setdefault("step", torch.zeros((), dtype=torch.float32))
     state["step"] += 1
-    touched = torch.linalg.vector_norm(grad, ord=math.inf, dim=1).nonzero().flatten()
-    for rows in touched.split(_ROWS_AT_ONCE):
+    for rows in touched_rows(grad):
         _update_rows(table, grad[rows], rows, group, state)
 
 

@@ -82,5 +82,6 @@ class ProductKeys(nn.Module):
             by_rank = query.view(tokens, queries, 1, sides, ranks, width)
         else:
             by_rank = query.view(tokens, queries, 1, sides, 1, width)
-        per_query = heads // queries
-        return by_rank.expand(-1, -1, per_query, -1, ranks, -1).flatten(1, 2)
+        per_query = -(-heads // queries)
+        per_head = by_rank.expand(-1, -1, per_query, -1, ranks, -1).flatten(1, 2)
+        return per_head[:, :heads]  # of an odd number the last has its query alone

@@ -21,6 +21,7 @@ from torch import Tensor
 from ultramem_megatron.communication.exchange import Transfer, all_to_all
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.kernels.lookup_dot import lookup_dot
 from ultramem_megatron.kernels.lookup_prevalued import lookup_prevalued
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.kernels.precision import at_least_float32
@@ -28,7 +29,13 @@ from ultramem_megatron.kernels.shapes import kept_for_backward
 from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.memory.tables.contract import Partition, PreValues
 from ultramem_megatron.memory.tables.layout import TableLayout
-from ultramem_megatron.memory.tables.traffic import ROW_BYTES, Exchange, Volume, distinct
+from ultramem_megatron.memory.tables.traffic import (
+    PRODUCT_BYTES,
+    ROW_BYTES,
+    Exchange,
+    Volume,
+    distinct,
+)
 
 
 class _Picks(NamedTuple):
@@ -54,6 +61,7 @@ class NumberWiseReader:
     pool_at_owner: bool
     pauses = 3
     prevalued_pauses = 3
+    dot_pauses = 3
 
     def read(
         self, part: Tensor, addresses: Tensor, scores: Tensor, pre: PreValues | None = None
@@ -72,6 +80,33 @@ class NumberWiseReader:
         values, buckets = yield from exchange
         pooled = _sums(values, buckets, len(addresses) * self.num_groups)
         return pooled.to(part.dtype).view(len(addresses), self.num_groups, part.shape[1])
+
+    def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
+        """See ColumnsReader.dot: x goes once to each owner of a token's rows."""
+        if part.is_meta:
+            for _ in range(self.dot_pauses):
+                yield
+            return lookup_dot(part, addresses % self.layout.num_values, x)
+        picks = self._by_owner(addresses)
+        tokens = picks.buckets // self.num_groups
+        number, new_vector = _numbered(picks.owners, tokens)
+        (send, receive), (vectors_send, vectors_receive) = yield from self._exchange_sizes(
+            picks.owners, torch.ones_like(picks.owners), new_vector
+        )
+        of_token = number.new_empty(sum(vectors_send)).scatter_(0, number, tokens)
+        asking = self._send_integers(picks.rows, "addresses", send, receive)
+        local = number - _first(vectors_send, number)[picks.owners]
+        numbering = self._send_integers(local, "input numbers", send, receive)
+        vectors = x.to(part.dtype)[of_token]
+        lending = all_to_all(vectors, self.group, "pre-value inputs", vectors_send, vectors_receive)
+        yield
+        served, source = asking.wait().long(), self._sources(receive, number.device)
+        first = _first(vectors_receive, number)
+        inputs = lending.wait()[numbering.wait().long() + first[source]]  # (S, V)
+        products = lookup_dot(part, served.unsqueeze(1), inputs)
+        returning = all_to_all(products, self.group, "pre-value products", receive, send)
+        yield
+        return returning.wait().squeeze(1)[picks.order.argsort()].view(addresses.shape)
 
     def _sources(self, receive: Sequence[int], device: torch.device) -> Tensor:
         """The rank that each entry came from, when so many came from each."""
@@ -246,7 +281,27 @@ def volume(x: Exchange) -> Volume:
     """The cheaper of the two ways to bring values home; behind pre-values there is one."""
     if x.pre_dim:
         return _volume_of_prevalued(x)
+    return _volume_of_values(x)
+
+
+def volume_of_columns(x: Exchange) -> Volume:
+    """Where rows are cut by columns too, so that products come home before values are read."""
+    values = _volume_of_values(x)
+    dots = _volume_of_dots(x) if x.pre_dim else Volume(0.0, 0.0)
+    return Volume(values.forward + dots.forward, values.backward + dots.backward)
+
+
+def _volume_of_values(x: Exchange) -> Volume:
     return min(volume_of_rows(x), volume_of_sums(x), key=lambda way: way.total)
+
+
+def _volume_of_dots(x: Exchange) -> Volume:
+    """Of pre-values: indices, an input for each owner that a token asks, products."""
+    away = (x.size - 1) / x.size
+    indices = 2 * ROW_BYTES * x.picks * away
+    inputs = x.number_bytes * x.pre_dim * distinct(x.size, x.picks) * away
+    products = PRODUCT_BYTES * x.picks * away
+    return Volume(indices + inputs + products, inputs + products)
 
 
 def _volume_of_prevalued(x: Exchange) -> Volume:
@@ -255,6 +310,11 @@ def _volume_of_prevalued(x: Exchange) -> Volume:
     numbers = ROW_BYTES * x.picks * away
     inputs = x.number_bytes * x.pre_dim * distinct(x.size, x.picks) * away
     return Volume(sums.forward + numbers + inputs, sums.backward + inputs)
+
+
+def kept(x: Exchange) -> float:
+    """As many rows as were picked: those that came, or those that this rank summed for others."""
+    return x.picks * x.value_dim * x.number_bytes
 
 
 def pools_at_owner(x: Exchange) -> bool:
@@ -278,9 +338,10 @@ def _reader(
 
 PARTITION = Partition(
     name="number",
-    parts=lambda size: (size, 1),
+    parts=lambda size, _node: (size, 1),
     check=_check,
     reader=_reader,
     volume=volume,
+    kept=kept,
     waits_for_host=True,
 )

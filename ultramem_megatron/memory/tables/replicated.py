@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.kernels.lookup_dot import lookup_dot
 from ultramem_megatron.kernels.lookup_prevalued import lookup_prevalued
 from ultramem_megatron.kernels.lookup_reduce import lookup_addresses
 from ultramem_megatron.memory.retrieval.addresses import split_address
@@ -22,6 +23,7 @@ class ReplicatedReader:
     num_groups: int
     pauses = 0
     prevalued_pauses = 0
+    dot_pauses = 0
 
     def read(
         self, part: Tensor, addresses: Tensor, scores: Tensor, pre: PreValues | None = None
@@ -34,6 +36,11 @@ class ReplicatedReader:
         return lookup_prevalued(
             part, pre.part, rows, groups, scores, pre.x, self.num_groups, pre.act
         )
+
+    def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
+        """See ColumnsReader.dot."""
+        yield from ()
+        return lookup_dot(part, split_address(addresses, self.num_values)[0], x)
 
 
 def _check(layout: TableLayout) -> None:
@@ -49,8 +56,9 @@ def _reader(
 
 PARTITION = Partition(
     name="replicated",
-    parts=lambda size: (size, 1),
+    parts=lambda size, _node: (size, 1),
     check=_check,
     reader=_reader,
     volume=lambda _: Volume(0.0, 0.0),
+    kept=lambda _: 0.0,
 )

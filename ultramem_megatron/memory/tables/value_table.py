@@ -1,6 +1,9 @@
 """The physical value table: this rank's part of it, and reading it."""
 
+import contextlib
 import re
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,9 +16,12 @@ from ultramem_megatron.memory.tables.contract import PreValues, TableReader
 from ultramem_megatron.memory.tables.lockstep import LockstepReader
 from ultramem_megatron.memory.tables.settings import TableSettings, exchange_of
 from ultramem_megatron.memory.tables.shared_tokens import SharedTokensReader
+from ultramem_megatron.memory.tables.stored import StoredReader, StoredTable
 
 VALUES_TAG = "ultramem_values"
 """Attribute of a value table's parameter, by which the optimizer gives it a rate of its own."""
+
+_without_rows: ContextVar[bool] = ContextVar("tables are built without their rows", default=False)
 
 _TABLE_NAME = re.compile(
     r"\b(pre_)?values\.((pre_)?table\.)?weight$|^decoder\.ultramem\.(pre_)?values$"
@@ -30,22 +36,25 @@ class ValueTable(nn.Module):
         config: UltraMemConfig,
         partition: str = "replicated",
         group: Any = None,
+        node_size: int | None = None,
         *,
         width: int | None = None,
         cores: int | None = None,
     ) -> None:
         """group: ranks that share the table, None: this one. partition: how, of PARTITIONS.
 
-        width, cores: of a row, and scores for it; by default Dv and those of the config.
+        node_size: of TableSettings. width, cores: of a row, and scores for it; by default Dv and
+        those of the config.
         """
         super().__init__()
         size, rank = (1, 0) if group is None else (group.size(), group.rank())
-        settings = TableSettings(size, partition)
+        settings = TableSettings(size, partition, node_size)
         self.layout = settings.layout(config, rank, width=width, cores=cores)
-        self.weight = nn.Parameter(torch.empty(self.layout.shape))
+        rows, columns = self.layout.shape
+        self.weight = nn.Parameter(torch.empty(0 if _without_rows.get() else rows, columns))
         mark_as_values(self.weight)
         self._config, self._group = config, group
-        exchange = exchange_of(config, size, self.weight.element_size())
+        exchange = exchange_of(config, size, self.weight.element_size(), node_size)
         self._reader: TableReader = settings.kind.reader(
             self.layout, config.value_expansion, group, exchange
         )
@@ -75,7 +84,8 @@ class ValueTable(nn.Module):
     def draw(self, draw: Draw, std: float, name: str) -> None:
         """Fill this rank's part from a normal distribution; `name` tells a layer's tables apart."""
         layout = self.layout
-        draw.table_(self.weight, layout.rows(), layout.columns(), layout.value_dim, std, name)
+        if len(self.weight):
+            draw.table_(self.weight, layout.rows(), layout.columns(), layout.value_dim, std, name)
 
     def share_tokens(self, group: Any) -> None:
         """The ranks of `group` hold the same tokens: let each read a share of them."""
@@ -84,6 +94,10 @@ class ValueTable(nn.Module):
     def read_in_lockstep(self) -> None:
         """Let ranks of the group bring different numbers of tokens, or none; for inference."""
         self._reader = LockstepReader(self._reader, self._group)
+
+    def leave_stored(self, table: StoredTable) -> None:
+        """Fetch rows from there; of a whole table that was built `without_rows`, for inference."""
+        self._reader = StoredReader(table, self.layout.num_values, self._config.value_expansion)
 
     def serve(self, pre: PreValues | None = None) -> bool:
         """In lockstep: take part in one read of the other ranks; False if all have finished."""
@@ -95,9 +109,25 @@ class ValueTable(nn.Module):
 class PreValueTable(ValueTable):
     """N pre-values, which are read together with the values they stand before."""
 
+    _stored: StoredTable | None = None
+
     def forward(self, x: Tensor, act: str) -> PreValues:  # type: ignore[override]  # reads nothing
         """For inputs (T, Dp). Called before the read, for the sake of Megatron's gather as well."""
-        return PreValues(self.weight, x, act)
+        return PreValues(self.weight, x, act, self._stored)
+
+    def leave_stored(self, table: StoredTable) -> None:
+        """See ValueTable.leave_stored."""
+        self._stored = table
+
+
+@contextlib.contextmanager
+def without_rows() -> Iterator[None]:
+    """Tables that are built within it allocate and draw no rows, which are elsewhere."""
+    before = _without_rows.set(True)
+    try:
+        yield
+    finally:
+        _without_rows.reset(before)
 
 
 def mark_as_values(parameter: nn.Parameter) -> None:

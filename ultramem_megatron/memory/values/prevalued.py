@@ -6,7 +6,6 @@ d = act(<P[row], W_p x>), and what is read is the sum of s * d * V[row] (UltraMe
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +26,12 @@ class PreValuedValues(nn.Module):
 
     def __init__(self, config: UltraMemConfig, site: Site) -> None:
         super().__init__()
-        cut: Any = (config, site.partition, site.group)
         shared = site.shared
-        self.table = shared.table if shared else ValueTable(*cut)
+        self.table = shared.table if shared else ValueTable(config, *site.cut)
         self.pre_table = (
-            shared.pre_table if shared else PreValueTable(*cut, width=config.pre_dim, cores=1)
+            shared.pre_table
+            if shared
+            else PreValueTable(config, *site.cut, width=config.pre_dim, cores=1)
         )
         self.pre_proj: nn.Module = (
             Linear(site.hidden_size, config.pre_dim, bias=False)

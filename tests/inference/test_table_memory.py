@@ -1,0 +1,169 @@
+"""Tables left in host memory or on disk: the logits of tables on the device, bit for bit."""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.decoding import full_logits, random_model
+from tests.ranks import RanksFailed, run_on_ranks
+from tests.training_runs import make_saving_fast, tiny_gpt
+from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.inference.layout import InferenceLayout
+from ultramem_megatron.inference.table_memory import check_table_memory
+from ultramem_megatron.megatron.checkpoint.table_files import TableFiles
+
+_KINDS = ("ultramem-conv", "ultramemv2", "moe-ultramem", "pkm", "hybrid")
+_CUTS = {"number": (2, "number"), "dimension": (2, "dimension"), "whole": (1, "auto")}
+_FEW = [("ultramem-conv", "number"), ("ultramemv2", "dimension")]
+_ALL = [(kind, cut) for kind in _KINDS for cut in _CUTS]
+
+
+def _save(folder, cases):
+    """A checkpoint of each kind, as two ranks write it that cut its tables so."""
+    from ultramem_megatron.megatron.checkpoint.weights import save_weights
+
+    make_saving_fast()
+    for kind, cut in cases:
+        model, args = random_model(kind, InferenceLayout(2, *_CUTS[cut]))
+        save_weights(model, args, folder / f"{kind}-{cut}")
+
+
+def _logits(folder, *layout, shape=(3, 12)):
+    from ultramem_megatron.inference.loading import load_for_inference
+
+    tokens = torch.randint(500, shape, generator=torch.Generator().manual_seed(0))
+    loaded = load_for_inference(str(folder), layout=InferenceLayout(*layout))
+    return full_logits(loaded.model, tokens)
+
+
+def _all_logits(folder, cases, ranks):
+    return {
+        (kind, cut): [
+            _logits(folder / f"{kind}-{cut}", ranks, 1, "auto", where)
+            for where in ("device", "host", "disk")
+        ]
+        for kind, cut in cases
+    }
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    run_on_ranks(2, _save, folder, _FEW)
+    return folder
+
+
+def test_logits_do_not_depend_on_where_tables_are(saved):
+    for case, (device, host, disk) in run_on_ranks(1, _all_logits, saved, _FEW, 1)[0].items():
+        assert torch.equal(host, device), case
+        assert torch.equal(disk, device), case
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_logits_of_every_kind_on_one_rank_and_two(tmp_path, ranks):
+    run_on_ranks(2, _save, tmp_path, _ALL)
+    found = run_on_ranks(ranks, _all_logits, tmp_path, _ALL, ranks)
+    for of_rank in found:
+        for case, (device, host, disk) in of_rank.items():
+            assert torch.equal(host, device), case
+            assert torch.equal(disk, device), case
+
+
+def _save_large(folder):
+    """One table of 32 MB."""
+    from ultramem_megatron.inference.untrained import untrained_model
+    from ultramem_megatron.megatron.checkpoint.weights import save_weights
+
+    flags = tiny_gpt(ultramem_spans="2:2", ultramem_num_keys=724, max_position_embeddings=32)
+    model, args = untrained_model(flags)
+    save_weights(model, args, folder)
+
+
+def _resident(file):
+    """Bytes of this process' memory that are pages of the file."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.endswith(str(file))
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/smaps")
+def test_of_a_table_on_disk_only_pages_with_rows_that_are_read_come_into_memory(tmp_path):
+    run_on_ranks(1, _save_large, tmp_path)
+    (file,) = (tmp_path / "release").glob("*.distcp")
+    with file.open("rb") as opened:  # out of the system's cache, of which whole pieces are mapped
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    key, rows = "decoder.layers.1.memory.values.weight", torch.arange(0, 724**2, 20_000)
+    table = TableFiles(str(file.parent), in_memory=False).table(key, 0, 724**2)
+    assert table.fetch(rows, 16).std() > 0
+    pages = os.sysconf("SC_PAGESIZE") * len(rows)
+    assert 0 < _resident(file) <= 2 * pages  # a row may lie on two
+
+
+def _damaged(folder):
+    """What reading a table says of a shard that is not what the metadata says."""
+    key, rows = "decoder.layers.0.memory.values.weight", 12 * 12
+    messages = []
+    for hurt in (_cut_short, _asks_for_code):
+        files = TableFiles(str(folder / "release"), in_memory=False)
+        hurt(folder / "release", files, key)
+        with pytest.raises(UltraMemError) as raised:
+            files.table(key, 0, rows)
+        messages.append(str(raised.value))
+    with pytest.raises(UltraMemError) as raised:
+        files.table(key.replace("0", "7"), 0, rows)
+    return [*messages, str(raised.value)]
+
+
+def _cut_short(_folder, files, key):
+    stored = files._metadata.state_dict_metadata[key]
+    stored.chunks.pop()
+    files._metadata.storage_data = {
+        index: place
+        for index, place in files._metadata.storage_data.items()
+        if index.fqn != key or index.offset[0] == 0
+    }
+
+
+class _Code:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def _asks_for_code(folder, files, key):
+    for index, place in files._metadata.storage_data.items():
+        if index.fqn == key:
+            torch.save(_Code(), folder / "other.distcp")
+            length = (folder / "other.distcp").stat().st_size
+            files._metadata.storage_data[index] = type(place)("other.distcp", 0, length)
+
+
+def test_a_shard_that_is_no_table_is_refused_and_nothing_of_it_run(saved, monkeypatch, tmp_path):
+    copy = shutil.copytree(saved / "ultramem-conv-number", tmp_path / "copy")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    short, code, missing = run_on_ranks(1, _damaged, copy)[0]
+    assert "of 144 x 16 numbers of decoder.layers.0.memory.values.weight its files hold" in short
+    assert "asks for posix.mkdir" in code or "asks for os.mkdir" in code
+    assert "has no table decoder.layers.7.memory.values.weight" in missing
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_what_needs_tables_on_the_device_is_refused(saved):
+    with pytest.raises(UltraMemError, match="--table-memory disk, --cuda-graphs: the host fetches"):
+        check_table_memory("disk", True, False)
+    with pytest.raises(UltraMemError, match="--table-memory host, --premultiply-values: it mult"):
+        check_table_memory("host", False, True)
+    folder = saved / "ultramem-conv-number"
+    with pytest.raises(RanksFailed, match="Leave --ultramem-parallel-size 2 out"):
+        run_on_ranks(1, _logits, folder, 1, 2, "auto", "disk")

@@ -1,0 +1,46 @@
+"""Value tables that decoding leaves in host memory or in the checkpoint's files.
+
+On an NVIDIA GPU the host fetches a token's rows and copies them there, for which it waits for the
+device.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from ultramem_megatron.errors import UltraMemError
+
+
+def check_table_memory(table_memory: str, cuda_graphs: bool, premultiply_values: bool) -> None:
+    """Raise UltraMemError for what needs its tables on the device."""
+    reasons = {
+        "--cuda-graphs": (cuda_graphs, "the host fetches rows in each step"),
+        "--premultiply-values": (premultiply_values, "it multiplies whole tables"),
+    }
+    for flag, (given, reason) in reasons.items():
+        if given:
+            raise UltraMemError(f"--table-memory {table_memory}, {flag}: {reason}. Leave one out.")
+
+
+def leave_tables(
+    model: Any, sharded: dict[str, Any], folder: str, *, in_memory: bool
+) -> dict[str, Tensor]:
+    """Let a model's tables, built `without_rows`, read from the checkpoint in `folder`.
+
+    sharded: the model's sharded state, from which they are taken, so that nothing loads them.
+    in_memory: read them into host memory now. Returns their parameters, without rows, by name.
+    Raises UltraMemError, see TableFiles.
+    """
+    from megatron.core.utils import unwrap_model
+
+    from ultramem_megatron.megatron.checkpoint.table_files import TableFiles
+    from ultramem_megatron.memory.tables.value_table import value_tables
+
+    files, left = TableFiles(folder, in_memory), {}
+    for module_name, table in value_tables(unwrap_model(model)).items():
+        name = f"{module_name}.weight"
+        place = sharded.pop(name)
+        stored = files.table(place.key, place.global_offset[0], table.layout.num_values)
+        table.leave_stored(stored)
+        left[name] = table.weight.detach()
+    return left
