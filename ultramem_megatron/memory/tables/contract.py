@@ -5,7 +5,7 @@ T tokens of this rank, P picks per token (H*m), C cores, E expansion groups, V v
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -15,21 +15,19 @@ from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.tables.layout import TableLayout
 from ultramem_megatron.memory.tables.traffic import Exchange, Volume
 
-if TYPE_CHECKING:
-    from ultramem_megatron.memory.tables.stored import StoredTable
-
 
 class PreValues(NamedTuple):
     """What scores are multiplied by: act(<P[row], x>), for each pick of a token.
 
     part: this rank's part of the pre-values P, cut as the values, with one core. x: (T, Dp). act: a
-    function's name, see `activation`. stored: where the rows are, if not in `part`.
+    function's name, see `activation`. stored: a StoredTable with the rows, if they are
+    not in `part`.
     """
 
     part: Tensor
     x: Tensor
     act: str
-    stored: "StoredTable | None" = None
+    stored: Any = None
 
     def padded(self, missing: int) -> "PreValues":
         """With so many more tokens, of zeros."""
