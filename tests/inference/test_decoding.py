@@ -164,6 +164,7 @@ def _options(tokens, layout, batching):
         top_p=1.0,
         seed=1,
         batching=batching,
+        table_memory="device",
         ultramem_node_size=None,
         **dict(zip(names, layout, strict=True)),
     )
