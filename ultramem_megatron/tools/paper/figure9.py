@@ -69,7 +69,7 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
             axes.fill_between(ranks, widths, _HIGHEST, color=line.get_color(), alpha=0.06)
         _draw_grid(axes, rows)
         axes.text(20, 1560, "above its line: dimension-wise\nmoves fewer bytes", va="top")
-        axes.text(290, 260, "below its line: number-wise\nmoves fewer bytes")
+        axes.text(262, 260, "below its line: number-wise\nmoves fewer bytes")
         axes.set(xlabel="ranks P that share a table", ylabel="value dim", xlim=(2, 512))
         axes.set(title="Equal traffic of the two partitions (the paper's formulas, E = 1)")
         axes.set(ylim=(0, _HIGHEST))
