@@ -47,6 +47,14 @@ def test_shards_train_like_one_rank():
 
 
 @_long
+def test_memories_in_place_of_mlps_train_like_one_rank(tmp_path):
+    changes = {"ultramem_spans": "2:2/8:8", "ultramem_replace_mlp": True}
+    start = _Start(tmp_path, **{**_HYBRID, **changes})
+    _check(start, 2, **_SP, **_NUMBER)
+    _check(start, 4, **_CROSSING, **_DIMENSION)
+
+
+@_long
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
