@@ -20,7 +20,11 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, defaul
 
 from ultramem_megatron.megatron import hooks
 from ultramem_megatron.megatron.background_reads import read_background
-from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std, residual_branches
+from ultramem_megatron.megatron.layer.feed_forward import (
+    feed_forward_std,
+    mlp_parameters,
+    residual_branches,
+)
 from ultramem_megatron.megatron.layer.overlap import describe_overlap
 from ultramem_megatron.megatron.layer.specs import with_memory
 from ultramem_megatron.megatron.metrics import MemoryMonitor
@@ -142,6 +146,7 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
             table_ranks=_table_ranks(groups),
             fullest_stage=most_on_one_stage((span.start for span in ultramem.spans), transformer),
             monitor=monitor,
+            replaced=mlp_parameters(transformer) if ultramem.replace_mlp else 0,
             moves_few_rows=self._model_config.train_rows is not None,
             table_log=self._table_log(monitor.layers, ultramem, groups),
         ).hang()

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from ultramem_megatron.megatron.layer.feed_forward import check_replaced
 from ultramem_megatron.megatron.layer.memory_submodule import TransformerMemory
 from ultramem_megatron.megatron.layer.overlap import branch_end
 from ultramem_megatron.megatron.layer.transformer_layer import (
@@ -58,6 +59,7 @@ def with_memory(
     """
     check_pipeline(ultramem.spans, config)
     check_shared_tables(ultramem, config)
+    check_replaced(ultramem, config)
     leave_to_scalar_optimizer()  # here, as every model with memories comes by
     if pp_rank is None:
         pp_rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -124,6 +126,8 @@ def with_role(layer: ModuleSpec, memory: ModuleSpec | None, role: LayerRole) -> 
         return layer
     if memory is not None:
         fields |= {"memory": memory} | _separate_pre_mlp_norm(fields)
+        if memory.params["ultramem"].replace_mlp:
+            fields["mlp"] = IdentityOp
     return ModuleSpec(
         module=with_memory_branch(layer.module),
         params={**layer.params, "role": role},

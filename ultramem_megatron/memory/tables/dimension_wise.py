@@ -17,7 +17,8 @@ from torch import Tensor
 from ultramem_megatron.communication.exchange import Transfer, all_to_all, gather_tokens
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.memory.tables.contract import Partition, TableReader
+from ultramem_megatron.kernels.lookup_prevalued.activations import activation
+from ultramem_megatron.memory.tables.contract import ColumnsReader, Partition, PreValues
 from ultramem_megatron.memory.tables.layout import TableLayout
 from ultramem_megatron.memory.tables.replicated import ReplicatedReader
 from ultramem_megatron.memory.tables.traffic import PRODUCT_BYTES, Exchange, Volume, address_bytes
@@ -30,7 +31,7 @@ class DimensionWiseReader:
     layout: TableLayout
     num_groups: int
     group: Any
-    columns: TableReader
+    columns: ColumnsReader
 
     @property
     def pauses(self) -> int:
@@ -38,12 +39,17 @@ class DimensionWiseReader:
         return self.columns.pauses + 2
 
     @property
-    def dot_pauses(self) -> int:
-        """See TableReader.dot_pauses."""
-        return self.columns.dot_pauses + 2
+    def prevalued_pauses(self) -> int:
+        """See TableReader.prevalued_pauses."""
+        return self.columns.dot_pauses + 2 + self.pauses
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
-        """See TableReader.read."""
+    def read(
+        self, part: Tensor, addresses: Tensor, scores: Tensor, pre: PreValues | None = None
+    ) -> Pausing:
+        """See TableReader.read. Pre-values come first: no rank has all of a product."""
+        if pre:
+            dots = yield from self._dot(pre.part, addresses, pre.x)
+            scores = scores * activation(pre.act)(dots).unsqueeze(2)
         tokens = len(addresses)
         gathering = gather_tokens(self._narrow(addresses), self.group, "addresses")
         sending = self._send_scores(scores, part)
@@ -57,8 +63,8 @@ class DimensionWiseReader:
         by_token = by_rank.permute(1, 2, 0, 3)
         return by_token.reshape(tokens, self.num_groups, self.layout.value_dim)
 
-    def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
-        """See TableReader.dot: partial products of all tokens go home and are added up there."""
+    def _dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
+        """Products (T, P): partial ones of all tokens go home and are added up there."""
         size, tokens = self.layout.column_parts, len(addresses)
         gathering = gather_tokens(self._narrow(addresses), self.group, "addresses")
         slices = x.to(part.dtype).view(tokens, size, part.shape[1]).transpose(0, 1)

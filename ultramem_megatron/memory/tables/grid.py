@@ -92,7 +92,7 @@ def volume(x: Exchange) -> Volume:
     """Dimension-wise over the network; number-wise in the node, for the tokens of all nodes."""
     slices = _parts(x.size, x.ranks_per_node)[1]
     far = dimension_wise.volume(replace(x, size=slices))
-    near = number_wise.volume(_in_node(x))
+    near = number_wise.volume_of_columns(_in_node(x))
     inside = (slices * near.forward, slices * near.backward)
     return Volume(far.forward + inside[0], far.backward + inside[1], inside)
 
