@@ -179,6 +179,7 @@ def _rank_main(plan: Plan, file: str, rank: int, recorder: Recorder, port: int) 
     base = plan.sandbox / "tmp" / f"rank{rank}"
     options = ["-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-p", "no:xdist"]
     options += ["-p", "no:hypothesispytest", "--basetemp", str(base), "-o", "addopts=", "-v", "-rN"]
+    options += ["--tb", "native"]  # pytest's own reads the source of each frame: slow, and large
     return pytest.main([*options, *plan.pytest_args, f"tests/unit_tests/{file}"], [recorder])
 
 
