@@ -51,11 +51,13 @@ class TableSettings:
         self.kind.check(layout)
         slices = layout.column_parts
         if config.row_widths[-1] % slices:
+            whole = slices == self.size
+            parts = f"--ultramem-parallel-size {slices}" if whole else f"{slices} groups of columns"
             raise UltraMemError(
                 f"--ultramem-partition {self.partition} cuts pre-values, too, but "
-                f"--ultramem-pre-value-dim {config.row_widths[-1]} is not divisible by the "
-                f"{slices} slices of --ultramem-parallel-size {self.size}. Use a multiple of "
-                f"{slices}, another size, or --ultramem-partition number."
+                f"--ultramem-pre-value-dim {config.row_widths[-1]} is not divisible by "
+                f"{parts}. Use a multiple of {slices}, another size, or --ultramem-partition "
+                f"number."
             )
 
 
