@@ -54,6 +54,7 @@ _PEER = {
 }
 _NUMBER = {"ultramem_partition": "number"}
 _DIMENSION = {"ultramem_partition": "dimension"}
+_GRID = {"ultramem_partition": "grid", "ultramem_node_size": 2}
 _TP = {"tensor_model_parallel_size": 2}
 _SP = {**_TP, "sequence_parallel": True}
 _PP = {"pipeline_model_parallel_size": 2}
@@ -81,6 +82,9 @@ def v2(tmp_path_factory: pytest.TempPathFactory) -> _Start:
         pytest.param(2, _NUMBER, id="DP2 number", marks=_long),
         pytest.param(2, _DIMENSION, id="DP2 dimension", marks=_long),
         pytest.param(4, {**_DIMENSION, "ultramem_overlap": True}, id="DP4, overlap", marks=_long),
+        pytest.param(4, _GRID, id="DP4 grid", marks=_long),
+        pytest.param(4, {**_TP, **_GRID}, id="TP2 DP2 grid", marks=_long),
+        pytest.param(8, {**_PP, **_SP, **_GRID}, id="PP2 TP2 SP DP2 grid", marks=_long),
         pytest.param(2, {**_TP, **_NUMBER}, id="TP2 number", marks=_long),
         pytest.param(2, {**_SP, **_NUMBER}, id="TP2 SP number", marks=_long),
         pytest.param(4, {**_SP, **_DIMENSION}, id="TP2 SP DP2 dimension", marks=_long),
@@ -112,7 +116,8 @@ def test_ultramem_v2_with_the_distributed_optimizer(
 @pytest.mark.parametrize("design", [_MEMORY_PLUS, _PEER], ids=["Memory+", "PEER"])
 def test_others_train_like_one_rank(design: dict[str, Any], tmp_path: Path) -> None:
     start = _Start(tmp_path, **design)
-    for world_size, layout in [(2, {**_TP, **_NUMBER}), (4, {**_SP, **_DIMENSION})]:
+    layouts = [(2, {**_TP, **_NUMBER}), (4, {**_SP, **_DIMENSION}), (4, _GRID)]
+    for world_size, layout in layouts:
         _check(start, world_size, **layout)
 
 

@@ -262,6 +262,21 @@ def test_distributed_optimizer(start_reshardable, world_size, layout):
     _check(start_reshardable, world_size, **layout)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (4, {**_OVERLAP}),
+        (8, {**_OVERLAP, "ultramem_parallel_size": 4}),
+        (8, {**_SP, **_OVERLAP, "ultramem_node_size": 4}),
+        (8, {**_CROSSING, **_TP, **_OVERLAP, "ultramem_overlap": True}),
+    ],
+    ids=str,
+)
+def test_distributed_optimizer_of_a_grid(start_reshardable, world_size, layout):
+    _check(start_reshardable, world_size, **{**_GRID, **layout})
+
+
 def test_bfloat16_follows_one_rank(start):
     half = {"bf16": True, "no_load_optim": True, "finetune": True, "lr": 1e-3}
     half |= {**start.flags, "load": start.folder}
@@ -271,6 +286,17 @@ def test_bfloat16_follows_one_rank(start):
     # are means over tokens, norms over weights: a token or weight is off by eps / 2 or by another
     # value picked, and most of that evens out.
     eps = torch.finfo(torch.bfloat16).eps
+    assert run.losses == pytest.approx(expected.losses, rel=eps / 4)
+    assert run.grad_norms == pytest.approx(expected.grad_norms, rel=3 * eps)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", [{"bf16": True}, {"fp16": True, "initial_loss_scale": 4096}])
+def test_a_grid_in_half_precision_follows_one_rank(start, precision):
+    half = {**precision, "no_load_optim": True, "finetune": True, "lr": 1e-3}
+    half |= {**start.flags, "load": start.folder}
+    expected, run = train(1, _flags(**half)), train(4, _flags(**half, **_SP, **_GRID))
+    eps = torch.finfo(torch.bfloat16).eps  # bounds: as above
     assert run.losses == pytest.approx(expected.losses, rel=eps / 4)
     assert run.grad_norms == pytest.approx(expected.grad_norms, rel=3 * eps)
 
@@ -286,11 +312,22 @@ _HEAVY = {"num_layers": 6, "train_iters": 6, "save_interval": 3}
         ((4, {**_TP, **_NUMBER, "ultramem_parallel_size": 2}), (1, {})),
         ((4, {**_SP, **_DIMENSION}), (4, {**_CROSSING, **_NUMBER})),
         ((2, {**_PP, "ultramem_parallel_size": 1}), (4, {**_TP, **_DIMENSION})),
+        pytest.param((4, {**_GRID}), (2, {**_NUMBER}), marks=pytest.mark.long),
+        pytest.param((4, {**_NUMBER}), (4, {**_GRID}), marks=pytest.mark.long),
+        pytest.param((4, {**_TP, **_GRID}), (2, {**_DIMENSION}), marks=pytest.mark.long),
+        pytest.param((2, {**_DIMENSION}), (4, {**_SP, **_GRID}), marks=pytest.mark.long),
+        pytest.param((4, {**_GRID}), (1, {}), marks=pytest.mark.long),
+        pytest.param((1, {}), (8, {**_GRID, "ultramem_node_size": 4}), marks=pytest.mark.long),
+        pytest.param(
+            (8, {**_GRID}),
+            (8, {**_CROSSING, **_GRID, "ultramem_node_size": 2}),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_checkpoint_of_any_layout_continues_in_any_other(saving, loading, tmp_path):
-    # Every other pair with the distributed optimizer, whose state is saved in another form.
-    dist = _DIST if saving[1].get("ultramem_partition") == "number" else {}
+    # Some pairs with the distributed optimizer, whose state is saved in another form.
+    dist = _DIST if saving[1].get("ultramem_partition") in ("number", "grid") else {}
 
     (save_ranks, save_layout), (load_ranks, load_layout) = saving, loading
 
@@ -308,11 +345,20 @@ def test_a_checkpoint_of_any_layout_continues_in_any_other(saving, loading, tmp_
     assert_same_training(resumed, uninterrupted, gradients=False)
 
 
-@pytest.mark.parametrize("layout", [{**_NUMBER}, {**_DIMENSION}, {**_TP, **_NUMBER}])
-def test_the_initial_table_does_not_depend_on_the_layout(layout):
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, {**_NUMBER}),
+        (2, {**_DIMENSION}),
+        (2, {**_TP, **_NUMBER}),
+        pytest.param(4, {**_GRID}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_the_initial_table_does_not_depend_on_the_layout(world_size, layout):
     frozen = {"lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0, "train_iters": 1}
     one = whole(train(1, _flags(**frozen)), "parameters")
-    cut = whole(train(2, _flags(**frozen, **layout)), "parameters")
+    cut = whole(train(world_size, _flags(**frozen, **layout)), "parameters")
     tables = [name for name in one if ".memory." in name]
     assert len(tables) == 16
     for name in tables:
@@ -336,6 +382,13 @@ def test_experts_and_tables_share_their_groups():
     table = whole(run, "gradients", only="values.weight")["decoder.layers.1.memory.values.weight"]
     assert torch.isfinite(table).all()
     assert table.norm() > 0
+
+
+@pytest.mark.long
+def test_a_grid_beside_experts_trains_as_another_cut_beside_them():
+    experts = {"num_experts": 4, "moe_router_topk": 2, "expert_model_parallel_size": 4}
+    runs = [train(4, _flags(**experts, **cut), gradients_at=2) for cut in (_NUMBER, _GRID)]
+    assert_same_training(runs[1], runs[0])
 
 
 @pytest.mark.parametrize(

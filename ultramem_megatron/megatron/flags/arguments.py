@@ -195,7 +195,8 @@ def _add_table_arguments(group: Any) -> None:
         type=whole_number,
         metavar="P",
         help="Ranks of a pipeline stage that share each value table; divides tensor x context x "
-        "data parallel. Default: all of them (with experts: --expert-model-parallel-size).",
+        "data parallel. Default: all of them, of more than 64 what the cost model says (with "
+        "experts: --expert-model-parallel-size).",
     )
     group.add_argument(
         "--ultramem-partition",
