@@ -238,7 +238,7 @@ def test_a_checkpoint_of_shared_tables_continues_in_another_layout(
         ),
         (
             {**_DIMENSION, "ultramem_pre_value_dim": 7},
-            "--ultramem-pre-value-dim 7 is not divisible by the 2 slices of --ultramem-parallel-size 2",
+            "--ultramem-pre-value-dim 7 is not divisible by --ultramem-parallel-size 2",
         ),
         (
             {
