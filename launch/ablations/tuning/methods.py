@@ -80,6 +80,8 @@ def _rows(kind: type[torch.optim.Optimizer], most: int | None) -> Make:
             for table in tables:
                 table.main_grad = table.grad  # type: ignore[attr-defined]  # where Megatron has it
             rows.choose()
+            for table in tables:
+                del table.main_grad
 
         return Tuner(optimizer, choose)
 
