@@ -11,7 +11,7 @@ from launch.ablations.tuning.__main__ import main
 from launch.ablations.tuning.definitions import Definitions, known, new_lines
 from launch.ablations.tuning.low_rank import LowRank
 from launch.ablations.tuning.results import LEARNT, at_equal_learning, best_rate, summary
-from tests.launch.test_ablations import TINY, output  # noqa: F401 - a fixture
+from tests.launch.test_ablations import TINY, fetched
 
 
 def _line(method, rate, seed, step, new, old):
@@ -83,7 +83,8 @@ def test_a_low_rank_change_begins_as_none_and_has_its_rank():
 
 
 @pytest.mark.long
-def test_a_model_is_taught_in_every_way(output, tmp_path, capsys):  # noqa: F811
+def test_a_model_is_taught_in_every_way(tmp_path, capsys):
+    output = fetched(tmp_path / "work", 1100)
     words = ["--seeds", "1", "--steps", "2", "--tuning-steps", "2", "--output", str(output)]
     assert main([*words, "--results", str(tmp_path), "--", *TINY]) == 0
     with (tmp_path / "tuning.csv").open(newline="") as opened:

@@ -13,10 +13,10 @@ if TYPE_CHECKING:  # Megatron is imported after it is patched, where the model i
     from launch.ablations.tuning.methods import Method
     from ultramem_megatron.megatron.background_reads import BackgroundReads
 
-NEW, BATCH, STEPS = 48, 16, 60  # definitions to learn, of them in a step, steps
-LOOKED_AT = (5, 10, 20, 40, 60)
+NEW, BATCH, STEPS = 48, 16, 40  # definitions to learn, of them in a step, steps
+LOOKED_AT = (5, 10, 20, 40)
 CLIP = 1.0
-_OLD = 128  # of the definitions known before; every k-th
+_OLD = 64  # of the definitions known before; every k-th
 _WINDOWS = 4  # of 128 tokens, in a batch of the background text: as many tokens as in a step
 Sets = Mapping[str, Definitions]
 Row = dict[str, Any]
