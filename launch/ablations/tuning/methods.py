@@ -81,7 +81,7 @@ def _rows(kind: type[torch.optim.Optimizer], most: int | None) -> Make:
                 table.main_grad = table.grad  # type: ignore[attr-defined]  # where Megatron has it
             rows.choose()
             for table in tables:
-                del table.main_grad
+                del table.main_grad  # type: ignore[attr-defined]  # set above
 
         return Tuner(optimizer, choose)
 
