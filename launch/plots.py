@@ -27,7 +27,7 @@ def _figure1c(file: Path) -> None:
 
 
 def _figure9(file: Path) -> None:
-    numbers = rows.read(file, "ultramem paper figure9 --csv FILE", ("top_m", "value_dim"))
+    numbers = rows.read(file, "ultramem paper figure9 --csv FILE", ("top_m", "grid_from"))
     figure9.draw(file.with_suffix(".png"), numbers)
 
 

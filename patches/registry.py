@@ -18,6 +18,7 @@ PATCH_MODULES = (
     # A machine without CUDA.
     "cpu.devices",
     "cpu.cuda_calls",
+    "cpu.device_mesh",
     "cpu.initialize",
     "cpu.rng_state",
     "cpu.no_compile",

@@ -46,6 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "pkm": {
         "ultramem_spans": "2:2",
+        "ultramem_replace_mlp": True,
         "ultramem_num_keys": 12,
         "ultramem_topk": 6,
         "ultramem_retrieval": "pkm",

@@ -19,6 +19,7 @@ from ultramem_megatron.kernels.lookup_reduce.main_grad import (
 )
 from ultramem_megatron.kernels.lookup_reduce.reference import lookup_reduce_reference
 from ultramem_megatron.kernels.lookup_reduce.shapes import lookup_reduce_shapes
+from ultramem_megatron.kernels.lookup_reduce.torch_path import RowGradients
 
 
 def lookup_reduce(
@@ -76,23 +77,31 @@ def table_gradient(
     grad: Tensor, table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, with_scores: bool
 ) -> tuple[Tensor, Tensor | None]:
     """What backward returns for the table, and for the scores if asked; grad: (T, E, V)."""
-    target = _target(table, rows)
+    target = gradient_target(table, rows)
     score_grad = backward_kernel(table)(grad, table, rows, groups, scores, target, with_scores)
-    if target is None:
-        pieces = torch_path.row_gradients(grad, rows, groups, scores)
-        return sparse_gradient(table, pieces), score_grad
-    if target is main_grad_of(table):
-        return added_to_main_grad(table), score_grad
-    reused.added(table, target)
-    return target, score_grad
+    pieces = torch_path.row_gradients(grad, rows, groups, scores)
+    return gradient_to_return(table, target, pieces), score_grad
 
 
-def _target(table: Tensor, rows: Tensor) -> Tensor | None:
-    """What row gradients are added to; None if they are to become a sparse tensor."""
+def gradient_target(table: Tensor, rows: Tensor) -> Tensor | None:
+    """What gradients of `rows` are added to; None if they are to become a sparse tensor."""
     if wants_sparse(table):
         return None
     main_grad = main_grad_of(table)
     return reused.zeros_for(table, rows) if main_grad is None else main_grad
+
+
+def gradient_to_return(table: Tensor, target: Tensor | None, pieces: RowGradients) -> Tensor:
+    """What backward returns for the table when its `gradient_target` has been added to.
+
+    pieces: looked at only where there was none.
+    """
+    if target is None:
+        return sparse_gradient(table, pieces)
+    if target is main_grad_of(table):
+        return added_to_main_grad(table)
+    reused.added(table, target)
+    return target
 
 
 def pool_kernel(table: Tensor) -> Any:

@@ -5,18 +5,9 @@
 #include <vector>
 
 #include "../native/numbers.h"
+#include "../native/rows.h"
 
 namespace {
-
-constexpr int64_t kAhead = 8;  // picks whose rows are asked for before they are needed
-constexpr int64_t kLine = 64;  // bytes
-
-template <class T>
-inline void ask_for(const T* row, int64_t width) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < width * static_cast<int64_t>(sizeof(T)); i += kLine)
-    __builtin_prefetch(bytes + i);
-}
 
 template <class T>
 void pool(const T* table, const int64_t* rows, const int64_t* groups, const float* scores, T* out,
@@ -32,11 +23,9 @@ void pool(const T* table, const int64_t* rows, const int64_t* groups, const floa
       for (int64_t p = t * picks; p < (t + 1) * picks; p++) {
         if (p + kAhead < end) ask_for(table + rows[p + kAhead] * width, width);
         for (int64_t c = 0; c < cores; c++) {
-          const T* __restrict row = table + rows[p] * width + c * slice;
-          float* __restrict sum = sums.data() + groups[p] * width + c * slice;
           const float weight = to_float(rounded<T>(scores[p * cores + c]));
-#pragma omp simd
-          for (int64_t i = 0; i < slice; i++) sum[i] += weight * to_float(row[i]);
+          add(sums.data() + groups[p] * width + c * slice, table + rows[p] * width + c * slice,
+              weight, slice);
         }
       }
       T* __restrict result = out + t * num_groups * width;
@@ -65,20 +54,10 @@ void pool_backward(const T* grad, const T* table, const int64_t* rows, const int
         if (owned) ask_for(target + rows[p + kAhead] * width, width);
       }
       for (int64_t c = 0; c < cores; c++) {
-        const T* __restrict from = grad + (t * num_groups + groups[p]) * width + c * slice;
-        if (scored) {
-          const T* __restrict row = table + rows[p] * width + c * slice;
-          float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-          for (int64_t i = 0; i < slice; i++) dot += to_float(from[i]) * to_float(row[i]);
-          score_grad[p * cores + c] = dot;
-        }
-        if (owned) {
-          float* __restrict to = target + rows[p] * width + c * slice;
-          const float weight = scores[p * cores + c];
-#pragma omp simd
-          for (int64_t i = 0; i < slice; i++) to[i] += weight * to_float(from[i]);
-        }
+        const T* from = grad + (t * num_groups + groups[p]) * width + c * slice;
+        const int64_t at = rows[p] * width + c * slice;
+        if (scored) score_grad[p * cores + c] = dot(from, table + at, slice);
+        if (owned) add(target + at, from, scores[p * cores + c], slice);
       }
     }
   }

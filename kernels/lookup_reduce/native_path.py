@@ -23,12 +23,12 @@ def pool(table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups
     Raises IndexError for rows or groups that are not there, which C++ would read or write all the
     same: a damaged checkpoint's shuffle can name them.
     """
-    _check(rows, len(table), "table row")
-    _check(groups, num_groups, "group")
+    check_indices(rows, len(table), "table row")
+    check_indices(groups, num_groups, "group")
     tokens, picks, cores = scores.shape
     out = table.new_empty(tokens, num_groups, table.shape[1])
     sizes = (tokens, picks, cores, num_groups, table.shape[1])
-    _call("lookup_pool", table, rows, groups, scores.float(), out, *sizes)
+    call_for_dtype("lookup_pool", table, rows, groups, scores.float(), out, *sizes)
     return out
 
 
@@ -45,19 +45,20 @@ def backward(
 
     Raises IndexError as `pool` does: lookup-dot begins here.
     """
-    _check(rows, len(table), "table row")
-    _check(groups, grad.shape[1], "group")
-    native_target = target if target is not None and _takes(target) else None
+    check_indices(rows, len(table), "table row")
+    check_indices(groups, grad.shape[1], "group")
+    native_target = target if target is not None and takes(target) else None
     dots = scores.new_empty(scores.shape, dtype=torch.float32) if with_scores else None
     tensors = (table, rows, groups, scores.float(), native_target, dots)
     sizes = (*scores.shape, grad.shape[1], grad.shape[2])
-    _call("lookup_backward", grad.to(table.dtype), *tensors, *sizes)
+    call_for_dtype("lookup_backward", grad.to(table.dtype), *tensors, *sizes)
     if target is not None and native_target is None:
         torch_path.backward(grad, table, rows, groups, scores, target, with_scores=False)
     return None if dots is None else dots.to(scores.dtype)
 
 
-def _check(indices: Tensor, size: int, what: str) -> None:
+def check_indices(indices: Tensor, size: int, what: str) -> None:
+    """Raise IndexError for an index outside 0..size-1."""
     if indices.numel() == 0:
         return
     for index in map(int, indices.aminmax()):
@@ -65,11 +66,12 @@ def _check(indices: Tensor, size: int, what: str) -> None:
             raise IndexError(f"{what} {index} of {size}")
 
 
-def _takes(target: Tensor) -> bool:
+def takes(target: Tensor) -> bool:
+    """Whether C++ can add to it."""
     return target.dtype == torch.float32 and target.is_contiguous()
 
 
-def _call(name: str, *arguments: Tensor | int | None) -> None:
+def call_for_dtype(name: str, *arguments: Tensor | int | None) -> None:
     """`name` for the dtype of the first argument."""
     first = arguments[0]
     assert isinstance(first, Tensor)

@@ -37,16 +37,17 @@ def backward(
     if scores.numel() == 0 or table.shape[1] == 0:
         return score_grad.zero_() if with_scores else None
     grad, rows, groups, scores = (x.contiguous() for x in (grad, rows, groups, scores))
-    atomic = target is not None and _may_add_in_any_order(target)
+    atomic = target is not None and may_add_in_any_order(target)
     with torch.cuda.device_of(table):
         if with_scores or atomic:
             _picks(grad, table, rows, groups, scores, target if atomic else None, score_grad)
         if target is not None and not atomic:
-            _sorted_rows(grad, rows, groups, scores, target)
+            add_sorted_rows(grad, sorted_picks(rows), groups, scores, target)
     return score_grad if with_scores else None
 
 
-def _may_add_in_any_order(target: Tensor) -> bool:
+def may_add_in_any_order(target: Tensor) -> bool:
+    """Whether atomics may add to it: they are exact enough, and no fixed order is asked for."""
     exact = target.dtype in (torch.float32, torch.float64)
     return exact and not torch.are_deterministic_algorithms_enabled()
 
@@ -82,18 +83,27 @@ def _picks(
     )
 
 
-def _sorted_rows(
-    grad: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, target: Tensor
+def sorted_picks(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (T, P) in ascending order, and the pick that each is of."""
+    row_n, order_n = rows.flatten().sort(stable=True)
+    return row_n, order_n
+
+
+def add_sorted_rows(
+    grad: Tensor,
+    picks_in_order: tuple[Tensor, Tensor],
+    groups: Tensor,
+    scores: Tensor,
+    target: Tensor,
 ) -> None:
+    """Add row gradients to `target` in a fixed order; picks_in_order: of `sorted_picks`."""
     tokens, picks, cores = scores.shape
     width = target.shape[1]
     sizes = row_sizes(width // cores)
-    row_n, order_n = rows.flatten().sort(stable=True)
     blocks = cores * triton.cdiv(width // cores, sizes["BLOCK_W"])
     sorted_rows_kernel[(tokens * picks, blocks)](
         grad,
-        row_n,
-        order_n,
+        *picks_in_order,
         groups,
         scores,
         target,

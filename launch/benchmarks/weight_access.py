@@ -14,7 +14,8 @@ from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from torch import Tensor, nn
 
 from launch.benchmarks.grouped_experts import GroupedProducts
-from ultramem_megatron.memory.tables.value_table import ValueTable
+from ultramem_megatron.memory.tables.contract import PreValues
+from ultramem_megatron.memory.tables.value_table import PreValueTable, ValueTable
 from ultramem_megatron.tools.plan.sizes import ReadSizes
 
 
@@ -42,8 +43,12 @@ def count_weight_bytes(model: nn.Module) -> Iterator[dict[str, int]]:
 
     def values(module: nn.Module, inputs: Any) -> None:
         assert isinstance(module, ValueTable)
-        rows = (inputs[0] % module.layout.num_values).unique().numel()
-        counted["values"] += rows * module.weight[0].nbytes
+        if isinstance(module, PreValueTable):
+            return  # it is read, and counted, with the values it stands before
+        addresses, _scores, *others = inputs
+        rows = (addresses % module.layout.num_values).unique().numel()
+        pre = [given.part for given in others if isinstance(given, PreValues)]
+        counted["values"] += rows * sum(part[0].nbytes for part in (module.weight, *pre))
 
     counters = {"mlp": mlp, "experts": experts, "grouped": grouped, "values": values}
     hooks = [

@@ -42,6 +42,7 @@ class HostStream:
 
     cuda_stream = 0
     device_index = 0
+    device = torch.device("cpu")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 

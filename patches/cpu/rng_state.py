@@ -16,11 +16,18 @@ from ultramem_megatron.patches.cpu.devices import without_cuda
 from ultramem_megatron.patches.patch import Editor, Patch
 
 _MODULE = "megatron.core.tensor_parallel.random"
+_GET = f"{_MODULE}._get_cuda_rng_state"
+_SET = f"{_MODULE}._set_cuda_rng_state"
 _BUILD_ITERATORS = "megatron.training.training.build_train_valid_test_data_iterators"
 
 
-def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
-    torch.set_rng_state(new_state)
+def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> Any:
+    # A graph-safe state is a generator. None refers to the CPU's own, so it is a copy.
+    return torch.default_generator.clone_state() if graph_safe else torch.get_rng_state()
+
+
+def _set_rng_state(new_state: Any, device: Any = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state.get_state() if graph_safe else new_state)
 
 
 def _keep_generator(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,9 +49,8 @@ def _drop_shared_generator_warning(record: logging.LogRecord) -> bool:
 
 
 def _install(editor: Editor) -> None:
-    editor.replace(
-        f"{_MODULE}._set_cuda_rng_state", _set_rng_state, ("new_state", "device", "graph_safe")
-    )
+    editor.replace(_GET, _get_rng_state, ("device", "clone", "graph_safe"))
+    editor.replace(_SET, _set_rng_state, ("new_state", "device", "graph_safe"))
     editor.wrap(_BUILD_ITERATORS, _keep_generator, ("build_train_valid_test_datasets_provider",))
     module_logger = logging.getLogger(_MODULE)
     module_logger.addFilter(_drop_shared_generator_warning)
@@ -53,9 +59,9 @@ def _install(editor: Editor) -> None:
 
 PATCH = Patch(
     name="cpu.rng_state",
-    symbols=(f"{_MODULE}._set_cuda_rng_state", _BUILD_ITERATORS),
-    reason="The first sets torch.cuda.default_generators, which are empty without CUDA; the second "
-    "makes data loaders without a generator of their own.",
+    symbols=(_GET, _SET, _BUILD_ITERATORS),
+    reason="The first two use torch.cuda.default_generators, which are empty without CUDA; the "
+    "last makes data loaders without a generator of their own.",
     delete_when="Megatron sets generator states through torch.accelerator.",
     install=_install,
     active=without_cuda,

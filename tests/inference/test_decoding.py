@@ -101,6 +101,19 @@ def test_ranks_that_share_a_model_decode_what_one_rank_does(saved):
 
 
 @pytest.mark.long
+def test_a_grid_decodes_what_one_rank_does(saved):
+    kinds = ("ultramem-conv", "ultramemv2")
+    grid = {"grid": (2, 4, "grid", "device", 2)}
+    for rank in run_on_ranks(4, _load_and_compute, saved[0], kinds, grid):
+        for kind in kinds:
+            whole, cached, dynamic = rank[kind, "grid"]
+            expected = saved[1][kind][0]
+            assert_close(whole, expected, LOGITS, kind)
+            for logits in (cached, dynamic):
+                assert_close(logits, expected[:, _PREFILL - 1 :], LOGITS, kind)
+
+
+@pytest.mark.long
 def test_a_hybrid_model_decodes_its_full_forward(tmp_path):
     ((whole, cached, dynamic, without_values),) = (
         found["hybrid"] for found in run_on_ranks(1, _save, tmp_path, ("hybrid",))
@@ -151,6 +164,8 @@ def _options(tokens, layout, batching):
         top_p=1.0,
         seed=1,
         batching=batching,
+        table_memory="device",
+        ultramem_node_size=None,
         **dict(zip(names, layout, strict=True)),
     )
 

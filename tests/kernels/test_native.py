@@ -21,6 +21,8 @@ from ultramem_megatron.kernels.tucker_topk import tucker_topk
 
 pytestmark = needs_compiler
 
+_OPS = ("lookup_reduce", "lookup_prevalued", "side_topk", "tucker_topk")
+
 _ASK = """
 import logging, torch
 logging.basicConfig(level="INFO", format="%(message)s")
@@ -152,7 +154,7 @@ def test_kernels_hold_with_other_instructions_and_under_sanitizers(flags, preloa
     if preloaded:
         asked = ["c++", f"-print-file-name={preloaded}"]
         env["LD_PRELOAD"] = subprocess.check_output(asked, text=True).strip()
-    files = [f"tests/kernels/test_{n}.py" for n in ("lookup_reduce", "side_topk", "tucker_topk")]
+    files = [f"tests/kernels/test_{n}.py" for n in _OPS]
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "native", *files]
     done = subprocess.run(tests, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

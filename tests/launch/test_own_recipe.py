@@ -177,13 +177,14 @@ def _flop_count(trained):
 
 def test_throughput_and_parameter_reports_count_the_memory(capfd):
     flags = {"num_layers": 4, "train_iters": 3, "log_throughput": True}
-    memory = {"ultramem_spans": "1:2/3:4", "ultramem_num_keys": 12, "ultramem_topk": 6}
+    memory = {"ultramem_spans": "1:1/3:3", "ultramem_num_keys": 12, "ultramem_topk": 6}
+    memory["ultramem_replace_mlp"] = True
     plain = run_pretrain(1, tiny_gpt(**flags), on_finish=_flop_count)
     capfd.readouterr()
     counted = run_pretrain(1, tiny_gpt(**flags, **memory), on_finish=_flop_count, print_output=True)
     # Queries 2*16*32, keys 2*2*24*16, cores 2*2*2*2, norms 16+16, projection 4*16*32: 4656
-    # parameters; 2*6*16 values read per token.
-    per_token = 2 * 2 * (4656 + 192)
+    # parameters; 2*6*16 values read per token; two matrices of 32*128 in each MLP replaced.
+    per_token = 2 * 2 * (4656 + 192 - 2 * 32 * 128)
     tokens = 8 * 32
     added = counted.ranks[0].finished - plain.ranks[0].finished
     assert added == 3 * tokens * per_token

@@ -1,5 +1,6 @@
 """UltraMemV2, Memory+ and PEER in Megatron: every layout trains the model that one rank trains."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ _PEER = {
 }
 _NUMBER = {"ultramem_partition": "number"}
 _DIMENSION = {"ultramem_partition": "dimension"}
+_GRID = {"ultramem_partition": "grid", "ultramem_node_size": 2}
 _TP = {"tensor_model_parallel_size": 2}
 _SP = {**_TP, "sequence_parallel": True}
 _PP = {"pipeline_model_parallel_size": 2}
@@ -80,6 +82,9 @@ def v2(tmp_path_factory: pytest.TempPathFactory) -> _Start:
         pytest.param(2, _NUMBER, id="DP2 number", marks=_long),
         pytest.param(2, _DIMENSION, id="DP2 dimension", marks=_long),
         pytest.param(4, {**_DIMENSION, "ultramem_overlap": True}, id="DP4, overlap", marks=_long),
+        pytest.param(4, _GRID, id="DP4 grid", marks=_long),
+        pytest.param(4, {**_TP, **_GRID}, id="TP2 DP2 grid", marks=_long),
+        pytest.param(8, {**_PP, **_SP, **_GRID}, id="PP2 TP2 SP DP2 grid", marks=_long),
         pytest.param(2, {**_TP, **_NUMBER}, id="TP2 number", marks=_long),
         pytest.param(2, {**_SP, **_NUMBER}, id="TP2 SP number", marks=_long),
         pytest.param(4, {**_SP, **_DIMENSION}, id="TP2 SP DP2 dimension", marks=_long),
@@ -111,8 +116,65 @@ def test_ultramem_v2_with_the_distributed_optimizer(
 @pytest.mark.parametrize("design", [_MEMORY_PLUS, _PEER], ids=["Memory+", "PEER"])
 def test_others_train_like_one_rank(design: dict[str, Any], tmp_path: Path) -> None:
     start = _Start(tmp_path, **design)
-    for world_size, layout in [(2, {**_TP, **_NUMBER}), (4, {**_SP, **_DIMENSION})]:
+    layouts = [(2, {**_TP, **_NUMBER}), (4, {**_SP, **_DIMENSION}), (4, _GRID)]
+    for world_size, layout in layouts:
         _check(start, world_size, **layout)
+
+
+_VPP = {**_PP, "num_virtual_stages_per_pipeline_rank": 2}
+_STRADDLING = {"num_layers": 8, **_PP, "pipeline_model_parallel_layout": "Et|ttt|tt|ttL"}
+_PROPOSED = "Et*2|t*2|t*2|t*2L"
+
+
+@_long
+def test_groups_within_virtual_stages_train_like_one_rank(tmp_path: Path) -> None:
+    start = _Start(tmp_path, **{**_V2, "num_layers": 8})
+    _check(start, 2, **_VPP, **_RECOMPUTE)
+    _check(start, 4, **_VPP, **_SP, **_DIMENSION)
+    _check(start, 4, **{**_STRADDLING, **_NUMBER, "pipeline_model_parallel_layout": _PROPOSED})
+
+
+_REPLACING = {"ultramem_replace_mlp": True}
+_PLUS_ALONE = {**_MEMORY_PLUS, **_REPLACING, "ultramem_spans": "1:1/2:2/4:4"}
+_PLUS_ALONE["ultramem_share_values"] = 3
+_PEER_ALONE = {**_PEER, **_REPLACING, "ultramem_spans": "2:2/4:4"}
+
+
+@_long
+@pytest.mark.parametrize(
+    ("design", "layouts"),
+    [
+        (
+            _PLUS_ALONE,
+            [
+                (2, {**_TP, **_NUMBER}),
+                (4, {**_SP, **_DIMENSION, **_RECOMPUTE}),
+                (2, {"context_parallel_size": 2, **_NUMBER}),
+            ],
+        ),
+        (
+            _PEER_ALONE,
+            [
+                (2, _PP),
+                (4, {**_PP, **_SP, **_DIMENSION}),
+                (4, {**_NUMBER, "ultramem_overlap": True, "hidden_dropout": 0.0}),
+                (2, {"num_virtual_stages_per_pipeline_rank": 2, **_PP}),
+            ],
+        ),
+    ],
+    ids=["Memory+", "PEER"],
+)
+def test_in_place_of_mlps_others_train_like_one_rank(
+    design: dict[str, Any], layouts: list[tuple[int, dict[str, Any]]], tmp_path: Path
+) -> None:
+    start = _Start(tmp_path, **design)
+    for world_size, layout in layouts:
+        _check(start, world_size, **layout)
+
+
+@_long
+def test_in_place_of_mlps_with_the_distributed_optimizer(tmp_path: Path) -> None:
+    _check(_Start(tmp_path, **_PLUS_ALONE, **_DIST), 4, **_DIMENSION, **_OVERLAP)
 
 
 @_long
@@ -162,12 +224,30 @@ def test_a_checkpoint_of_shared_tables_continues_in_another_layout(
             "layers 3 to 4 share a table, .* Use --pipeline-model-parallel-layout .Et.2.t.2L",
         ),
         (
+            _STRADDLING,
+            r"layers 1 to 2 share a table, but pipeline stage 0 chunk 0 .*"
+            rf'Use --pipeline-model-parallel-layout "{re.escape(_PROPOSED)}"',
+        ),
+        (
+            {**_VPP, "num_layers": 8, "ultramem_share_values": 4},
+            "at most 2 stages or virtual chunks, 4 are asked for: use --pipeline-model-parallel-s",
+        ),
+        (
             {**_RECOMPUTE, "overlap_grad_reduce": True},
             "--overlap-grad-reduce with --recompute-granularity full cannot be combined",
         ),
         (
             {**_DIMENSION, "ultramem_pre_value_dim": 7},
             "--ultramem-pre-value-dim 7 is not divisible by --ultramem-parallel-size 2",
+        ),
+        (
+            {
+                **_REPLACING,
+                "num_experts": 2,
+                "moe_layer_freq": "[0,0,1,0]",
+                "disable_bias_linear": True,
+            },
+            "--ultramem-spans 3:3 with --ultramem-replace-mlp: layer 3 has experts",
         ),
     ],
 )

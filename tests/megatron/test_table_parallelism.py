@@ -73,12 +73,18 @@ def _check(start, world_size, **layout):
 
 _NUMBER = {"ultramem_partition": "number"}
 _DIMENSION = {"ultramem_partition": "dimension"}
+_GRID = {"ultramem_partition": "grid", "ultramem_node_size": 2}
 _TP = {"tensor_model_parallel_size": 2}
 _SP = {**_TP, "sequence_parallel": True}
 _PP = {"pipeline_model_parallel_size": 2}
 _CROSSING = {**_PP, "pipeline_model_parallel_layout": "Ett|ttttL"}  # span 2:3
 _VPP = {**_PP, "num_virtual_stages_per_pipeline_rank": 3}
 _DIST = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
+_RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 2,
+}
 _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 
@@ -96,6 +102,7 @@ _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
             ("P2 of DP4 dimension", 4, {**_DIMENSION, "ultramem_parallel_size": 2}),
             ("DP8 dimension", 8, _DIMENSION),
             ("DP8 number", 8, _NUMBER),
+            ("DP4 grid", 4, _GRID),
             ("P1 of TP2", 2, {**_TP, "ultramem_parallel_size": 1}),
             ("TP2 number", 2, {**_TP, **_NUMBER}),
             ("TP2 dimension", 2, {**_TP, **_DIMENSION}),
@@ -104,6 +111,7 @@ _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
             ("P1 of TP2 SP", 2, {**_SP, "ultramem_parallel_size": 1}),
             ("TP2 DP2 number", 4, {**_TP, **_NUMBER}),
             ("TP2 DP2 SP P2", 4, {**_SP, **_DIMENSION, "ultramem_parallel_size": 2}),
+            ("TP2 DP2 SP grid", 4, {**_SP, **_GRID}),
             ("PP2 not crossing", 2, _PP),
             ("PP2 crossing", 2, _CROSSING),
             ("PP3 crossing twice", 3, {"pipeline_model_parallel_size": 3}),
@@ -117,16 +125,7 @@ _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
             ("PP2 TP2 SP, crossing", 4, {**_CROSSING, **_SP, **_DIMENSION}),
             ("PP2 interleaved TP2 DP2", 8, {**_VPP, **_TP, **_DIMENSION}),
             ("per-token loss", 2, {"calculate_per_token_loss": True, **_DIMENSION}),
-            (
-                "recompute",
-                2,
-                {
-                    **_NUMBER,
-                    "recompute_granularity": "full",
-                    "recompute_method": "uniform",
-                    "recompute_num_layers": 2,
-                },
-            ),
+            ("recompute", 2, {**_NUMBER, **_RECOMPUTE}),
             (
                 "PP2 crossing, recompute",
                 2,
@@ -142,6 +141,35 @@ _OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 )
 def test_layout_trains_like_one_rank(start, world_size, layout):
     _check(start, world_size, **layout)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        pytest.param(world_size, layout, id=name)
+        for name, world_size, layout in [
+            ("DP8 nodes of 2", 8, {}),
+            ("DP8 nodes of 4", 8, {"ultramem_node_size": 4}),
+            ("P4 of DP8", 8, {"ultramem_parallel_size": 4}),
+            ("TP2 DP2", 4, _TP),
+            ("TP4", 4, {"tensor_model_parallel_size": 4}),
+            ("TP2 SP DP4, nodes of 4", 8, {**_SP, "ultramem_node_size": 4}),
+            ("CP2 TP2 SP", 4, {"context_parallel_size": 2, **_SP}),
+            ("PP2 DP4, crossing", 8, _CROSSING),
+            ("PP2 interleaved TP2 DP2, crossing", 8, {**_VPP, **_TP}),
+            ("recompute", 4, _RECOMPUTE),
+            ("PP2 crossing, recompute", 8, {**_CROSSING, **_RECOMPUTE}),
+            ("overlap", 4, {"ultramem_overlap": True}),
+            ("TP2 DP2 SP overlap", 4, {**_SP, "ultramem_overlap": True}),
+            ("per-token loss", 4, {"calculate_per_token_loss": True}),
+            ("nodes of 1: columns alone", 4, {"ultramem_node_size": 1}),
+            ("one node: rows alone", 4, {"ultramem_node_size": None}),
+        ]
+    ],
+)
+def test_grid_trains_like_one_rank(start, world_size, layout):
+    _check(start, world_size, **{**_GRID, **layout})
 
 
 _CP = {"context_parallel_size": 2}
@@ -234,6 +262,21 @@ def test_distributed_optimizer(start_reshardable, world_size, layout):
     _check(start_reshardable, world_size, **layout)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (4, {**_OVERLAP}),
+        (8, {**_OVERLAP, "ultramem_parallel_size": 4}),
+        (8, {**_SP, **_OVERLAP, "ultramem_node_size": 4}),
+        (8, {**_CROSSING, **_TP, **_OVERLAP, "ultramem_overlap": True}),
+    ],
+    ids=str,
+)
+def test_distributed_optimizer_of_a_grid(start_reshardable, world_size, layout):
+    _check(start_reshardable, world_size, **{**_GRID, **layout})
+
+
 def test_bfloat16_follows_one_rank(start):
     half = {"bf16": True, "no_load_optim": True, "finetune": True, "lr": 1e-3}
     half |= {**start.flags, "load": start.folder}
@@ -243,6 +286,17 @@ def test_bfloat16_follows_one_rank(start):
     # are means over tokens, norms over weights: a token or weight is off by eps / 2 or by another
     # value picked, and most of that evens out.
     eps = torch.finfo(torch.bfloat16).eps
+    assert run.losses == pytest.approx(expected.losses, rel=eps / 4)
+    assert run.grad_norms == pytest.approx(expected.grad_norms, rel=3 * eps)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", [{"bf16": True}, {"fp16": True, "initial_loss_scale": 4096}])
+def test_a_grid_in_half_precision_follows_one_rank(start, precision):
+    half = {**precision, "no_load_optim": True, "finetune": True, "lr": 1e-3}
+    half |= {**start.flags, "load": start.folder}
+    expected, run = train(1, _flags(**half)), train(4, _flags(**half, **_SP, **_GRID))
+    eps = torch.finfo(torch.bfloat16).eps  # bounds: as above
     assert run.losses == pytest.approx(expected.losses, rel=eps / 4)
     assert run.grad_norms == pytest.approx(expected.grad_norms, rel=3 * eps)
 
@@ -258,11 +312,22 @@ _HEAVY = {"num_layers": 6, "train_iters": 6, "save_interval": 3}
         ((4, {**_TP, **_NUMBER, "ultramem_parallel_size": 2}), (1, {})),
         ((4, {**_SP, **_DIMENSION}), (4, {**_CROSSING, **_NUMBER})),
         ((2, {**_PP, "ultramem_parallel_size": 1}), (4, {**_TP, **_DIMENSION})),
+        pytest.param((4, {**_GRID}), (2, {**_NUMBER}), marks=pytest.mark.long),
+        pytest.param((4, {**_NUMBER}), (4, {**_GRID}), marks=pytest.mark.long),
+        pytest.param((4, {**_TP, **_GRID}), (2, {**_DIMENSION}), marks=pytest.mark.long),
+        pytest.param((2, {**_DIMENSION}), (4, {**_SP, **_GRID}), marks=pytest.mark.long),
+        pytest.param((4, {**_GRID}), (1, {}), marks=pytest.mark.long),
+        pytest.param((1, {}), (8, {**_GRID, "ultramem_node_size": 4}), marks=pytest.mark.long),
+        pytest.param(
+            (8, {**_GRID}),
+            (8, {**_CROSSING, **_GRID, "ultramem_node_size": 2}),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_checkpoint_of_any_layout_continues_in_any_other(saving, loading, tmp_path):
-    # Every other pair with the distributed optimizer, whose state is saved in another form.
-    dist = _DIST if saving[1].get("ultramem_partition") == "number" else {}
+    # Some pairs with the distributed optimizer, whose state is saved in another form.
+    dist = _DIST if saving[1].get("ultramem_partition") in ("number", "grid") else {}
 
     (save_ranks, save_layout), (load_ranks, load_layout) = saving, loading
 
@@ -280,11 +345,20 @@ def test_a_checkpoint_of_any_layout_continues_in_any_other(saving, loading, tmp_
     assert_same_training(resumed, uninterrupted, gradients=False)
 
 
-@pytest.mark.parametrize("layout", [{**_NUMBER}, {**_DIMENSION}, {**_TP, **_NUMBER}])
-def test_the_initial_table_does_not_depend_on_the_layout(layout):
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, {**_NUMBER}),
+        (2, {**_DIMENSION}),
+        (2, {**_TP, **_NUMBER}),
+        pytest.param(4, {**_GRID}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_the_initial_table_does_not_depend_on_the_layout(world_size, layout):
     frozen = {"lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0, "train_iters": 1}
     one = whole(train(1, _flags(**frozen)), "parameters")
-    cut = whole(train(2, _flags(**frozen, **layout)), "parameters")
+    cut = whole(train(world_size, _flags(**frozen, **layout)), "parameters")
     tables = [name for name in one if ".memory." in name]
     assert len(tables) == 16
     for name in tables:
@@ -310,6 +384,13 @@ def test_experts_and_tables_share_their_groups():
     assert table.norm() > 0
 
 
+@pytest.mark.long
+def test_a_grid_beside_experts_trains_as_another_cut_beside_them():
+    experts = {"num_experts": 4, "moe_router_topk": 2, "expert_model_parallel_size": 4}
+    runs = [train(4, _flags(**experts, **cut), gradients_at=2) for cut in (_NUMBER, _GRID)]
+    assert_same_training(runs[1], runs[0])
+
+
 @pytest.mark.parametrize(
     ("world_size", "flags", "message"),
     [
@@ -322,6 +403,7 @@ def test_experts_and_tables_share_their_groups():
             "-value-dim 16 is not divisible by --ultramem-parallel-size 3",
         ),
         (2, {**_DIMENSION, "ultramem_cores": 3, "ultramem_value_dim": 18}, "straddle ranks"),
+        (2, {**_GRID, "ultramem_node_size": 0}, "--ultramem-node-size 0: it must be at least 1"),
         (
             2,
             {"num_experts": 4, "ultramem_parallel_size": 2},

@@ -128,6 +128,10 @@ def test_an_upcycled_run_resumes_from_its_own_checkpoint(train_only, dense, tmp_
         ({"hidden_size": 64}, "hidden_size is 64 here, 32 in the checkpoint"),
         ({"num_layers": 5}, "num_layers is 5 here, 4 in the checkpoint"),
         ({"swiglu": True}, "swiglu is True here, False in the checkpoint"),
+        (
+            {"ultramem_spans": "2:2", "ultramem_replace_mlp": True},
+            "without its MLPs is another model",
+        ),
         ({"ultramem_upcycle": "/nowhere"}, "--ultramem-upcycle /nowhere: no checkpoint there"),
         (
             {"ultramem_spans": None},

@@ -19,6 +19,7 @@ from ultramem_megatron.memory.reference import reference_layer
 from ultramem_megatron.memory.retrieval import RETRIEVALS
 from ultramem_megatron.memory.retrieval.product_key import ProductKeyRetrieval
 from ultramem_megatron.memory.retrieval.retrieved import Retrieved
+from ultramem_megatron.memory.tables.contract import PreValues
 from ultramem_megatron.memory.tables.partitions import PARTITIONS, choose, shared_partitions
 from ultramem_megatron.memory.tables.traffic import Exchange
 from ultramem_megatron.memory.tables.value_table import ValueTable
@@ -88,7 +89,7 @@ def test_values(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = dataclasses.replace(
         VALUES["pooled"],
         name="halved",
-        build=lambda config, site: _Gated(config, site.partition, site.group),
+        build=lambda config, site: _Gated(config, *site.cut),
         reference=_gated_reference,
     )
     _add(monkeypatch, VALUES, "values", kind)
@@ -112,19 +113,19 @@ def test_a_partition(monkeypatch: pytest.MonkeyPatch) -> None:
         whole: Any
         pauses = 0
 
-        def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
-            return (yield from self.whole.read(part.flip(0), addresses, scores))
+        prevalued_pauses = 0
 
-        dot_pauses = 0
-
-        def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
-            return (yield from self.whole.dot(part.flip(0), addresses, x))
+        def read(
+            self, part: Tensor, addresses: Tensor, scores: Tensor, pre: PreValues | None = None
+        ) -> Pausing:
+            flipped = pre and pre._replace(part=pre.part.flip(0))
+            return (yield from self.whole.read(part.flip(0), addresses, scores, flipped))
 
     whole = PARTITIONS["replicated"]
     kind = dataclasses.replace(
         whole,
         name="reversed",
-        parts=lambda size: (1, 1),
+        parts=lambda size, node: (1, 1),
         check=lambda layout: None,
         reader=lambda *args: Reversed(whole.reader(*args)),
     )

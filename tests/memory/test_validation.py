@@ -6,6 +6,7 @@ import pytest
 
 from tests.layers import small_config
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.spans import Span
 from ultramem_megatron.memory.validation import validate
 
 
@@ -27,6 +28,10 @@ def _validate(**changes):
         ({"value_lr_decay": 1e-300}, "--ultramem-value-lr-decay is 1e-300; it must be a fraction"),
         ({"value_expansion": -1}, "Use 1 or 4"),
         ({"value_expansion": 5}, "Use 4 or 9"),
+        (
+            {"replace_mlp": True, "spans": (Span(2, 2), Span(3, 5))},
+            "--ultramem-spans 3:5 with --ul",
+        ),
     ],
 )
 def test_a_dead_or_endless_design_is_refused(changes, message):

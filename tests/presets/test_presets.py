@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 
+from tests.ranks import run_on_ranks
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.size import memory_size
@@ -93,3 +94,26 @@ def test_tables_of_ultramem_v2_are_those_of_its_papers_table_10(name, hidden_siz
     config = UltraMemConfig(**fields | {"spans": parse_spans(fields["spans"], layers)})
     validate(config, hidden_size=hidden_size, num_layers=layers)
     assert memory_size(config, hidden_size).sparse == pytest.approx(sparse, rel=1e-3)
+
+
+def _counted(names):
+    from ultramem_megatron.tools.plan.sizes import preset_sizes
+
+    found = (preset_sizes(name) for name in names)
+    return [[round(n / 1e6, 1) for n in (s.activated, s.total, s.embedding)] for s in found]
+
+
+@pytest.mark.long
+def test_what_plan_counts_of_the_familys_models():
+    """Millions of parameters; what the papers have stands in presets/README.md."""
+    expected = {
+        "olmoe-227m-1.2b": [188.7, 1179.6, 38.6],
+        "olmoe-1b-7b": [1073.7, 6710.9, 206.0],
+        "ultramemv2-227m-1.2b": [197.6, 1192.7, 38.6],
+        "ultramemv2-1b-7b": [963.9, 6100.1, 206.0],
+        "memory-plus-373m-1024k": [301.6, 1374.9, 103.0],
+        "memory-plus-151m-x12": [172.2, 2029.8, 103.0],
+        "peer-151m-x12": [155.3, 2015.1, 103.0],
+    }
+    found = run_on_ranks(1, _counted, list(expected))[0]
+    assert dict(zip(expected, found, strict=True)) == expected

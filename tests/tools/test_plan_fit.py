@@ -14,13 +14,14 @@ _FLAGS = (
     "--ultramem-spans 1:2/3:4 --ultramem-num-keys 24 --ultramem-topk 6"
 )
 _TINY = tuple(_FLAGS.split())
-_LAYOUTS = (  # tensor, stages, context, data, tables, partition, recompute, micro-batch
+_LAYOUTS = (  # tensor, stages, context, data, tables, partition, recompute, micro-batch, node
     (1, (4,), 1, 1, 1, "replicated", False, 2),
     (1, (4,), 1, 8, 4, "dimension", False, 2),
     (2, (4,), 1, 4, 8, "number", False, 1),
     (2, (2, 2), 1, 2, 4, "dimension", False, 2),
     (1, (2, 2), 2, 2, 2, "number", False, 2),
     (1, (4,), 1, 2, 2, "dimension", True, 4),
+    (1, (4,), 1, 8, 8, "grid", False, 2, 2),
 )
 _MACHINE = ("--fit", "--memory", "80")
 
@@ -40,7 +41,7 @@ def _memory_both_ways():
     for sizes in _LAYOUTS:
         layout = Layout(*sizes)
         gpus = layout.stage_ranks * len(layout.stages)
-        machine = Machine(gpus, 1e9, 8, 1e9, 1e9, 1e9, 1e9)
+        machine = Machine(gpus, 1e9, layout.node_size or 8, 1e9, 1e9, 1e9, 1e9)
         predicted = predict(counts[layout.tensor], work_of(run), machine, layout)
         built = parse([*words, *layout_words(run, layout, gpus)], gpus)
         counted = max(stage_cost(built, stage).memory for stage in range(built.stages))

@@ -9,12 +9,23 @@ from ultramem_megatron.tools.traffic import main
 def test_command_prints_the_table(capsys):
     main(["--sizes", "8", "512"])
     printed = capsys.readouterr().out.splitlines()
-    assert [line.rsplit("| ")[-1] for line in printed[3:5]] == ["dimension", "number"]
+    assert [line.rsplit("| ")[-1] for line in printed[3:5]] == ["dimension", "grid"]
+
+
+def test_links_decide(capsys):
+    """Where the network is no slower, the bytes of the grid in the node count as much."""
+    for bandwidths, fastest in (("350", "45"), "grid"), (("45", "45"), "dimension"):
+        main(["--sizes", "64", "--bandwidth", *bandwidths])
+        assert capsys.readouterr().out.split()[-1] == fastest
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [(["--topk", "0"], "--topk is 0"), (["--sizes", "4", "-1"], "--sizes has -1")],
+    [
+        (["--topk", "0"], "--topk is 0"),
+        (["--sizes", "4", "-1"], "--sizes has -1"),
+        (["--bandwidth", "1", "0"], "--bandwidth has 0"),
+    ],
 )
 def test_command_refuses_wrong_values(argv, message):
     with pytest.raises(UltraMemError, match=message):

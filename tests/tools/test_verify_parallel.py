@@ -97,6 +97,12 @@ _EXPERTS = {
     [
         ({}, (1, ""), (2, "--ultramem-partition number")),
         pytest.param(
+            {},
+            (2, "--ultramem-partition dimension"),
+            (4, "--ultramem-partition grid --ultramem-node-size 2"),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
             {"swiglu": True}, (1, ""), (2, "--tensor-model-parallel-size 2"), marks=pytest.mark.long
         ),
         pytest.param(
@@ -106,7 +112,7 @@ _EXPERTS = {
             marks=pytest.mark.long,
         ),
     ],
-    ids=["tables", "gated shards", "experts"],
+    ids=["tables", "grid", "gated shards", "experts"],
 )
 def test_two_layouts_agree(model, first, second, capsys):
     common = tiny_gpt(

@@ -18,7 +18,7 @@ from ultramem_megatron.patches import registry
 
 @dataclass(frozen=True)
 class InferenceLayout:
-    """How ranks share a model. None: all ranks; partition as for training.
+    """How ranks share a model. None: all ranks; partition and node_size as for training.
 
     table_memory: where value tables are, of TABLE_MEMORIES. Those that are not on the device are
     whole on each rank, and processes of a host share what they read from disk.
@@ -28,6 +28,7 @@ class InferenceLayout:
     table_ranks: int | None = None
     partition: str = "auto"
     table_memory: str = "device"
+    node_size: int | None = None
 
 
 def describe_ranks(
@@ -94,7 +95,9 @@ def _describe_experts_and_tables(
                 f"--ultramem-parallel-size {layout.table_ranks}: with experts it must divide "
                 f"--tensor-model-parallel-size {tensor_parallel}, as experts are shared likewise."
             )
-    args.ultramem_parallel_size, args.ultramem_partition = layout.table_ranks, layout.partition
+    shared_by = layout.table_ranks or (None if args.num_experts else args.world_size)
+    args.ultramem_parallel_size, args.ultramem_partition = shared_by, layout.partition
+    args.ultramem_node_size = layout.node_size
     return settings_from_args(args, ultramem)
 
 
@@ -138,8 +141,8 @@ def check_cuda_graphs(args: Namespace, tables: TableSettings) -> None:
         ),
         (
             tables.kind.waits_for_host,
-            "number-wise, the host learns how much ranks exchange. Use --ultramem-partition "
-            "dimension, or --ultramem-parallel-size 1",
+            f"{tables.partition}-wise, the host learns how much ranks exchange. Use "
+            "--ultramem-partition dimension, or --ultramem-parallel-size 1",
         ),
     )
     for given, reason in reasons:

@@ -37,6 +37,12 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
         "bytes moved.",
     )
     parser.add_argument(
+        "--ultramem-node-size",
+        type=int,
+        metavar="N",
+        help="Neighbours that share fast links, as in training. Default: the ranks of a host.",
+    )
+    parser.add_argument(
         "--table-memory",
         choices=TABLE_MEMORIES,
         default="device",
@@ -62,4 +68,5 @@ def layout_from(options: argparse.Namespace) -> "InferenceLayout":
         options.ultramem_parallel_size,
         options.ultramem_partition,
         options.table_memory,
+        options.ultramem_node_size,
     )

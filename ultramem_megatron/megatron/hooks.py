@@ -42,13 +42,17 @@ _hung: list[tuple[list[Any], Any]] = []
 
 @dataclass
 class MemoryHooks:
-    """The functions of one model. fullest_stage: memories on the stage that has most of them."""
+    """The functions of one model. fullest_stage: memories on the stage that has most of them.
+
+    replaced: elements of an MLP in whose place each memory stands, which Megatron counts.
+    """
 
     ultramem: UltraMemConfig
     hidden_size: int
     table_ranks: int
     fullest_stage: int
     monitor: MemoryMonitor
+    replaced: int = 0
     moves_few_rows: bool = False
     """--ultramem-train-rows."""
     table_log: TableLog | None = None
@@ -133,7 +137,10 @@ class MemoryHooks:
     def make_scheduler(self, *args: Any, **kwargs: Any) -> ValueLearningRateScheduler:
         """The scheduler that lets the value tables' rate fall."""
         self.scheduler = ValueLearningRateScheduler(
-            *args, value_lr_decay=self.ultramem.value_lr_decay, **kwargs
+            *args,
+            value_lr_decay=self.ultramem.value_lr_decay,
+            value_lr_fixed=self.ultramem.value_lr_fixed,
+            **kwargs,
         )
         from megatron.training import get_args, print_rank_0
 
@@ -165,8 +172,9 @@ class MemoryHooks:
                 make(single.optimizer, tables)
 
     def flops(self, tokens: int) -> int:
-        """Of forward and backward through all memories."""
-        return training_flops(self.ultramem, self.hidden_size, tokens)
+        """Of forward and backward through all memories, less the MLPs that they replace."""
+        mlps = 3 * tokens * len(self.ultramem.spans) * 2 * self.replaced
+        return training_flops(self.ultramem, self.hidden_size, tokens) - mlps
 
     def footprint(self, args: Any, verbose: bool) -> float:
         """Bytes of the memories on one rank of the fullest stage: weights, gradients, Adam."""
@@ -180,6 +188,7 @@ class MemoryHooks:
         share = self.fullest_stage / len(self.ultramem.spans)
         # Everything but the tables is whole on every tensor-parallel rank.
         held = size.sparse / self.table_ranks + size.dense
+        held -= len(self.ultramem.spans) * self.replaced / args.tensor_model_parallel_size
         return share * held * footprint.bytes_per_parameter(args)
 
 

@@ -74,7 +74,10 @@ def settings_in_force(
 
 def cut_of(tables: TableSettings) -> str:
     """How tables lie on ranks, in words; checkpoints keep them."""
-    return f"over {tables.size} ranks, {tables.partition}-wise" if tables.size > 1 else "whole"
+    if tables.size == 1:
+        return "whole"
+    nodes = f", {tables.node} in a node" if tables.partition == "grid" else ""
+    return f"over {tables.size} ranks, {tables.partition}-wise{nodes}"
 
 
 def block(found: Mapping[str, str]) -> str:

@@ -20,7 +20,11 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, defaul
 
 from ultramem_megatron.megatron import hooks
 from ultramem_megatron.megatron.background_reads import read_background
-from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std, residual_branches
+from ultramem_megatron.megatron.layer.feed_forward import (
+    feed_forward_std,
+    mlp_parameters,
+    residual_branches,
+)
 from ultramem_megatron.megatron.layer.overlap import describe_overlap
 from ultramem_megatron.megatron.layer.specs import with_memory
 from ultramem_megatron.megatron.metrics import MemoryMonitor
@@ -50,17 +54,18 @@ from ultramem_megatron.memory.tables.settings import TableSettings
 class MemorySettings(ModelConfig):
     """What a model config has beside Megatron's own: the memories (None: a plain model).
 
-    table_partition: how value tables are cut over Megatron's expert-parallel group, "number" or
-    "dimension"; of no account where that has one rank. memory_overlap: memories compute beside the
-    layers of their spans (see branch.py); results are the same. upcycle_from: iteration folder of a
-    dense checkpoint to start from. train_only_memory: freeze everything else. train_rows: and move,
-    in a step, at most so many rows of each table, chosen by background_reads, a file of `ultramem
-    count`; None: all of the memories. log_tables_interval: steps from one picture of the tables in
-    TensorBoard and W&B to the next, None for none.
+    table_partition, table_node_size: how value tables are cut over Megatron's expert-parallel
+    group, as in TableSettings; of no account where that has one rank. memory_overlap: memories
+    compute beside the layers of their spans (see branch.py); results are the same. upcycle_from:
+    iteration folder of a dense checkpoint to start from. train_only_memory: freeze everything else.
+    train_rows: and move, in a step, at most so many rows of each table, chosen by background_reads,
+    a file of `ultramem count`; None: all of the memories. log_tables_interval: steps from one
+    picture of the tables in TensorBoard and W&B to the next, None for none.
     """
 
     ultramem: UltraMemConfig | None = None
     table_partition: str = "dimension"
+    table_node_size: int | None = None
     memory_overlap: bool = False
     upcycle_from: str | None = None
     train_only_memory: bool = False
@@ -101,7 +106,7 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
     ) -> list[Any]:
         """All chunks of this rank, as Megatron's; also starts the memory layers' metrics."""
         config = self._model_config
-        tables = (config.table_partition, pg_collection.ep.size())
+        tables = (config.table_partition, config.table_node_size, pg_collection.ep.size())
         check_agreement((config.ultramem, *tables, config.memory_overlap))
         models: list[Any] = super().build_distributed_models(pg_collection, *args, **kwargs)
         hooks.hang_for_every_model()
@@ -141,6 +146,7 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
             table_ranks=_table_ranks(groups),
             fullest_stage=most_on_one_stage((span.start for span in ultramem.spans), transformer),
             monitor=monitor,
+            replaced=mlp_parameters(transformer) if ultramem.replace_mlp else 0,
             moves_few_rows=self._model_config.train_rows is not None,
             table_log=self._table_log(monitor.layers, ultramem, groups),
         ).hang()
@@ -173,7 +179,10 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
         self, ultramem: UltraMemConfig, groups: ProcessGroupCollection, ddp_config: Any
     ) -> None:
         transformer = self._model_config.transformer
-        settings = TableSettings(_table_ranks(groups), self._model_config.table_partition)
+        config = self._model_config
+        settings = TableSettings(
+            _table_ranks(groups), config.table_partition, config.table_node_size
+        )
         replicas = (groups.expt_dp if table_groups(groups) else groups.dp_cp).size()
         sharded = ddp_config is not None and ddp_config.use_distributed_optimizer
         in_fp32 = ddp_config is not None and ddp_config.grad_reduce_in_fp32
@@ -224,6 +233,7 @@ def _spec_with_memory(config: UltraMemGPTModelConfig) -> Any:
             model_config.transformer,
             vp_stage,
             partition=config.table_partition,
+            node_size=config.table_node_size,
             overlap=config.memory_overlap,
         )
 

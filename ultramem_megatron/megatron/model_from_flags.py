@@ -96,7 +96,8 @@ def fill(
         config = hybrid_config_from_args(
             args, config=transformer, model_config_cls=UltraMemHybridModelConfig
         )
-    config.ultramem, config.table_partition = ultramem, tables.partition
+    config.ultramem = ultramem
+    config.table_partition, config.table_node_size = tables.partition, tables.node_size
     config.memory_overlap = args.ultramem_overlap
     # Absent from the flags stored in a checkpoint of Megatron's own.
     config.train_only_memory = getattr(args, "ultramem_train_only", None) == "memory"

@@ -110,8 +110,12 @@ def _parts(config: UltraMemConfig, settings: TableSettings) -> list[str]:
 
 
 def _traffic(config: UltraMemConfig, settings: TableSettings, number_bytes: int) -> list[str]:
-    exchange = exchange_of(config, settings.size, number_bytes)
-    volumes = {name: PARTITIONS[name].volume(exchange) for name in shared_partitions()}
+    exchange = exchange_of(config, settings.size, number_bytes, settings.node_size)
+    volumes = {
+        name: PARTITIONS[name].volume(exchange)
+        for name in shared_partitions()
+        if name == settings.partition or PARTITIONS[name].fits(exchange, config.num_values)
+    }
     cheaper = choose(exchange, config.num_values)
     own = volumes[settings.partition]
     verdict = (

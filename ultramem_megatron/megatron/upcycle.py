@@ -19,6 +19,7 @@ from ultramem_megatron.megatron.checkpoint.design import differing_flags
 from ultramem_megatron.megatron.checkpoint.folder import checkpoint_folder, stored_args
 from ultramem_megatron.megatron.checkpoint.source import holds_checkpoint
 from ultramem_megatron.megatron.flags.arguments import config_from_args
+from ultramem_megatron.memory.config import flag
 from ultramem_megatron.memory.finite import naming_where
 from ultramem_megatron.memory.layer import UltraMemLayer, memory_layers
 
@@ -44,6 +45,12 @@ def dense_checkpoint(args: Namespace) -> str | None:
 
 
 def _refuse_misfit(args: Namespace, folder: str) -> None:
+    design = config_from_args(args)
+    if design is not None and design.replace_mlp:
+        raise UltraMemError(
+            f"{UPCYCLE_FLAG} cannot be combined with {flag('replace_mlp')}: a dense model without "
+            f"its MLPs is another model from the first step on. Drop one of the two."
+        )
     dense = stored_args(folder)
     if config_from_args(dense) is not None:
         raise UltraMemError(

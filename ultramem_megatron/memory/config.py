@@ -41,6 +41,8 @@ class UltraMemConfig:
 
     spans: tuple[Span, ...]
     """Where memories read and where their results join the residual stream (section 2.3)."""
+    replace_mlp: bool = False
+    """The layers in which memories stand have no MLP of their own (Memory+, PEER)."""
     num_keys: int
     """n: physical keys per side; a layer holds n*n values."""
     key_dim: int
@@ -107,6 +109,8 @@ class UltraMemConfig:
     """k: the table's learning rate starts at k times the base rate..."""
     value_lr_decay: float = 1.0
     """...and falls linearly to 1x over this fraction of training."""
+    value_lr_fixed: float = 0.0
+    """The table's learning rate itself, at every step (Memory+); 0: as the two above say."""
     value_wd_mult: float = 1.0
     """The table's weight decay is this multiple of the matrices'; 0 is none."""
     lazy_adam: bool = False

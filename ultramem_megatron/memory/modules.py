@@ -1,12 +1,9 @@
 """Modules of torch's as a memory layer needs them: construction draws no random numbers."""
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultramem_megatron.memory.config import Activation, Norm
+from ultramem_megatron.memory.config import Norm
 
 
 class Linear(nn.Linear):
@@ -40,11 +37,6 @@ def build_norm(
     if kind == "rmsnorm":
         return (BiasedRMSNorm if bias else nn.RMSNorm)(dim, eps=eps, elementwise_affine=affine)
     return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine, bias=bias)
-
-
-def activation(name: Activation) -> Callable[[Tensor], Tensor]:
-    """The function of this name, elementwise."""
-    return (lambda x: x) if name == "none" else getattr(F, name)
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ _NUMBERS = {
     "aux_loss_weight": (0, 1e4, "a number (0: no penalty)"),
     "aux_loss_margin": (0, 1e4, "a number"),
     "value_lr_mult": (1e-4, 1e4, "a number (1: the base rate)"),
+    "value_lr_fixed": (0, 1, "a learning rate (0: none)"),
     "value_wd_mult": (0, 1e4, "a number (0: no decay, 1: as matrices)"),
     "value_lr_decay": (1e-6, 1, "a fraction of training"),
 }
@@ -57,6 +58,7 @@ def check_design(config: UltraMemConfig, *, hidden_size: int, num_layers: int) -
     """
     _check_ranges(config)
     check_spans(config.spans, num_layers)
+    _check_replacing(config)
     _check_expansion(config.value_expansion)
     _check_key_expansion(config)
     check_sharing(config)
@@ -91,6 +93,16 @@ def _check_ranges(config: UltraMemConfig) -> None:
 def _require(holds: bool, field: str, value: object, allowed: str) -> None:
     if not holds:
         raise UltraMemError(f"{flag(field)} is {value}; it must be {allowed}.")
+
+
+def _check_replacing(config: UltraMemConfig) -> None:
+    longer = [span for span in config.spans if span.start < span.end]
+    if config.replace_mlp and longer:
+        raise UltraMemError(
+            f"{flag('spans')} {longer[0]} with {flag('replace_mlp')}: a memory in place of a "
+            f"layer's MLP adds its result in the layer that it reads. Use "
+            f"{longer[0].start}:{longer[0].start}, or drop {flag('replace_mlp')}."
+        )
 
 
 def _check_key_expansion(config: UltraMemConfig) -> None:

@@ -1,12 +1,13 @@
-"""UltraMemV2 (arXiv 2508.18756), and the baselines Memory+ and PEER beside the 151M models."""
+"""UltraMemV2 (arXiv 2508.18756) and its MoE twins; the baselines Memory+ and PEER."""
 
 from ultramem_megatron.presets.models import (
     TRAINING_151M,
     TRANSFORMER_151M,
+    UPKEEP,
     olmoe_training,
     swiglu_transformer,
 )
-from ultramem_megatron.presets.preset import Preset, assumed, code, inferred, paper
+from ultramem_megatron.presets.preset import Preset, Setting, assumed, code, inferred, paper
 
 # Every memory of UltraMemV2: in each block, one head, two queries of two ranks, no penalties.
 _V2 = (
@@ -43,10 +44,74 @@ _PRODUCT_KEYS = code(
     query_conv_kernel=0,
 ) | assumed(init="pkm", query_centering=False, aux_loss_weight=0.0, value_lr_decay=1.0)
 
+
+def _olmoe(layers: int, hidden: int, heads: int, inner: dict[str, Setting], *, tied: bool):
+    """OLMoE: 64 experts in every layer, 8 for each token, weighted by the softmax over all."""
+    width = int(inner["moe_ffn_hidden_size"].value)
+    return (
+        swiglu_transformer(layers, hidden, heads, width, tied=tied)
+        | paper(num_experts=64, moe_router_topk=8)
+        | inner
+        | code(
+            moe_router_pre_softmax=True,
+            moe_router_load_balancing_type="aux_loss",
+            moe_aux_loss_coeff=0.01,
+            moe_z_loss_coeff=0.001,
+        )
+    )
+
+
+# Meta's Memory+ of 373M parameters: its dense model with memories in the place of three MLPs.
+_META_TRANSFORMER = code(
+    num_layers=24,
+    hidden_size=1024,
+    num_attention_heads=16,
+    ffn_hidden_size=2816,
+    swiglu=True,
+    normalization="RMSNorm",
+    disable_bias_linear=True,
+    position_embedding_type="rope",
+    rotary_base=500_000,
+    untie_embeddings_and_output_weights=True,
+    seq_length=4096,
+    max_position_embeddings=4096,
+)
+_META_TRAINING = (
+    code(
+        train_iters=128_000,
+        lr_decay_iters=128_000,
+        lr_warmup_iters=4000,
+        lr=1e-4,
+        min_lr=1e-6,
+        lr_decay_style="linear",
+        optimizer="adam",
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_eps=1e-8,
+        weight_decay=0.1,
+        clip_grad=1.0,
+        bf16=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+    )
+    | assumed(global_batch_size=512)
+    | UPKEEP
+)
+
 FAMILY: dict[str, Preset] = {
+    "olmoe-227m-1.2b": Preset(
+        "arXiv 2508.18756, table 10: the MoE beside ultramemv2-227m-1.2b",
+        _olmoe(20, 768, 12, inferred(moe_ffn_hidden_size=384), tied=True),
+        olmoe_training(),
+    ),
+    "olmoe-1b-7b": Preset(
+        "arXiv 2508.18756, table 10, and OLMoE's published code: beside ultramemv2-1b-7b",
+        _olmoe(16, 2048, 16, code(moe_ffn_hidden_size=1024), tied=False),
+        olmoe_training(),
+    ),
     "ultramemv2-227m-1.2b": Preset(
         "arXiv 2508.18756, table 10, and its authors' published code",
-        swiglu_transformer(20, 768, 12, 2496),
+        swiglu_transformer(20, 768, 12, 2496, tied=True),
         olmoe_training(),
         code(num_keys=360, key_dim=192, topk=32, value_dim=192, pre_value_dim=192)
         | code(share_values=10, share_order="ring", key_expansion=1)
@@ -54,7 +119,7 @@ FAMILY: dict[str, Preset] = {
     ),
     "ultramemv2-1b-7b": Preset(
         "arXiv 2508.18756, table 10",
-        swiglu_transformer(16, 2048, 16, 5632),
+        swiglu_transformer(16, 2048, 16, 5632, tied=False),
         olmoe_training(),
         paper(num_keys=528, key_dim=512, topk=128, value_dim=768, pre_value_dim=384)
         | assumed(share_values=4, share_order="block", key_expansion=1)
@@ -69,6 +134,16 @@ FAMILY: dict[str, Preset] = {
         | code(values="gated", value_projection=True, projection_bias=True)
         | code(share_values=3, share_order="same")
         | assumed(value_lr_mult=10.0)
+        | _PRODUCT_KEYS,
+    ),
+    "memory-plus-373m-1024k": Preset(
+        "the published code of arXiv 2412.09764 (its layers, counted from 1), in place of MLPs",
+        _META_TRANSFORMER,
+        _META_TRAINING,
+        code(spans="5:5/13:13/21:21", replace_mlp=True, num_keys=1024)
+        | code(heads=4, topk=32, key_dim=256, value_dim=1024)
+        | code(values="gated", value_projection=True, projection_bias=True)
+        | code(share_values=3, share_order="same", value_lr_fixed=1e-3)
         | _PRODUCT_KEYS,
     ),
     "peer-151m-x12": Preset(

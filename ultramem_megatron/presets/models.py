@@ -26,9 +26,7 @@ def _transformer(layers: int, hidden: int, heads: int) -> dict[str, Setting]:
 
 # Megatron does not start, or not save, without. Of 238 checkpoints 23 and the latest are kept.
 # The decay of lr is given too: a run cut short by --train-iters is the beginning of the whole one.
-_UPKEEP = assumed(
-    eval_interval=1000, eval_iters=10, save_interval=1000, save_retain_interval=10_000
-)
+UPKEEP = assumed(eval_interval=1000, eval_iters=10, save_interval=1000, save_retain_interval=10_000)
 
 
 def _training(peak_lr: float) -> dict[str, Setting]:
@@ -50,7 +48,7 @@ def _training(peak_lr: float) -> dict[str, Setting]:
             hidden_dropout=0.1,
         )
         | assumed(adam_eps=1e-8, clip_grad=1.0, bf16=True)
-        | _UPKEEP
+        | UPKEEP
     )
 
 
@@ -94,8 +92,10 @@ _COMMON = (
 )
 
 
-def swiglu_transformer(layers: int, hidden: int, heads: int, inner: int) -> dict[str, Setting]:
-    """A dense GPT as the authors' published code has it."""
+def swiglu_transformer(
+    layers: int, hidden: int, heads: int, inner: int, *, tied: bool
+) -> dict[str, Setting]:
+    """A dense GPT as the authors' published code has it. tied: one matrix for both embeddings."""
     return code(
         num_layers=layers,
         hidden_size=hidden,
@@ -105,8 +105,9 @@ def swiglu_transformer(layers: int, hidden: int, heads: int, inner: int) -> dict
         normalization="RMSNorm",
         disable_bias_linear=True,
         position_embedding_type="rope",
-    ) | assumed(
-        untie_embeddings_and_output_weights=True, seq_length=4096, max_position_embeddings=4096
+        untie_embeddings_and_output_weights=not tied,
+        seq_length=4096,
+        max_position_embeddings=4096,
     )
 
 
@@ -127,7 +128,7 @@ def olmoe_training() -> dict[str, Setting]:
             clip_grad=1.0,
             bf16=True,
         )
-        | _UPKEEP
+        | UPKEEP
         | code(attention_dropout=0.0, hidden_dropout=0.0)
     )
 
@@ -164,7 +165,7 @@ MODELS: dict[str, Preset] = {
     ),
     "ultramem-227m-1.2b": Preset(
         "the authors' published code (their spans, counted from 1)",
-        swiglu_transformer(20, 768, 12, 2752),
+        swiglu_transformer(20, 768, 12, 2752, tied=True),
         olmoe_training(),
         code(
             spans="3:6/7:10/11:14/15:18",

@@ -8,38 +8,49 @@ memory/tables. With the paper's own `ultramem paper figure9` draws where both mo
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.memory.tables.traffic import Exchange
 
 
 def table(x: Exchange, sizes: Sequence[int]) -> str:
-    """One line per group size: bytes per token and the verdict."""
-    # Imported here: --help needs no torch.
-    from ultramem_megatron.memory.tables import dimension_wise, number_wise
-    from ultramem_megatron.memory.tables.partitions import choose
+    """One line per group size: bytes per token and the verdict, by the seconds they take."""
+    from ultramem_megatron.memory.tables.partitions import choose  # here: --help needs no torch
 
+    names = ("dimension-wise", "number-wise, rows", "number-wise, sums")
     lines = [
         f"bytes per token and layer: M={x.picks} picks, Dv={x.value_dim}, E={x.expansion}, "
-        f"h={x.cores}, {x.number_bytes} bytes per number",
-        f"{'P':>5}"
-        + "".join(
-            f" | {name:^23}"
-            for name in ("dimension-wise", "number-wise, rows", "number-wise, sums")
-        )
-        + " |",
-        " " * 5 + (" | " + f"{'forward':>11} {'backward':>11}") * 3 + " | cheaper",
+        f"h={x.cores}, {x.number_bytes} bytes per number, {x.ranks_per_node} ranks in a node",
+        f"{'P':>5}" + "".join(f" | {name:^19}" for name in (*names, "grid")) + " |",
+        " " * 5
+        + (" | " + f"{'forward':>9} {'backward':>9}") * 3
+        + f" | {'node':>9} {'network':>9} | fastest",
     ]
     for size in sizes:
-        at = Exchange(**{**x.__dict__, "size": size})
-        volumes = (
-            dimension_wise.volume(at),
-            number_wise.volume_of_rows(at),
-            number_wise.volume_of_sums(at),
-        )
-        cells = [f"{volume.forward:11.0f} {volume.backward:11.0f}" for volume in volumes]
-        lines.append(f"{size:>5} | " + " | ".join(cells) + f" | {choose(at)}")
+        at = replace(x, size=size)
+        cells = [f"{a:9.0f} {b:9.0f}" for a, b in _evenly_spread(at)]
+        lines.append(f"{size:>5} | " + " | ".join([*cells, _grid_cell(at), choose(at)]))
     return "\n".join(lines)
+
+
+def _evenly_spread(x: Exchange) -> list[tuple[float, float]]:
+    """Bytes forward and backward where all ranks are asked alike."""
+    from ultramem_megatron.memory.tables import dimension_wise, number_wise
+
+    formulas = (dimension_wise.volume, number_wise.volume_of_rows, number_wise.volume_of_sums)
+    return [(volume.forward, volume.backward) for volume in (formula(x) for formula in formulas)]
+
+
+def _grid_cell(x: Exchange) -> str:
+    """Bytes of the grid, forward and backward together, in the node and over the network."""
+    from ultramem_megatron.memory.tables.partitions import PARTITIONS
+
+    if x.size <= x.ranks_per_node or x.size % x.ranks_per_node:
+        return f"{'-':>9} {'-':>9}"  # one node, or none that divides P
+    volume = PARTITIONS["grid"].volume(x)
+    near = sum(volume.near or ())
+    return f"{near:9.0f} {volume.total - near:9.0f}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--cores", type=int, default=2, help="h (default 2)")
     add("--number-bytes", type=int, default=2, help="bytes per score and element (default 2: bf16)")
     add("--ranks-per-node", type=int, default=8, help="(default 8)")
+    add(
+        "--bandwidth",
+        type=float,
+        nargs=2,
+        metavar=("NODE", "NETWORK"),
+        default=(350.0, 45.0),
+        help="GB/s of a rank to others in its node, and to other nodes (default 350 45)",
+    )
     return parser
 
 
@@ -66,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(options, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise UltraMemError(f"{flag} is {getattr(options, name)}; it must be at least 1.")
+    if not min(options.bandwidth) > 0:
+        raise UltraMemError(f"--bandwidth has {min(options.bandwidth):g}; it must be above 0.")
     if min(options.sizes) < 1:
         raise UltraMemError(f"--sizes has {min(options.sizes)}; sizes must be at least 1.")
     exchange = Exchange(
@@ -76,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         expansion=options.value_expansion,
         number_bytes=options.number_bytes,
         ranks_per_node=options.ranks_per_node,
+        node_bandwidth=options.bandwidth[0] * 1e9,
+        network_bandwidth=options.bandwidth[1] * 1e9,
     )
     print(table(exchange, options.sizes))
 

@@ -11,7 +11,7 @@ from launch.benchmarks.kernels.plain_layer import plain_lookup
 from launch.benchmarks.kernels.shapes import Shape
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 
-_COMPARED_ROWS = 4096
+COMPARED_ROWS = 4096
 
 
 def candidates(shape: Shape, device: torch.device) -> list[Candidate]:
@@ -21,7 +21,7 @@ def candidates(shape: Shape, device: torch.device) -> list[Candidate]:
     rows = torch.randint(shape.values, index, device=device)
     groups = torch.randint(shape.expansion, index, device=device)
     scores = torch.randn(*index, shape.cores, device=device, requires_grad=True)
-    read = rows.unique()[:_COMPARED_ROWS]
+    read = rows.unique()[:COMPARED_ROWS]
 
     def candidate(
         name: str, leaf: Tensor, forward: Callable[[], Tensor], kernels: str = ""

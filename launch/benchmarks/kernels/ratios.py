@@ -21,6 +21,15 @@ def ratios(rows: Sequence[Row]) -> list[tuple[str, float, str]]:
         if plain and ours:
             name = f"layer forward+backward at {values} values, speed over the plain baseline's"
             found.append((name, _ms(plain) / _ms(ours), f">= {target}"))
+    for values in (_SMALL, _LARGE):
+        two, one = (
+            _of(rows, "lookup behind pre-values", name, values) for name in ("two passes", "native")
+        )
+        if two and one:
+            name = (
+                f"lookup behind pre-values forward+backward at {values} values, one pass over two"
+            )
+            found.append((name, _ms(one) / _ms(two), "< 1"))
     small, large = (_of(rows, "lookup", "native", values) for values in (_SMALL, _LARGE))
     if small and large:
         name = f"lookup forward+backward, cost at {_LARGE} values over that at {_SMALL}"

@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 
 from launch.benchmarks.environment import environment_columns
-from launch.benchmarks.kernels import convolutions, layers, lookups, measure, topks
+from launch.benchmarks.kernels import (
+    convolutions,
+    layers,
+    lookups,
+    measure,
+    prevalued_lookups,
+    topks,
+)
 from launch.benchmarks.kernels.candidate import Candidate, check
 from launch.benchmarks.kernels.ratios import print_ratios
 from launch.benchmarks.kernels.shapes import Shape, sweeps
@@ -20,12 +27,14 @@ _FORWARD, _BOTH = "forward", "forward+backward"
 _LOOKUP_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 # Two keys of nearly equal score may change places between two orders of summation.
 _SELECTION_TOLERANCE = 3e-2
-_WITH_TABLE = ("lookup", "layer")
+_PREVALUED = "lookup behind pre-values"
+_WITH_TABLE = ("lookup", _PREVALUED, "layer")
 _USABLE_SHARE = 0.8
 """Of the free memory; the rest is left to activations and to what the allocator cannot join."""
 
 _OPS: dict[str, Callable[[Shape, torch.device], list[Candidate]]] = {
     "lookup": lookups.candidates,
+    _PREVALUED: prevalued_lookups.candidates,
     "side top-m": topks.side_candidates,
     "grid top-m": topks.tucker_candidates,
     "query convolution": convolutions.candidates,
@@ -69,7 +78,8 @@ def _measured(op: str, shape: Shape, device: torch.device, bandwidth: float) -> 
         return
     torch.manual_seed(1)
     candidates = _OPS[op](shape, device)
-    tolerance = _LOOKUP_TOLERANCE[shape.dtype] if op == "lookup" else _SELECTION_TOLERANCE
+    reads = op in ("lookup", _PREVALUED)
+    tolerance = _LOOKUP_TOLERANCE[shape.dtype] if reads else _SELECTION_TOLERANCE
     errors = check(candidates, tolerance)
     if op == "layer":
         candidates += layers.others(shape, device)
@@ -89,10 +99,11 @@ def _needed_bytes(op: str, shape: Shape) -> int:
     if op not in _WITH_TABLE:
         return 0
     # Ours and the baseline read one table. Beside the layer stand other packages' tables.
-    widths = [shape.value_dim, *(layers.widths_of_others(shape) if op == "layer" else [])]
+    widths = [shape.value_dim] * (2 if op == _PREVALUED else 1)
+    widths += layers.widths_of_others(shape) if op == "layer" else []
     in_its_dtype = (sum(widths) + max(widths)) * shape.dtype.itemsize
     # main_grad, and a dense gradient of a slower candidate before it is rounded.
-    in_float32 = 2 * shape.value_dim * torch.float32.itemsize
+    in_float32 = 2 * shape.value_dim * torch.float32.itemsize * (2 if op == _PREVALUED else 1)
     return shape.values * (in_its_dtype + in_float32)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from launch.benchmarks.kernels import convolutions, lookups, topks
+from launch.benchmarks.kernels import convolutions, lookups, prevalued_lookups, topks
 from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.measure import timed
 from launch.benchmarks.kernels.shapes import Shape
@@ -16,12 +16,20 @@ _Build = Callable[[Shape, torch.device], list[Candidate]]
 _PAPER = Shape(hidden=1600, num_keys=1789, topk=42, value_dim=1024, dtype=torch.bfloat16)
 _ALIGNED = dataclasses.replace(_PAPER, num_keys=1792)
 _227M = Shape(hidden=384, num_keys=808, topk=80, value_dim=384, dtype=torch.bfloat16)
+_V2_227M = Shape(
+    hidden=768, num_keys=1138, topk=32, value_dim=192, heads=1, expansion=1, dtype=torch.bfloat16
+)
+_PEER = Shape(
+    num_keys=1024, topk=16, value_dim=2048, heads=8, cores=1, expansion=1, dtype=torch.bfloat16
+)
 _HIDDEN = dataclasses.replace(_PAPER, hidden=2048)
 _TINY = Shape(hidden=32, num_keys=40, topk=6, value_dim=16)
 _TOKENS = (64, 8192)
 _CASES: tuple[tuple[str, _Build, str, Shape], ...] = (
     ("lookup", lookups.candidates, "1.6B shape", _PAPER),
     ("lookup", lookups.candidates, "227M shape", _227M),
+    ("lookup behind pre-values", prevalued_lookups.candidates, "UltraMemV2's 227M", _V2_227M),
+    ("lookup behind pre-values", prevalued_lookups.candidates, "PEER's, width 2048", _PEER),
     ("side top-m", topks.side_candidates, "1.6B shape", _PAPER),
     ("side top-m", topks.side_candidates, "keys a multiple of 64", _ALIGNED),
     ("grid top-m", topks.tucker_candidates, "1.6B shape", _PAPER),
@@ -46,7 +54,8 @@ def _times(op: str, build: _Build, shape: Shape, name: str, device: torch.device
     default = [candidate.name for candidate in candidates if candidate.name in own][-1]
     for candidate in candidates:
         ours = candidate.name == default
-        if not ours and "embedding_bag" not in candidate.name:
+        compared = candidate.name == prevalued_lookups.TWO_PASSES or "bag" in candidate.name
+        if not ours and not compared:
             continue  # the others take seconds, and GBs, at these sizes
         whose = op if ours else candidate.name
         for passes, step in (

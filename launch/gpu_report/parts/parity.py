@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from launch.benchmarks.kernels import convolutions, layers, lookups, topks
+from launch.benchmarks.kernels import convolutions, layers, lookups, prevalued_lookups, topks
 from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.shapes import Shape
 from launch.gpu_report.parts import decoding_parity
@@ -17,6 +17,7 @@ from launch.gpu_report.row import Row, attempted
 
 _OPS: dict[str, Callable[[Shape, torch.device], list[Candidate]]] = {
     "lookup": lookups.candidates,
+    "lookup behind pre-values": prevalued_lookups.candidates,
     "side top-m": topks.side_candidates,
     "grid top-m": topks.tucker_candidates,
     "query convolution": convolutions.candidates,

@@ -55,6 +55,7 @@ def test_memory_that_tables_and_gradients_need():
     # Beside them tables of two cores and of the hidden width, each twice ours, and the gradient
     # of one of these in place of ours.
     assert run._needed_bytes("layer", shape) == 100 * 4 * ((1 + 2 + 2 + 2) * 2 + 2 * 4)
+    assert run._needed_bytes("lookup behind pre-values", shape) == 2 * 100 * 4 * (2 + 1 + 2 * 4)
     assert run._needed_bytes("side top-m", shape) == 0
 
 
@@ -103,11 +104,13 @@ def test_ratios():
             row("layer", "native", 128**2, 10),
             row("layer", "plain", 1024**2, 80),
             row("layer", "native", 1024**2, 20),
+            row("lookup behind pre-values", "two passes", 1024**2, 8),
+            row("lookup behind pre-values", "native", 1024**2, 6),
             row("lookup", "native", 128**2, 2, 10**6),
             row("lookup", "native", 1024**2, 5, 3 * 10**6),
         ]
     )
-    assert [value for _, value, _ in found] == [3.0, 4.0, 2.5, 2.0]
+    assert [value for _, value, _ in found] == [3.0, 4.0, 0.75, 2.5, 2.0]
 
 
 def test_another_csv_is_refused(tmp_path):

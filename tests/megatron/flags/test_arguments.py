@@ -105,9 +105,22 @@ def test_sizes_of_the_ablation_rows_are_the_papers(preset, dense_millions, spars
 _BASE = "--ultramem-spans 3:5 --ultramem-num-keys 10 "
 
 
+def test_a_rate_that_follows_the_schedule_beats_a_presets_fixed_one():
+    sizes = {"num_layers": 24, "hidden_size": 1024}
+    preset = "--ultramem-preset memory-plus-373m-1024k"
+    assert _config(preset, **sizes).value_lr_fixed == 1e-3
+    assert _config(f"{preset} --ultramem-value-lr-fixed 2e-3", **sizes).value_lr_fixed == 2e-3
+    changed = _config(f"{preset} --ultramem-value-lr-mult 3", **sizes)
+    assert (changed.value_lr_fixed, changed.value_lr_mult) == (0, 3)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (
+            _BASE + "--ultramem-value-lr-fixed 1e-3 --ultramem-value-lr-mult 2",
+            "--ultramem-value-lr-fixed 0.001 and --ultramem-value-lr-mult 2 are both given",
+        ),
         ("--ultramem-topk 3", r"--ultramem-topk given, but no memory layer is placed"),
         ("--ultramem-overlap", r"--ultramem-overlap given, but no memory layer is placed"),
         ("--ultramem-spans 3:5", r"--ultramem-num-keys is not given"),

@@ -15,6 +15,7 @@ _HYBRID = {
 }
 _NUMBER = {"ultramem_partition": "number"}
 _DIMENSION = {"ultramem_partition": "dimension"}
+_GRID = {"ultramem_partition": "grid", "ultramem_node_size": 2}
 _SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 _PP = {"pipeline_model_parallel_size": 2}
 _CROSSING = {**_PP, "hybrid_layer_pattern": "M-*-|M-*-"}  # spans 4:5
@@ -46,12 +47,21 @@ def test_shards_train_like_one_rank():
 
 
 @_long
+def test_memories_in_place_of_mlps_train_like_one_rank(tmp_path):
+    changes = {"ultramem_spans": "2:2/8:8", "ultramem_replace_mlp": True}
+    start = _Start(tmp_path, **{**_HYBRID, **changes})
+    _check(start, 2, **_SP, **_NUMBER)
+    _check(start, 4, **_CROSSING, **_DIMENSION)
+
+
+@_long
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
         pytest.param(2, {**_SP, **_NUMBER}, id="TP2 SP number"),
         pytest.param(2, {**_CROSSING, **_RECOMPUTE}, id="PP2 crossing, recompute"),
         pytest.param(2, _DIMENSION, id="DP2 dimension"),
+        pytest.param(4, {**_SP, **_GRID}, id="TP2 SP DP2 grid"),
         pytest.param(2, {"tensor_model_parallel_size": 2}, id="TP2"),
         pytest.param(2, {**_RECOMPUTE, **_NUMBER}, id="DP2 recompute"),
         pytest.param(2, {**_PP, "hybrid_layer_pattern": "M-*|-M-*-"}, id="PP2"),

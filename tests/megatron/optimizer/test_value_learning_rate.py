@@ -1,5 +1,7 @@
 """The value tables' learning rate: k times the base, falling linearly to it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -54,6 +56,25 @@ def test_schedule_multiplies_megatrons_over_a_fraction_of_training():
         assert scheduler.value_learning_rate() == optimizer.param_groups[1]["lr"]
         scheduler.step(1)
         upstream.step(1)
+
+
+def test_a_fixed_rate_knows_no_schedule():
+    config = small_config(value_lr_fixed=3e-3, topk=16, heads=2, value_expansion=1)
+    (override,) = value_overrides(config).values()
+    optimizer, plain = _Optimizer(), _Optimizer()
+    optimizer.param_groups[1] = dict(override)
+    rates = {"value_lr_decay": 0.6, "value_lr_fixed": 3e-3}
+    scheduler = ValueLearningRateScheduler(optimizer, **rates, **_SETTINGS)
+    upstream = OptimizerParamScheduler(plain, **_SETTINGS)
+    for _ in range(200):
+        assert optimizer.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
+        assert scheduler.value_learning_rate() == optimizer.param_groups[1]["lr"] == 3e-3
+        scheduler.step(1)
+        upstream.step(1)
+    high = throw_warning(replace(config, value_lr_fixed=4e-3), 1e-4, 1000)
+    assert high is not None
+    assert "--ultramem-value-lr-fixed 0.004 one step can move a memory's output by 0.13" in high
+    assert throw_warning(config, 1.0, 0) is None
 
 
 def test_state_is_megatrons():

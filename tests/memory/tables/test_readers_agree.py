@@ -1,6 +1,6 @@
 """Every partition reads what the whole table gives: outputs and gradients, on real ranks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.closeness import assert_close, rounding
 from tests.ranks import init_gloo, run_on_ranks
 from ultramem_megatron.communication.exchange import count_bytes
 from ultramem_megatron.communication.pausing import run
-from ultramem_megatron.memory.tables.dimension_wise import DimensionWiseReader
+from ultramem_megatron.memory.tables.contract import Partition
 from ultramem_megatron.memory.tables.layout import TableLayout
 from ultramem_megatron.memory.tables.number_wise import (
     NumberWiseReader,
@@ -27,13 +27,15 @@ from ultramem_megatron.memory.tables.traffic import Exchange
 class Case:
     """A table and the tokens of each rank. addresses: "any", "one owner" (all on the last row)."""
 
-    partition: str  # "dimension", "rows" (number-wise, rows come back), "sums" (owner pools)
+    # "dimension", "rows" (number-wise, rows come back), "sums" (owner pools), "grid"
+    partition: str
     tokens: tuple[int, ...]  # per rank
     num_values: int = 25
     value_dim: int = 24
     picks: int = 6
     cores: int = 2
     groups: int = 4
+    node: int = 2
     addresses: str = "any"
     dtype: torch.dtype = torch.float64
 
@@ -42,8 +44,24 @@ class Case:
         return len(self.tokens)
 
     def layout(self, rank: int = 0) -> TableLayout:
-        kind = PARTITIONS["dimension" if self.partition == "dimension" else "number"]
-        return kind.layout(self.num_values, self.value_dim, self.cores, self.size, rank)
+        sizes = (self.num_values, self.value_dim, self.cores, self.size)
+        return self.kind.layout(*sizes, rank, node=self.node)
+
+    @property
+    def kind(self) -> Partition:
+        return PARTITIONS["number" if self.partition in ("rows", "sums") else self.partition]
+
+    @property
+    def exchange(self) -> Exchange:
+        return Exchange(
+            self.size,
+            self.picks,
+            self.value_dim,
+            self.groups,
+            self.cores,
+            number_bytes=self.dtype.itemsize,
+            ranks_per_node=self.node,
+        )
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Table, addresses, scores and output gradient of all tokens, the same in each process."""
@@ -89,10 +107,9 @@ def _read(case, group, rank):
     first = sum(case.tokens[:rank])
     own = slice(first, first + case.tokens[rank])
     own_scores = scores[own].clone().requires_grad_()
-    if case.partition == "dimension":
-        reader = DimensionWiseReader(layout, case.groups, group)
-    else:
-        reader = NumberWiseReader(layout, case.groups, group, case.partition == "sums")
+    reader = case.kind.reader(layout, case.groups, group, case.exchange)
+    if isinstance(reader, NumberWiseReader):
+        reader = replace(reader, pool_at_owner=case.partition == "sums")
     with count_bytes() as received:
         out = run(reader.read(part, addresses[own], own_scores))
         forward = dict(received)
@@ -109,15 +126,17 @@ def _rounding(case, terms):
 
 def _compare(case, results):
     out, table_grad, score_grad = _whole(case)
-    rows = case.tensors()[1].flatten() % case.num_values
-    meeting = int(rows.bincount(minlength=1).max())  # picks that add up in one row's gradient
-    axis = 1 if case.partition == "dimension" else 0
-    for name, index, expected, terms, along in (
-        ("output", 0, out, case.picks, 0),
-        ("table", 1, table_grad, meeting, axis),
-        ("scores", 2, score_grad, case.value_dim, 0),
+    picked = case.tensors()[1].flatten() % case.num_values
+    meeting = int(picked.bincount(minlength=1).max())  # picks that add up in one row's gradient
+    table = torch.full_like(table_grad, torch.nan)
+    for rank, result in enumerate(results):
+        rows, columns = case.layout(rank).rows(), case.layout(rank).columns()
+        table[rows.start : rows.stop, columns.start : columns.stop] = result[1]
+    for name, found, expected, terms in (
+        ("output", torch.cat([result[0] for result in results]), out, case.picks),
+        ("table", table, table_grad, meeting),
+        ("scores", torch.cat([result[2] for result in results]), score_grad, case.value_dim),
     ):
-        found = torch.cat([result[index] for result in results], along)
         assert_close(found, expected, _rounding(case, terms), f"{case} {name}")
 
 
@@ -146,8 +165,17 @@ _FIXED = {
         *(Case(p, (3,) * 4, cores=4) for p in ("rows", "sums", "dimension")),
         *(Case(p, (3,) * 4, num_values=4) for p in ("rows", "sums", "dimension")),
         *(Case(p, (1, 0, 6, 2), addresses="one owner") for p in ("rows", "sums")),
+        *(Case("grid", (3,) * 4, cores=cores) for cores in (1, 2, 4)),
+        *(Case("grid", (3,) * 4, node=node) for node in (1, 4)),  # columns alone, rows alone
+        Case("grid", (5,) * 4, groups=9, picks=13),
+        Case("grid", (5,) * 4, groups=1, picks=1),
+        Case("grid", (4,) * 4, addresses="one owner"),
+        Case("grid", (0,) * 4),
     ],
-    8: [Case(p, (2,) * 8) for p in ("rows", "sums", "dimension")],
+    8: [
+        *(Case(p, (2,) * 8) for p in ("rows", "sums", "dimension", "grid")),
+        Case("grid", (2,) * 8, node=4, cores=4),
+    ],
 }
 
 
@@ -157,8 +185,10 @@ def test_readers_equal_the_whole_table(size):
 
 
 def test_half_precision_tables():
-    for dtype in (torch.float32, torch.bfloat16):
+    dtypes = (torch.float32, torch.bfloat16)
+    for dtype in dtypes:
         _check(2, [Case(p, (6, 6), dtype=dtype) for p in ("rows", "sums", "dimension")])
+    _check(4, [Case("grid", (6,) * 4, dtype=dtype) for dtype in dtypes])
 
 
 @st.composite
@@ -205,8 +235,7 @@ def _received(case):
 @pytest.mark.parametrize(("size", "cores"), [(2, 1), (2, 2), (2, 4), (4, 2)])
 def test_dimension_wise_moves_the_bytes_of_the_formula(size, cores):
     case = Case("dimension", (10,) * size, cores=cores, dtype=torch.float32)
-    exchange = Exchange(size, case.picks, case.value_dim, case.groups, cores, number_bytes=4)
-    expected = PARTITIONS["dimension"].volume(exchange)
+    expected = case.kind.volume(case.exchange)
     for forward, backward in _received(case):
         assert forward == 10 * expected.forward
         assert backward == 10 * expected.backward
@@ -215,13 +244,22 @@ def test_dimension_wise_moves_the_bytes_of_the_formula(size, cores):
 @pytest.mark.parametrize("partition", ["rows", "sums"])
 def test_number_wise_moves_the_bytes_of_the_formula(partition):
     case = Case(partition, (400,) * 4, num_values=1024, picks=12, dtype=torch.float32)
-    exchange = Exchange(4, case.picks, case.value_dim, case.groups, case.cores, number_bytes=4)
     formula = volume_of_rows if partition == "rows" else volume_of_sums
     received = _received(case)
     # What one rank receives as owner depends on the draw; over all ranks it evens out.
     forward, backward = (sum(column) / len(received) for column in zip(*received, strict=True))
-    assert forward == pytest.approx(400 * formula(exchange).forward, rel=0.01)
-    assert backward == pytest.approx(400 * formula(exchange).backward, rel=0.01)
+    assert forward == pytest.approx(400 * formula(case.exchange).forward, rel=0.01)
+    assert backward == pytest.approx(400 * formula(case.exchange).backward, rel=0.01)
+
+
+@pytest.mark.parametrize(("picks", "node"), [(12, 2), (2, 2), (12, 4)])
+def test_grid_moves_the_bytes_of_the_formula(picks, node):
+    """12 picks: sums come; 2: rows. Both at once in the node of 4, of which there is one."""
+    case = Case("grid", (400,) * 4, 1024, picks=picks, node=node, dtype=torch.float32)
+    expected, received = case.kind.volume(case.exchange), _received(case)
+    forward, backward = (sum(column) / len(received) for column in zip(*received, strict=True))
+    assert forward == pytest.approx(400 * expected.forward, rel=0.01)
+    assert backward == pytest.approx(400 * expected.backward, rel=0.01)
 
 
 def _die_in_the_middle():

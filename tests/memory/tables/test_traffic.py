@@ -6,7 +6,7 @@ import pytest
 
 from ultramem_megatron.memory.tables import dimension_wise, number_wise
 from ultramem_megatron.memory.tables.number_wise import pools_at_owner
-from ultramem_megatron.memory.tables.partitions import choose
+from ultramem_megatron.memory.tables.partitions import PARTITIONS, choose
 from ultramem_megatron.memory.tables.traffic import (
     Exchange,
     Volume,
@@ -41,16 +41,16 @@ def test_scores_move_for_every_core_whose_columns_a_rank_holds():
     x = Exchange(size=4, picks=10, value_dim=64, expansion=9, cores=8, number_bytes=2)
     addresses, pooled = 4 * 10 * 3, 2 * 9 * 64 * 3 / 4
     scores = 2 * 2 * 10 * 3  # of two of the eight cores
-    assert dimension_wise.volume(x) == (addresses + scores + pooled, scores + pooled)
+    assert dimension_wise.volume(x)[:2] == (addresses + scores + pooled, scores + pooled)
     few = replace(x, cores=2)  # fewer than ranks: each holds a part of one
-    assert dimension_wise.volume(few) == (addresses + scores / 2 + pooled, scores / 2 + pooled)
+    assert dimension_wise.volume(few)[:2] == (addresses + scores / 2 + pooled, scores / 2 + pooled)
 
 
 def test_sums_move_once_for_each_owner_and_group_that_is_asked():
     x = Exchange(size=4, picks=10, value_dim=64, expansion=9, cores=8, number_bytes=2)
     addresses, scores = 2 * 4 * 10 * 3 / 4, 2 * 8 * 10 * 3 / 4
     sums = 2 * 64 * distinct(4 * 9, 10) * 3 / 4
-    assert number_wise.volume_of_sums(x) == (addresses + scores + sums, scores + sums)
+    assert number_wise.volume_of_sums(x)[:2] == (addresses + scores + sums, scores + sums)
 
 
 def test_seconds_are_those_of_the_node_and_of_the_network():
@@ -69,16 +69,54 @@ def test_nothing_moves_on_one_rank():
         assert volume.total == seconds_per_token(volume, x) == 0
 
 
-def test_one_node_is_dimension_wise_and_many_ranks_number_wise():
+_FLAT = {"ranks_per_node": 1}  # all links alike
+
+
+def test_few_ranks_are_dimension_wise_and_many_number_wise():
     assert choose(Exchange(size=8, picks=84, value_dim=1024)) == "dimension"
-    assert choose(Exchange(size=512, picks=84, value_dim=1024)) == "number"
-    assert choose(Exchange(size=128, picks=84, value_dim=128)) == "number"
+    assert choose(Exchange(size=512, picks=84, value_dim=1024, **_FLAT)) == "number"
+    assert choose(Exchange(size=128, picks=84, value_dim=128, **_FLAT)) == "number"
+
+
+def test_many_nodes_are_a_grid():
+    assert choose(Exchange(size=512, picks=84, value_dim=1024)) == "grid"
+    assert choose(Exchange(size=128, picks=84, value_dim=128)) == "grid"
+    even = Exchange(size=64, picks=84, value_dim=1024, node_bandwidth=1, network_bandwidth=1)
+    assert choose(even) == "dimension"
+    assert choose(replace(even, network_bandwidth=0.1)) == "grid"
+
+
+@pytest.mark.parametrize("node", [1, 64])
+def test_a_grid_of_one_node_or_of_nodes_of_one_is_another_partition(node):
+    for picks in (2, 84):
+        x = Exchange(size=64, picks=picks, value_dim=1024, ranks_per_node=node)
+        other = PARTITIONS["dimension" if node == 1 else "number"]
+        of_grid, volume = PARTITIONS["grid"].volume(x), other.volume(x)
+        assert of_grid[:2] == volume[:2]
+        assert seconds_per_token(of_grid, x) == seconds_per_token(volume, x)
+        assert choose(x) != "grid"
+
+
+def test_of_a_grid_only_pooled_slices_and_what_asks_for_them_cross_the_network():
+    """4 nodes of 8: each token's addresses and scores to 3 others, E vectors home."""
+    x = Exchange(size=32, picks=10, value_dim=64, expansion=9, cores=4, number_bytes=2)
+    volume = PARTITIONS["grid"].volume(x)
+    far = volume.forward - volume.near[0], volume.backward - volume.near[1]
+    addresses, scores, pooled = 4 * 10 * 3, 2 * 10 * 3, 2 * 9 * 64 * 3 / 4
+    assert far == pytest.approx((addresses + scores + pooled, scores + pooled))
+    in_node = number_wise.volume(replace(x, size=8, value_dim=16, cores=1))
+    assert volume.near == (4 * in_node.forward, 4 * in_node.backward)
+    again = volume.with_recomputation()
+    assert again.total == volume.total + volume.forward
+    assert sum(again.near) == sum(volume.near) + volume.near[0]
 
 
 def test_only_what_the_sizes_allow_is_chosen():
     assert choose(Exchange(size=3, picks=84, value_dim=1024)) == "number"
     assert choose(Exchange(size=6, picks=84, value_dim=1536, cores=4)) == "number"
-    assert choose(Exchange(size=512, picks=84, value_dim=1024), num_values=400) == "dimension"
+    few_rows = Exchange(size=512, picks=84, value_dim=1024, **_FLAT)
+    assert choose(few_rows, num_values=400) == "dimension"
+    assert choose(Exchange(size=12, picks=84, value_dim=1024)) == "number"  # no whole nodes of 8
     assert choose(Exchange(size=1, picks=84, value_dim=1024)) == "replicated"
 
 

@@ -93,6 +93,12 @@ def test_torch_cuda_answers_like_one_device_that_never_lags(on_cpu: None) -> Non
     assert event.elapsed_time(stream.record_event()) == 0.0
 
 
+def test_a_stream_knows_its_device(on_cpu: None) -> None:
+    stream = torch.cuda.Stream()
+    assert torch.zeros(1, device="cuda").device == stream.device
+    assert torch.cuda.current_stream(stream.device).device == stream.device
+
+
 def test_memory_figures_are_those_of_the_process(on_cpu: None) -> None:
     before = torch.cuda.memory_allocated()
     big = torch.ones(32 * 2**20 // 4)  # 32 MiB
@@ -169,3 +175,32 @@ def test_megatrons_random_streams_are_separate() -> None:
     assert not torch.equal(draws["first"], draws["plain"])
     assert not torch.equal(draws["first"], draws["other_rank"])
     assert draws["warnings"] == []
+
+
+def _draw_from_forked_streams(graph_safe: bool) -> list[torch.Tensor]:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, convert_cuda_rng_state
+
+    from ultramem_megatron.patches import registry
+
+    registry.apply_all()
+    tracker = CudaRNGStatesTracker(use_cudagraphable_rng=graph_safe)
+    tracker.add("a", 1)
+    tracker.add("b", 2)
+    drawn = []
+    with tracker.fork("a"):
+        drawn.append(torch.rand(3))
+        with tracker.fork("b"):
+            drawn.append(torch.rand(3))
+        drawn.append(torch.rand(3))
+    with tracker.fork("b"):
+        drawn.append(torch.rand(3))
+    state = convert_cuda_rng_state(tracker.get_states()["a"], to_graphable=False)
+    assert isinstance(convert_cuda_rng_state(state, to_graphable=True), torch.Generator)
+    return drawn
+
+
+def test_streams_that_a_cuda_graph_could_hold_draw_the_same_numbers() -> None:
+    [plain] = run_on_ranks(1, _draw_from_forked_streams, False)
+    [graph_safe] = run_on_ranks(1, _draw_from_forked_streams, True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, graph_safe, strict=True))
+    assert not torch.equal(plain[0], plain[2])

@@ -83,6 +83,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "memory+": {
         **_PKM,
         "ultramem_spans": "full",
+        "ultramem_replace_mlp": True,
         "ultramem_softmax": True,
         "ultramem_values": "gated",
         "ultramem_projection_bias": True,

@@ -7,9 +7,11 @@ import pytest
 from tests import ROOT
 from tests.ranks import run_on_ranks
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.memory.tables.partitions import PARTITIONS
+from ultramem_megatron.memory.tables.traffic import Exchange, seconds_per_token
 from ultramem_megatron.presets import printed
 from ultramem_megatron.presets.printed import TABLE_1, TABLE_2, TABLE_3
-from ultramem_megatron.tools.paper import topology
+from ultramem_megatron.tools.paper import figure9, topology
 from ultramem_megatron.tools.paper.__main__ import main
 
 # Where the inferred sizes do not round to the printed digits: (row, column) -> largest difference.
@@ -153,6 +155,24 @@ def test_figure_9_and_its_numbers(tmp_path):
     main(["figure9", "--plot", str(picture), "--csv", str(numbers)])
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert numbers.read_text() == (ROOT / "launch/results/figure9.csv").read_text()
+
+
+def test_the_grid_is_fastest_between_its_two_lines():
+    rows = {(row["top_m"], row["ranks"]): row for row in figure9.points()}
+    row = rows[84, 64]
+    lines = row["grid_from"], row["dimension_from"]
+    assert 8 < lines[0] < lines[1]
+    kinds = ("number", "grid", "dimension")
+    for width, fastest in (
+        (lines[0] - 8, "number"),
+        (lines[0], "grid"),
+        (lines[1] - 8, "grid"),
+        (lines[1], "dimension"),
+    ):
+        x = Exchange(64, 84, width, expansion=1, cores=1)
+        taken = {name: seconds_per_token(PARTITIONS[name].volume(x), x) for name in kinds}
+        assert min(taken, key=taken.__getitem__) == fastest
+    assert rows[84, 60]["grid_from"] == rows[84, 8]["grid_from"] == ""
 
 
 def test_a_figure_goes_somewhere():

@@ -51,7 +51,7 @@ def check_optimizer_layout(
     if not args.use_distributed_optimizer or _kind(str(folder)) != "dp_reshardable":
         return
     rows, columns = _saved_parts(str(folder), ultramem.num_values)
-    mine = tables.kind.parts(tables.size)
+    mine = tables.kind.parts(tables.size, tables.node)
     if (rows, columns) != mine:
         raise UltraMemError(
             f"{source}: its tables were {_cut(rows, columns)}, here they are {_cut(*mine)}, and "
@@ -133,5 +133,6 @@ def _cut(rows: int, columns: int) -> str:
     """In the words of the settings in force."""
     if rows * columns == 1:
         return "whole"
-    how = "number" if rows > 1 else "dimension"
-    return f"over {rows * columns} ranks, {how}-wise"
+    how = "grid" if min(rows, columns) > 1 else "number" if rows > 1 else "dimension"
+    nodes = f", {rows} in a node" if how == "grid" else ""
+    return f"over {rows * columns} ranks, {how}-wise{nodes}"

@@ -118,7 +118,15 @@ LAYOUT_FLAGS = (
 )
 """Of how a run was laid out, what decides whether its optimizer's state fits another one."""
 
-_MEMORY_FLAGS = ("preset", "parallel_size", "partition", "overlap", "train_only", "in_force")
+_MEMORY_FLAGS = (
+    "preset",
+    "parallel_size",
+    "partition",
+    "node_size",
+    "overlap",
+    "train_only",
+    "in_force",
+)
 
 
 @cache

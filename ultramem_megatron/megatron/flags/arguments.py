@@ -37,6 +37,8 @@ _NUMBER_HELP = {
     "aux_loss_margin": "Margin tau below which a singular value is not penalised.",
     "value_lr_mult": "The value tables' learning rate starts at this multiple of the base rate...",
     "value_lr_decay": "...and falls linearly to 1x over this fraction of training.",
+    "value_lr_fixed": "The value tables' learning rate itself, whatever the schedule, in place of "
+    "the two above (0: none).",
     "value_wd_mult": "The value tables' weight decay is this multiple of that of matrices, at any "
     "point of its schedule (0: none).",
 }
@@ -53,6 +55,7 @@ _CHOICE_HELP = {
     "init": f"Initial values: {INITIALISATIONS.described()}.",
 }
 _SWITCH_HELP = {
+    "replace_mlp": "Layers in which memories stand have no MLP (Memory+, PEER).",
     "share_query": "Two heads use one query.",
     "query_per_rank": "Each Tucker rank has queries of its own; needs --ultramem-rank-layout full.",
     "values_per_head": "Every head reads a table of its own.",
@@ -192,13 +195,21 @@ def _add_table_arguments(group: Any) -> None:
         type=whole_number,
         metavar="P",
         help="Ranks of a pipeline stage that share each value table; divides tensor x context x "
-        "data parallel. Default: all of them (with experts: --expert-model-parallel-size).",
+        "data parallel. Default: all of them, of more than 64 what the cost model says (with "
+        "experts: --expert-model-parallel-size).",
     )
     group.add_argument(
         "--ultramem-partition",
         choices=("auto", *shared_partitions()),
         help=f"How they share it: {PARTITIONS.described(shared_partitions())}; auto (default): the "
         "cheaper by bytes moved.",
+    )
+    group.add_argument(
+        "--ultramem-node-size",
+        type=whole_number,
+        metavar="N",
+        help="Neighbouring ranks of a table that share fast links, for --ultramem-partition grid "
+        "and auto. Default: the ranks launched on a host.",
     )
     group.add_argument(
         "--ultramem-overlap",
@@ -224,6 +235,7 @@ def config_from_args(args: Namespace) -> UltraMemConfig | None:
     given = _given(args)
     preset = getattr(args, "ultramem_preset", None)
     values = (preset_fields(preset) if preset else {}) | given
+    _settle_rate(values, given)
     if "spans" not in values:
         asked_for = [flag(name) for name in given]
         for name in ("overlap", "upcycle", "train_only", "train_rows", "background_reads"):
@@ -248,6 +260,20 @@ def _given(args: Namespace) -> dict[str, Any]:
         for field in fields(UltraMemConfig)
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _settle_rate(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """A fixed rate of the tables or one that follows the schedule; a given one beats a preset's."""
+    following = [name for name in ("value_lr_mult", "value_lr_decay") if name in given]
+    if not following or not values.get("value_lr_fixed"):
+        return
+    if "value_lr_fixed" in given:
+        raise UltraMemError(
+            f"{flag('value_lr_fixed')} {given['value_lr_fixed']:g} and {flag(following[0])} "
+            f"{given[following[0]]:g} are both given: the tables' learning rate is fixed, or it "
+            f"follows the schedule. Drop one of them."
+        )
+    values["value_lr_fixed"] = 0.0
 
 
 def _with_defaults(values: dict[str, Any], args: Namespace) -> dict[str, Any]:

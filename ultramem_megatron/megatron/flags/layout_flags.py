@@ -29,6 +29,7 @@ ONE_RANK: Mapping[str, Any] = {
     "expert_gtp_weight_remat_size": 1,
     "ultramem_parallel_size": None,
     "ultramem_partition": None,
+    "ultramem_node_size": None,
     "ultramem_overlap": False,
 }
 """Each with its value where one rank has all of the model; names as in Megatron's parsed flags."""

@@ -36,7 +36,11 @@ class UltraMemHybridModelBuilder(MemoryModelBuilder, HybridModelBuilder):
         config.hybrid_stack_spec = self._stack
         if config.ultramem is not None:
             config.hybrid_stack_spec = stack_with_memory(
-                self._stack, config.ultramem, config.transformer, config.table_partition
+                self._stack,
+                config.ultramem,
+                config.transformer,
+                config.table_partition,
+                config.table_node_size,
             )
         return super().build_model(*args, **kwargs)
 

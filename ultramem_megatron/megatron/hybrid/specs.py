@@ -16,6 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ultramem_megatron.megatron.hybrid.mamba_layer import PassingMambaLayer
+from ultramem_megatron.megatron.layer.feed_forward import check_replaced
 from ultramem_megatron.megatron.layer.specs import memory_specs, with_role
 from ultramem_megatron.megatron.layer.transformer_layer import LayerRole
 from ultramem_megatron.megatron.optimizer.scalar_parameters import leave_to_scalar_optimizer
@@ -47,16 +48,21 @@ class LayerByNumber:
 
 
 def stack_with_memory(
-    stack: ModuleSpec, ultramem: UltraMemConfig, config: TransformerConfig, partition: str
+    stack: ModuleSpec,
+    ultramem: UltraMemConfig,
+    config: TransformerConfig,
+    partition: str,
+    node_size: int | None,
 ) -> ModuleSpec:
     """Add memories to the spec of a HybridStack, which is not modified; for one model chunk.
 
-    config: with the pattern kept (pattern.py). partition: how tables are cut over Megatron's
-    expert-parallel group, if that has several ranks.
+    config: with the pattern kept (pattern.py). partition, node_size: how tables are cut over
+    Megatron's expert-parallel group, as in TableSettings, if that has several ranks.
     """
+    check_replaced(ultramem, config)
     leave_to_scalar_optimizer()
     symbols = "".join(kept_stages(config) or ())
-    memories = memory_specs(ultramem, partition)
+    memories = memory_specs(ultramem, partition, node_size)
     roles = _roles(ultramem, config)
     kinds: dict[str, ModuleSpec] = {}
     for symbol in set(symbols):

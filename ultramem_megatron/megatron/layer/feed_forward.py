@@ -13,7 +13,9 @@ import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.pipeline.pattern import EXPERTS, MLP, kept_stages
+from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.initialization.feed_forward import mlp_std
 
 _ROUTED_TOKENS = 4096
@@ -22,6 +24,28 @@ _ROUTED_TOKENS = 4096
 def residual_branches(config: TransformerConfig) -> int:
     """How many outputs the model adds to its hidden states, as Megatron scales their weights."""
     return config.num_layers * (1 if config.is_hybrid_model else 2)
+
+
+def check_replaced(ultramem: UltraMemConfig, config: TransformerConfig) -> None:
+    """Raise UltraMemError where a memory would stand in the place of experts.
+
+    Megatron's balancing losses count the layers that have experts by its flags.
+    """
+    if not ultramem.replace_mlp:
+        return
+    for span in ultramem.spans:
+        if _has_experts(config, span.start):
+            raise UltraMemError(
+                f"{flag('spans')} {span} with {flag('replace_mlp')}: layer {span.start} has "
+                f"experts, and a memory takes the place of an MLP. Choose layers without "
+                f"(--moe-layer-freq, or - in a pattern)."
+            )
+
+
+def mlp_parameters(config: TransformerConfig) -> int:
+    """Elements of the matrices of one layer's MLP."""
+    matrices = 3 if config.gated_linear_unit else 2
+    return matrices * config.hidden_size * config.ffn_hidden_size
 
 
 def feed_forward_std(config: TransformerConfig, layer_number: int) -> float:

@@ -73,12 +73,14 @@ class TransformerMemory(UltraMemLayer):
         placement: Placement,
         values_by_table: dict[int, torch.nn.Module],
         partition: str = "dimension",
+        node_size: int | None = None,
     ) -> None:
         """config: sizes, norm epsilon, parameter dtype and device are taken from it.
 
         placement: of this memory. values_by_table: of the memories built before on this stage, in
-        which one that reads another's values finds them. partition: how tables are cut over the
-        expert-parallel group, if that has several ranks. Raises UltraMemError.
+        which one that reads another's values finds them. partition, node_size: how tables are cut
+        over the expert-parallel group, as in TableSettings, if that has several ranks. Raises
+        UltraMemError.
         """
         groups = table_groups(pg_collection)
         with _parameter_dtype(config.params_dtype), _parameter_device(config):
@@ -96,7 +98,7 @@ class TransformerMemory(UltraMemLayer):
                 )
             shared = values_by_table.get(placement.table)
             values = VALUES[ultramem.values].build(
-                ultramem, _site(config.hidden_size, groups, partition, shared)
+                ultramem, _site(config.hidden_size, groups, partition, node_size, shared)
             )
             values_by_table.setdefault(placement.table, values)
             super().__init__(
@@ -263,10 +265,12 @@ def _sharded_table(
     )
 
 
-def _site(hidden_size: int, groups: TableGroups | None, partition: str, shared: Any) -> Site:
+def _site(
+    hidden_size: int, groups: TableGroups | None, partition: str, node_size: int | None, shared: Any
+) -> Site:
     if groups is None:
         return Site(hidden_size, shared=shared)
-    return Site(hidden_size, partition, groups.table, shared)
+    return Site(hidden_size, (partition, groups.table, node_size), shared)
 
 
 def _parameter_device(config: TransformerConfig) -> torch.device:

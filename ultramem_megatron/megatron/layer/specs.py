@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from ultramem_megatron.megatron.layer.feed_forward import check_replaced
 from ultramem_megatron.megatron.layer.memory_submodule import TransformerMemory
 from ultramem_megatron.megatron.layer.overlap import branch_end
 from ultramem_megatron.megatron.layer.transformer_layer import (
@@ -44,24 +45,27 @@ def with_memory(
     pp_rank: int | None = None,
     *,
     partition: str = "dimension",
+    node_size: int | None = None,
     overlap: bool = False,
 ) -> TransformerBlockSubmodules:
     """Add memories to the layers of one pipeline stage (or virtual chunk).
 
     spec: what Megatron's own spec functions return, one layer's ModuleSpec or a whole block's
     submodules; it is not modified. pp_rank: this rank's pipeline stage, by default the one of
-    Megatron's parallel state. partition: how tables are cut over Megatron's expert-parallel group,
-    if that has several ranks. overlap: memories compute beside the layers of their spans. Raises
-    UltraMemError when a span cannot cross into another stage.
+    Megatron's parallel state. partition, node_size: how tables are cut over Megatron's
+    expert-parallel group, as in TableSettings, if that has several ranks. overlap: memories compute
+    beside the layers of their spans. Raises UltraMemError when a span cannot cross into another
+    stage.
     """
     check_pipeline(ultramem.spans, config)
     check_shared_tables(ultramem, config)
+    check_replaced(ultramem, config)
     leave_to_scalar_optimizer()  # here, as every model with memories comes by
     if pp_rank is None:
         pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     offset = get_transformer_layer_offset(config, vp_stage, pp_rank)
     layers = _layer_specs(spec, get_num_layers_to_build(config, vp_stage, pp_rank))
-    memories = memory_specs(ultramem, partition)
+    memories = memory_specs(ultramem, partition, node_size)
     with_memories = []
     for number, layer in enumerate(layers, start=offset + 1):
         role = _role(number, offset, len(layers), ultramem, config)
@@ -72,9 +76,12 @@ def with_memory(
     return TransformerBlockSubmodules(layer_specs=with_memories, layer_norm=final_norm)
 
 
-def memory_specs(ultramem: UltraMemConfig, partition: str) -> dict[int, ModuleSpec]:
+def memory_specs(
+    ultramem: UltraMemConfig, partition: str, node_size: int | None
+) -> dict[int, ModuleSpec]:
     """A spec for each memory, by the number of the layer that reads; for one model chunk."""
-    shared = {"ultramem": ultramem, "partition": partition, "values_by_table": {}}
+    shared: dict[str, Any] = {"ultramem": ultramem, "values_by_table": {}}
+    shared |= {"partition": partition, "node_size": node_size}
     return {
         placement.reads: ModuleSpec(TransformerMemory, {**shared, "placement": placement})
         for placement in placements(ultramem)
@@ -119,6 +126,8 @@ def with_role(layer: ModuleSpec, memory: ModuleSpec | None, role: LayerRole) -> 
         return layer
     if memory is not None:
         fields |= {"memory": memory} | _separate_pre_mlp_norm(fields)
+        if memory.params["ultramem"].replace_mlp:
+            fields["mlp"] = IdentityOp
     return ModuleSpec(
         module=with_memory_branch(layer.module),
         params={**layer.params, "role": role},

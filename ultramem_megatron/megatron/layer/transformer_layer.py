@@ -10,6 +10,7 @@ S sequence, B batch, D hidden.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,7 @@ class MemoryLayerMixin:
     layer_number: int
     self_attention: nn.Module
     pre_mlp_layernorm: nn.Module
+    mlp_bda: Callable[..., Any]
     pg_collection: ProcessGroupCollection
 
     def __init__(
@@ -119,6 +121,9 @@ class MemoryLayerMixin:
         # Selective recomputation would free the norm's output after the MLP, while the memory
         # still needs it in its backward.
         self.recompute_pre_mlp_layernorm = False
+        if self.memory.config.replace_mlp:  # the layer passes on what it had; _add comes later
+            self._add, self.mlp_bda = self.mlp_bda, _pass_residual
+            self.recompute_mlp = False
 
     def _keep_memory_input(self, _norm: nn.Module, _inputs: object, output: Any) -> None:
         # Norms with a fused residual return (output, residual).
@@ -150,12 +155,20 @@ class MemoryLayerMixin:
         elif self._branch is not None:
             context, self._branch = self._end_of_layer(self._branch), None
         if self.role.ends_at(self.layer_number):
-            output, context = output + context, None
+            output, context = self._added(output, context), None
         if self.role.packs:
-            assert not isinstance(context, Branch), "a branch ends with its pipeline stage"
             assert not isinstance(context, Branch), "a branch ends with its pipeline stage"
             output, context = self.role.pack(output, context), None
         return output, context
+
+    def _added(self, output: Tensor, result: Tensor | Branch | None) -> Tensor:
+        """With the result of a span; in place of an MLP's, under dropout as that would be."""
+        assert isinstance(result, Tensor), "a branch ends within its span"
+        if self.memory is None or not self.memory.config.replace_mlp:
+            return output + result
+        add = self._add(self.training, self.config.bias_dropout_fusion)
+        added: Tensor = add((result, None), output, self.config.hidden_dropout)
+        return added
 
     def _end_of_layer(self, branch: Branch) -> Tensor | Branch:
         if self.layer_number == self.role.branch_end:
@@ -177,6 +190,11 @@ class MemoryLayerMixin:
         if self.role.branch_end is None:
             return self.memory(*inputs)
         return self.memory.branch(*inputs, layers=self.role.branch_end - self.layer_number)
+
+
+def _pass_residual(_training: bool, _fused: bool) -> Callable[..., Tensor]:
+    """As a layer's `mlp_bda`: an MLP that adds nothing."""
+    return lambda _output_and_bias, residual, _dropout: residual
 
 
 @functools.cache

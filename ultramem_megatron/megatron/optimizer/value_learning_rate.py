@@ -1,7 +1,8 @@
 """Learning rate of the value tables: k times the base rate, falling linearly to 1x (paper 3.2).
 
 The factor multiplies whatever Megatron's schedule gives (warm-up, decay, minimum), as in the
-authors' code; weight decay applies to the tables as to all matrices, times `value_wd_mult`.
+authors' code; weight decay applies to the tables as to all matrices, times `value_wd_mult`. Or the
+rate is fixed, whatever the schedule, as Memory+ has it (arXiv 2412.09764).
 """
 
 from typing import Any
@@ -15,8 +16,12 @@ from ultramem_megatron.memory.tables.value_table import VALUES_TAG
 
 
 def value_overrides(config: UltraMemConfig) -> dict[ParamKey, dict[str, Any]]:
-    """Optimizer overrides that put the value tables into a parameter group with lr_mult = k."""
-    own = {"lr_mult": config.value_lr_mult, "wd_mult": config.value_wd_mult}
+    """Optimizer overrides that put the value tables into a parameter group with lr_mult = k.
+
+    A fixed rate is none of the schedule's: lr_mult = 0.
+    """
+    times = 0.0 if config.value_lr_fixed else config.value_lr_mult
+    own = {"lr_mult": times, "wd_mult": config.value_wd_mult}
     own = {name: multiple for name, multiple in own.items() if multiple != 1.0}
     return {ParamKey(attr=VALUES_TAG): own} if own else {}
 
@@ -39,7 +44,13 @@ def throw_warning(config: UltraMemConfig, max_lr: float, warmup_steps: float) ->
     Where all values move one way, as at first, a step of Adam moves a memory's output by
     rate * k * m*H / E (scores have mean square 1, the projection divides by E).
     """
-    step = max_lr * config.value_lr_mult * config.picks / config.value_expansion
+    rate = config.value_lr_fixed or max_lr * config.value_lr_mult
+    step = rate * config.picks / config.value_expansion
+    if step > _LARGE_STEP and config.value_lr_fixed:
+        return (
+            f"WARNING: at --ultramem-value-lr-fixed {rate:g} one step can move a memory's output "
+            f"by {step:.2g}, the first ones too. Lower it."
+        )
     if step <= _LARGE_STEP or warmup_steps >= _SHORT_WARMUP:
         return None
     return (
@@ -53,9 +64,14 @@ def throw_warning(config: UltraMemConfig, max_lr: float, warmup_steps: float) ->
 class ValueLearningRateScheduler(OptimizerParamScheduler):
     """Megatron's scheduler with a factor for parameter groups whose `lr_mult` is not 1."""
 
-    def __init__(self, *args: Any, value_lr_decay: float, **kwargs: Any) -> None:
-        """value_lr_decay: fraction of training over which the factor falls to 1."""
-        self.value_lr_decay = value_lr_decay
+    def __init__(
+        self, *args: Any, value_lr_decay: float, value_lr_fixed: float = 0.0, **kwargs: Any
+    ) -> None:
+        """value_lr_decay: fraction of training over which the factor falls to 1.
+
+        value_lr_fixed: rate of the groups whose `lr_mult` is 0.
+        """
+        self.value_lr_decay, self.value_lr_fixed = value_lr_decay, value_lr_fixed
         super().__init__(*args, **kwargs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -69,6 +85,8 @@ class ValueLearningRateScheduler(OptimizerParamScheduler):
         start = param_group.get("lr_mult", 1.0)
         if start == 1.0:
             return base
+        if start == 0.0:
+            return self.value_lr_fixed
         # Weight decay is scheduled over all of training, the learning rate maybe over less.
         progress = self.num_steps / self.wd_incr_steps
         return base * value_lr_factor(start, progress, self.value_lr_decay)

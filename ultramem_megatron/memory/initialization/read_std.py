@@ -7,9 +7,9 @@ import math
 
 import torch.nn.functional as F
 
+from ultramem_megatron.kernels.lookup_prevalued.activations import activation
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.feed_forward import mean_square
-from ultramem_megatron.memory.modules import activation
 
 _HALVINGS = 60
 _RANGE = (1e-6, 1e3)

@@ -17,48 +17,61 @@ from torch import Tensor
 from ultramem_megatron.communication.exchange import Transfer, all_to_all, gather_tokens
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.kernels.lookup_dot import lookup_dot
-from ultramem_megatron.kernels.lookup_reduce import lookup_addresses
-from ultramem_megatron.memory.retrieval.addresses import split_address
-from ultramem_megatron.memory.tables.contract import Partition
+from ultramem_megatron.kernels.lookup_prevalued.activations import activation
+from ultramem_megatron.memory.tables.contract import ColumnsReader, Partition, PreValues
 from ultramem_megatron.memory.tables.layout import TableLayout
+from ultramem_megatron.memory.tables.replicated import ReplicatedReader
 from ultramem_megatron.memory.tables.traffic import PRODUCT_BYTES, Exchange, Volume, address_bytes
 
 
 @dataclass(frozen=True)
 class DimensionWiseReader:
-    """Reads a table cut by columns over `group`."""
+    """Reads a table cut by columns over `group`; `columns` reads this rank's columns of it."""
 
     layout: TableLayout
     num_groups: int
     group: Any
-    pauses = 2
-    dot_pauses = 2
+    columns: ColumnsReader
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
-        """See TableReader.read."""
+    @property
+    def pauses(self) -> int:
+        """See TableReader.pauses."""
+        return self.columns.pauses + 2
+
+    @property
+    def prevalued_pauses(self) -> int:
+        """See TableReader.prevalued_pauses."""
+        return self.columns.dot_pauses + 2 + self.pauses
+
+    def read(
+        self, part: Tensor, addresses: Tensor, scores: Tensor, pre: PreValues | None = None
+    ) -> Pausing:
+        """See TableReader.read. Pre-values come first: no rank has all of a product."""
+        if pre:
+            dots = yield from self._dot(pre.part, addresses, pre.x)
+            scores = scores * activation(pre.act)(dots).unsqueeze(2)
         tokens = len(addresses)
         gathering = gather_tokens(self._narrow(addresses), self.group, "addresses")
         sending = self._send_scores(scores, part)
         yield
         addresses = gathering.wait().long()
-        pooled = lookup_addresses(part, addresses, sending.wait(), self.num_groups)
+        pooled = yield from self.columns.read(part, addresses, sending.wait())
         returning = all_to_all(pooled, self.group, "pooled values")
         yield
         home = returning.wait()  # (G*T, E, v), by owner of columns
-        by_rank = home.view(self.layout.size, tokens, self.num_groups, part.shape[1])
+        by_rank = home.view(self.layout.column_parts, tokens, self.num_groups, part.shape[1])
         by_token = by_rank.permute(1, 2, 0, 3)
         return by_token.reshape(tokens, self.num_groups, self.layout.value_dim)
 
-    def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
-        """See TableReader.dot: partial products of all tokens go home and are added up there."""
-        size, tokens = self.layout.size, len(addresses)
+    def _dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
+        """Products (T, P): partial ones of all tokens go home and are added up there."""
+        size, tokens = self.layout.column_parts, len(addresses)
         gathering = gather_tokens(self._narrow(addresses), self.group, "addresses")
         slices = x.to(part.dtype).view(tokens, size, part.shape[1]).transpose(0, 1)
         sending = all_to_all(slices.flatten(0, 1), self.group, "pre-value inputs")
         yield
-        rows, _ = split_address(gathering.wait().long(), self.layout.num_values)
-        partial = lookup_dot(part, rows, sending.wait())  # (G*T, P)
+        addresses = gathering.wait().long()
+        partial = yield from self.columns.dot(part, addresses, sending.wait())  # (G*T, P)
         returning = all_to_all(partial, self.group, "pre-value products")
         yield
         return returning.wait().view(size, tokens, -1).sum(0)
@@ -72,8 +85,8 @@ class DimensionWiseReader:
         layout = self.layout
         held = len(layout.cores_of(0))
         # Made on the device: a list from the host would have to be waited for.
-        ranks = torch.arange(layout.size, device=scores.device)
-        first = ranks * layout.cores // layout.size
+        ranks = torch.arange(layout.column_parts, device=scores.device)
+        first = ranks * layout.cores // layout.column_parts
         cores = first.unsqueeze(1) + torch.arange(held, device=scores.device)  # (G, c)
         # Sent in the table's dtype, which the lookup computes in anyway.
         by_rank = scores.to(part.dtype)[:, :, cores].permute(2, 0, 1, 3)  # (G, T, P, c)
@@ -99,6 +112,12 @@ def _volume_of_dots(x: Exchange) -> Volume:
     return Volume(x.address_bytes * x.picks * others + inputs + products, inputs + products)
 
 
+def kept(x: Exchange) -> float:
+    """Rows, groups and scores of the other ranks' picks."""
+    cores = max(1, x.cores // x.size)
+    return x.picks * (x.size - 1) * (2 * 8 + cores * x.number_bytes)
+
+
 def _check(layout: TableLayout) -> None:
     size = layout.size
     if layout.value_dim % size:
@@ -118,9 +137,15 @@ def _check(layout: TableLayout) -> None:
 def _reader(
     layout: TableLayout, num_groups: int, group: Any, _exchange: Exchange
 ) -> DimensionWiseReader:
-    return DimensionWiseReader(layout, num_groups, group)
+    columns = ReplicatedReader(layout.num_values, num_groups)
+    return DimensionWiseReader(layout, num_groups, group, columns)
 
 
 PARTITION = Partition(
-    name="dimension", parts=lambda size: (1, size), check=_check, reader=_reader, volume=volume
+    name="dimension",
+    parts=lambda size, _node: (1, size),
+    check=_check,
+    reader=_reader,
+    volume=volume,
+    kept=kept,
 )

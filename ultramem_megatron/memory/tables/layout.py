@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class TableLayout:
     """An N x Dv table in row_parts x column_parts pieces, one for each of P ranks.
 
-    Neighbouring ranks hold pieces of the same rows. Row parts differ in size by at most one row;
+    Neighbouring ranks hold pieces of the same columns. Row parts differ in size by at most one row;
     column parts are equal.
     """
 
@@ -25,7 +25,7 @@ class TableLayout:
 
     def rows(self, rank: int | None = None) -> range:
         """Rows held by a rank (default: this one)."""
-        part = (self.rank if rank is None else rank) // self.column_parts
+        part = (self.rank if rank is None else rank) % self.row_parts
         return range(self.first_row(part), self.first_row(part + 1))
 
     def first_row(self, part: int) -> int:
@@ -34,7 +34,7 @@ class TableLayout:
 
     def columns(self, rank: int | None = None) -> range:
         """Columns held by a rank (default: this one)."""
-        part = (self.rank if rank is None else rank) % self.column_parts
+        part = (self.rank if rank is None else rank) // self.row_parts
         width = self.value_dim // self.column_parts
         return range(part * width, (part + 1) * width)
 

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from ultramem_megatron.communication.exchange import gather_tokens
 from ultramem_megatron.communication.pausing import Pausing, run
-from ultramem_megatron.memory.tables.contract import TableReader
+from ultramem_megatron.memory.tables.contract import PreValues, TableReader
 
 _FINISHED = -1
 
@@ -34,45 +34,36 @@ class LockstepReader:
         """See TableReader.pauses."""
         return self.reader.pauses
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
+    @property
+    def prevalued_pauses(self) -> int:
+        """See TableReader.prevalued_pauses."""
+        return self.reader.prevalued_pauses
+
+    def read(
+        self, part: Tensor, addresses: Tensor, scores: Tensor, pre: PreValues | None = None
+    ) -> Pausing:
         """See TableReader.read; T may be 0."""
         tokens = len(addresses)
         missing = self._most_tokens(tokens, part.device) - tokens
         pooled = yield from self.reader.read(
-            part, pad(addresses, (0, 0, 0, missing)), pad(scores, (0, 0, 0, 0, 0, missing))
+            part,
+            pad(addresses, (0, 0, 0, missing)),
+            pad(scores, (0, 0, 0, 0, 0, missing)),
+            pre.padded(missing) if pre else None,
         )
         return pooled[:tokens]
 
-    @property
-    def dot_pauses(self) -> int:
-        """See TableReader.dot_pauses."""
-        return self.reader.dot_pauses
+    def serve(self, part: Tensor, picks: int, cores: int, pre: PreValues | None = None) -> bool:
+        """Take part in one read of the others; False if all of them have finished.
 
-    def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
-        """See TableReader.dot; T may be 0."""
-        tokens = len(addresses)
-        missing = self._most_tokens(tokens, part.device) - tokens
-        fill = (0, 0, 0, missing)
-        products = yield from self.reader.dot(part, pad(addresses, fill), pad(x, fill))
-        return products[:tokens]
-
-    def serve_dot(self, part: Tensor, picks: int, width: int) -> bool:
-        """As serve, of one dot with rows of this width."""
-        most = self._most_tokens(_FINISHED, part.device)
-        if most == _FINISHED:
-            return False
-        addresses = torch.zeros(most, picks, dtype=torch.int64, device=part.device)
-        run(self.reader.dot(part, addresses, torch.zeros(most, width, device=part.device)))
-        return True
-
-    def serve(self, part: Tensor, picks: int, cores: int) -> bool:
-        """Take part in one read of the others; False if all of them have finished."""
+        pre: with inputs of no token.
+        """
         most = self._most_tokens(_FINISHED, part.device)
         if most == _FINISHED:
             return False
         addresses = torch.zeros(most, picks, dtype=torch.int64, device=part.device)
         scores = torch.zeros(most, picks, cores, device=part.device)
-        run(self.reader.read(part, addresses, scores))
+        run(self.reader.read(part, addresses, scores, pre.padded(most) if pre else None))
         return True
 
     def _most_tokens(self, own: int, device: torch.device) -> int:

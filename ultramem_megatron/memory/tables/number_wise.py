@@ -22,11 +22,12 @@ from ultramem_megatron.communication.exchange import Transfer, all_to_all
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.lookup_dot import lookup_dot
+from ultramem_megatron.kernels.lookup_prevalued import lookup_prevalued
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.kernels.shapes import kept_for_backward
 from ultramem_megatron.memory.retrieval.addresses import split_address
-from ultramem_megatron.memory.tables.contract import Partition
+from ultramem_megatron.memory.tables.contract import Partition, PreValues
 from ultramem_megatron.memory.tables.layout import TableLayout
 from ultramem_megatron.memory.tables.traffic import (
     PRODUCT_BYTES,
@@ -59,21 +60,29 @@ class NumberWiseReader:
     group: Any
     pool_at_owner: bool
     pauses = 3
+    prevalued_pauses = 3
     dot_pauses = 3
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
+    def read(
+        self, part: Tensor, addresses: Tensor, scores: Tensor, pre: PreValues | None = None
+    ) -> Pausing:
         """See TableReader.read."""
         if part.is_meta:
-            return (yield from self._read_shapes(part, addresses, scores))
+            return (yield from self._read_shapes(part, addresses, scores, pre))
         picks = self._by_owner(addresses)
         weights = scores.flatten(0, 1)[picks.order].to(part.dtype)  # (T*P, C)
-        exchange = self._read_sums if self.pool_at_owner else self._read_rows
-        values, buckets = yield from exchange(part, picks, weights)
+        if pre:
+            exchange = self._read_prevalued(part, picks, weights, pre)
+        elif self.pool_at_owner:
+            exchange = self._read_sums(part, picks, weights)
+        else:
+            exchange = self._read_rows(part, picks, weights)
+        values, buckets = yield from exchange
         pooled = _sums(values, buckets, len(addresses) * self.num_groups)
         return pooled.to(part.dtype).view(len(addresses), self.num_groups, part.shape[1])
 
     def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
-        """See TableReader.dot: a token's x goes once to each owner of its rows, products return."""
+        """See ColumnsReader.dot: x goes once to each owner of a token's rows."""
         if part.is_meta:
             for _ in range(self.dot_pauses):
                 yield
@@ -84,17 +93,16 @@ class NumberWiseReader:
         (send, receive), (vectors_send, vectors_receive) = yield from self._exchange_sizes(
             picks.owners, torch.ones_like(picks.owners), new_vector
         )
-        first = torch.tensor([0, *vectors_send], device=number.device).cumsum(0)
         of_token = number.new_empty(sum(vectors_send)).scatter_(0, number, tokens)
         asking = self._send_integers(picks.rows, "addresses", send, receive)
-        local = number - first[picks.owners]
+        local = number - _first(vectors_send, number)[picks.owners]
         numbering = self._send_integers(local, "input numbers", send, receive)
         vectors = x.to(part.dtype)[of_token]
         lending = all_to_all(vectors, self.group, "pre-value inputs", vectors_send, vectors_receive)
         yield
         served, source = asking.wait().long(), self._sources(receive, number.device)
-        offsets = torch.tensor([0, *vectors_receive], device=number.device).cumsum(0)
-        inputs = lending.wait()[numbering.wait().long() + offsets[source]]  # (S, V)
+        first = _first(vectors_receive, number)
+        inputs = lending.wait()[numbering.wait().long() + first[source]]  # (S, V)
         products = lookup_dot(part, served.unsqueeze(1), inputs)
         returning = all_to_all(products, self.group, "pre-value products", receive, send)
         yield
@@ -105,14 +113,19 @@ class NumberWiseReader:
         ranks = torch.arange(self.layout.size, device=device)
         return torch.repeat_interleave(ranks, torch.tensor(receive, device=device))
 
-    def _read_shapes(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
+    def _read_shapes(
+        self, part: Tensor, addresses: Tensor, scores: Tensor, pre: PreValues | None
+    ) -> Pausing:
         """Without numbers nobody knows how much goes where: as if all picked rows were at home."""
         for _ in range(self.pauses):
             yield
         rows = part.new_empty(addresses.numel(), part.shape[1]).requires_grad_()
         picked = kept_for_backward((1,), part.dtype, rows)
         own, groups = split_address(addresses, self.layout.num_values)
-        return lookup_reduce(part, own, groups, scores, self.num_groups) + picked
+        if pre is None:
+            return lookup_reduce(part, own, groups, scores, self.num_groups) + picked
+        given = (part, pre.part, own, groups, scores, pre.x)
+        return lookup_prevalued(*given, self.num_groups, pre.act) + picked
 
     def _by_owner(self, addresses: Tensor) -> _Picks:
         layout = self.layout
@@ -146,8 +159,7 @@ class NumberWiseReader:
         (send, receive), (sums_receive, sums_send) = yield from self._exchange_sizes(
             picks.owners, torch.ones_like(picks.owners), new_pair
         )
-        first_sum = torch.tensor([0, *sums_receive], device=number.device).cumsum(0)
-        local_number = number - first_sum[picks.owners]
+        local_number = number - _first(sums_receive, number)[picks.owners]
         buckets = number.new_empty(sum(sums_receive)).scatter_(0, number, picks.buckets)
 
         asking = self._send_integers(picks.rows, "addresses", send, receive)
@@ -155,11 +167,48 @@ class NumberWiseReader:
         weighing = all_to_all(weights, self.group, "scores", send, receive)
         yield
         served, target = asking.wait().long(), numbering.wait().long()  # (S,)
-        offsets = torch.tensor([0, *sums_send], device=number.device).cumsum(0)
         source = self._sources(receive, number.device)
         values = _read(part, served, weighing.wait())
-        sums = _sums(values, target + offsets[source], sum(sums_send)).to(part.dtype)
+        target += _first(sums_send, number)[source]
+        sums = _sums(values, target, sum(sums_send)).to(part.dtype)
         returning = all_to_all(sums, self.group, "pooled values", sums_send, sums_receive)
+        yield
+        return returning.wait(), buckets
+
+    def _read_prevalued(
+        self, part: Tensor, picks: _Picks, weights: Tensor, pre: PreValues
+    ) -> _Exchanged:
+        """As _read_sums. A token's x goes once to each owner of its rows."""
+        tokens = picks.buckets // self.num_groups
+        sums, new_sum = _numbered(picks.owners, picks.buckets)
+        vectors, new_vector = _numbered(picks.owners, tokens)
+        (
+            (send, receive),
+            (sums_receive, sums_send),
+            (vectors_send, vectors_receive),
+        ) = yield from self._exchange_sizes(
+            picks.owners, torch.ones_like(picks.owners), new_sum, new_vector
+        )
+        buckets = sums.new_empty(sum(sums_receive)).scatter_(0, sums, picks.buckets)
+        of_token = vectors.new_empty(sum(vectors_send)).scatter_(0, vectors, tokens)
+
+        asking = self._send_integers(picks.rows, "addresses", send, receive)
+        own = sums - _first(sums_receive, sums)[picks.owners]
+        numbering = self._send_integers(own, "sum numbers", send, receive)
+        own = vectors - _first(vectors_send, vectors)[picks.owners]
+        naming = self._send_integers(own, "input numbers", send, receive)
+        weighing = all_to_all(weights, self.group, "scores", send, receive)
+        lent = pre.x.to(part.dtype)[of_token]
+        lending = all_to_all(lent, self.group, "pre-value inputs", vectors_send, vectors_receive)
+        yield
+        served, source = asking.wait().long(), self._sources(receive, sums.device)
+        target = numbering.wait().long() + _first(sums_send, sums)[source]  # (S,)
+        inputs = lending.wait()[naming.wait().long() + _first(vectors_receive, sums)[source]]
+        rows, scores = served.unsqueeze(1), weighing.wait().unsqueeze(1)
+        given = (part, pre.part, rows, torch.zeros_like(rows), scores, inputs)
+        values = lookup_prevalued(*given, 1, pre.act).squeeze(1)  # (S, V)
+        pooled = _sums(values, target, sum(sums_send)).to(part.dtype)
+        returning = all_to_all(pooled, self.group, "pooled values", sums_send, sums_receive)
         yield
         return returning.wait(), buckets
 
@@ -185,6 +234,11 @@ def _numbered(owners: Tensor, of_owner: Tensor) -> tuple[Tensor, Tensor]:
     new_pair = torch.ones_like(owners)
     new_pair[1:] = (owners.diff() != 0) | (of_owner.diff() != 0)
     return new_pair.cumsum(0) - 1, new_pair
+
+
+def _first(sizes: Sequence[int], like: Tensor) -> Tensor:
+    """Of parts of these sizes, one after the other, the first entry of each, and the end."""
+    return torch.tensor([0, *sizes], device=like.device).cumsum(0)
 
 
 def _read(part: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
@@ -224,10 +278,21 @@ def volume_of_sums(x: Exchange) -> Volume:
 
 
 def volume(x: Exchange) -> Volume:
-    """The cheaper of the two ways to bring values home."""
-    values = min(volume_of_rows(x), volume_of_sums(x), key=lambda way: way.total)
+    """The cheaper of the two ways to bring values home; behind pre-values there is one."""
+    if x.pre_dim:
+        return _volume_of_prevalued(x)
+    return _volume_of_values(x)
+
+
+def volume_of_columns(x: Exchange) -> Volume:
+    """Where rows are cut by columns too, so that products come home before values are read."""
+    values = _volume_of_values(x)
     dots = _volume_of_dots(x) if x.pre_dim else Volume(0.0, 0.0)
     return Volume(values.forward + dots.forward, values.backward + dots.backward)
+
+
+def _volume_of_values(x: Exchange) -> Volume:
+    return min(volume_of_rows(x), volume_of_sums(x), key=lambda way: way.total)
 
 
 def _volume_of_dots(x: Exchange) -> Volume:
@@ -237,6 +302,19 @@ def _volume_of_dots(x: Exchange) -> Volume:
     inputs = x.number_bytes * x.pre_dim * distinct(x.size, x.picks) * away
     products = PRODUCT_BYTES * x.picks * away
     return Volume(indices + inputs + products, inputs + products)
+
+
+def _volume_of_prevalued(x: Exchange) -> Volume:
+    """As of sums, with an input for each owner that a token asks, and the number of each pick's."""
+    away, sums = (x.size - 1) / x.size, volume_of_sums(x)
+    numbers = ROW_BYTES * x.picks * away
+    inputs = x.number_bytes * x.pre_dim * distinct(x.size, x.picks) * away
+    return Volume(sums.forward + numbers + inputs, sums.backward + inputs)
+
+
+def kept(x: Exchange) -> float:
+    """As many rows as were picked: those that came, or those that this rank summed for others."""
+    return x.picks * x.value_dim * x.number_bytes
 
 
 def pools_at_owner(x: Exchange) -> bool:
@@ -260,9 +338,10 @@ def _reader(
 
 PARTITION = Partition(
     name="number",
-    parts=lambda size: (size, 1),
+    parts=lambda size, _node: (size, 1),
     check=_check,
     reader=_reader,
     volume=volume,
+    kept=kept,
     waits_for_host=True,
 )

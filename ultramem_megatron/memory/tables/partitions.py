@@ -13,6 +13,7 @@ PARTITIONS: "Kinds[Partition]" = Kinds(
     replicated=Listed(f"{_HERE}.replicated:PARTITION", "every rank has the whole table"),
     dimension=Listed(f"{_HERE}.dimension_wise:PARTITION", "each rank has a slice of every value"),
     number=Listed(f"{_HERE}.number_wise:PARTITION", "each rank has a range of values"),
+    grid=Listed(f"{_HERE}.grid:PARTITION", "number within a node, dimension across nodes"),
 )
 """By name; where costs are equal the earlier is chosen."""
 

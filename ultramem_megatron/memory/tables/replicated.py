@@ -7,9 +7,10 @@ from torch import Tensor
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.lookup_dot import lookup_dot
+from ultramem_megatron.kernels.lookup_prevalued import lookup_prevalued
 from ultramem_megatron.kernels.lookup_reduce import lookup_addresses
 from ultramem_megatron.memory.retrieval.addresses import split_address
-from ultramem_megatron.memory.tables.contract import Partition
+from ultramem_megatron.memory.tables.contract import Partition, PreValues
 from ultramem_megatron.memory.tables.layout import TableLayout
 from ultramem_megatron.memory.tables.traffic import Exchange, Volume
 
@@ -21,15 +22,23 @@ class ReplicatedReader:
     num_values: int
     num_groups: int
     pauses = 0
+    prevalued_pauses = 0
     dot_pauses = 0
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
+    def read(
+        self, part: Tensor, addresses: Tensor, scores: Tensor, pre: PreValues | None = None
+    ) -> Pausing:
         """See TableReader.read."""
         yield from ()
-        return lookup_addresses(part, addresses, scores, self.num_groups)
+        if pre is None:
+            return lookup_addresses(part, addresses, scores, self.num_groups)
+        rows, groups = split_address(addresses, self.num_values)
+        return lookup_prevalued(
+            part, pre.part, rows, groups, scores, pre.x, self.num_groups, pre.act
+        )
 
     def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
-        """See TableReader.dot."""
+        """See ColumnsReader.dot."""
         yield from ()
         return lookup_dot(part, split_address(addresses, self.num_values)[0], x)
 
@@ -47,8 +56,9 @@ def _reader(
 
 PARTITION = Partition(
     name="replicated",
-    parts=lambda size: (size, 1),
+    parts=lambda size, _node: (size, 1),
     check=_check,
     reader=_reader,
     volume=lambda _: Volume(0.0, 0.0),
+    kept=lambda _: 0.0,
 )

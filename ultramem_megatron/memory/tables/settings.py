@@ -13,10 +13,20 @@ from ultramem_megatron.memory.tables.traffic import Exchange, address_bytes
 
 @dataclass(frozen=True)
 class TableSettings:
-    """size: P, ranks that share each table. partition: a name of PARTITIONS, how they share it."""
+    """How ranks share each table.
+
+    size: P, how many. partition: a name of PARTITIONS. node_size: neighbours among them that share
+    fast links; None: as many ranks as were launched on this host, or 8 where none were.
+    """
 
     size: int = 1
     partition: str = "dimension"
+    node_size: int | None = None
+
+    @property
+    def node(self) -> int:
+        """Ranks of a table that are in one node."""
+        return min(self.size, ranks_per_node(self.node_size))
 
     @property
     def kind(self) -> Partition:
@@ -33,22 +43,36 @@ class TableSettings:
     ) -> TableLayout:
         """The part of one rank; width, cores: of a row, by default those of a value."""
         sizes = (config.num_values, width or config.value_dim, cores or config.cores)
-        return self.kind.layout(*sizes, self.size, rank)
+        return self.kind.layout(*sizes, self.size, rank, node=self.node)
 
     def check(self, config: UltraMemConfig) -> None:
         """Raise UltraMemError for a table that cannot be cut this way, naming what would work."""
-        self.kind.check(self.layout(config))
-        if self.kind.parts(self.size)[1] > 1 and config.row_widths[-1] % self.size:
+        layout = self.layout(config)
+        self.kind.check(layout)
+        slices = layout.column_parts
+        if config.row_widths[-1] % slices:
+            whole = slices == self.size
+            parts = f"--ultramem-parallel-size {slices}" if whole else f"{slices} groups of columns"
             raise UltraMemError(
                 f"--ultramem-partition {self.partition} cuts pre-values, too, but "
                 f"--ultramem-pre-value-dim {config.row_widths[-1]} is not divisible by "
-                f"--ultramem-parallel-size {self.size}. Use a multiple of {self.size}, another "
-                f"size, or --ultramem-partition number."
+                f"{parts}. Use a multiple of {slices}, another size, or --ultramem-partition "
+                f"number."
             )
 
 
-def exchange_of(config: UltraMemConfig, size: int, number_bytes: int) -> Exchange:
-    """The cost model's view of a memory layer whose table is shared by `size` ranks."""
+def ranks_per_node(given: int | None) -> int:
+    """Ranks that share fast links: as given, as launched on this host, or 8."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "8")) if given is None else given
+
+
+def exchange_of(
+    config: UltraMemConfig, size: int, number_bytes: int, node_size: int | None = None
+) -> Exchange:
+    """The cost model's view of a memory layer whose table is shared by `size` ranks.
+
+    node_size: as in TableSettings.
+    """
     return Exchange(
         size=size,
         picks=config.picks,
@@ -58,5 +82,5 @@ def exchange_of(config: UltraMemConfig, size: int, number_bytes: int) -> Exchang
         cores=config.cores,
         number_bytes=number_bytes,
         address_bytes=address_bytes(config.value_expansion * config.num_values),
-        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "8")),
+        ranks_per_node=ranks_per_node(node_size),
     )

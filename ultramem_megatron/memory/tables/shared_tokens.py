@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from ultramem_megatron.communication.exchange import gather_shares, take_share
 from ultramem_megatron.communication.pausing import Pausing
-from ultramem_megatron.memory.tables.contract import TableReader
+from ultramem_megatron.memory.tables.contract import PreValues, TableReader
 
 
 @dataclass(frozen=True)
@@ -31,34 +31,26 @@ class SharedTokensReader:
         return self.reader.pauses + 1
 
     @property
-    def dot_pauses(self) -> int:
-        """See TableReader.dot_pauses."""
-        return self.reader.dot_pauses + 1
+    def prevalued_pauses(self) -> int:
+        """See TableReader.prevalued_pauses."""
+        return self.reader.prevalued_pauses + 1
 
-    def _own_share(self, addresses: Tensor) -> tuple[Tensor, int]:
-        """This rank's addresses, and how many tokens fill the shares up."""
-        missing = -len(addresses) % self.group.size()  # shares are equal: what fills weighs nothing
-        share = (len(addresses) + missing) // self.group.size()
-        start = self.group.rank() * share
-        return pad(addresses, (0, 0, 0, missing))[start : start + share], missing
-
-    def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
-        """See TableReader.dot."""
-        own_addresses, missing = self._own_share(addresses)
-        padded = pad(x, (0, 0, 0, missing))
-        own_x = take_share(padded, self.group, "shared pre-value inputs").wait()
-        products = yield from self.reader.dot(part, own_addresses, own_x)
-        gathering = gather_shares(products, self.group, "shared pre-value products")
-        yield
-        return gathering.wait()[: len(addresses)]
-
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
+    def read(
+        self, part: Tensor, addresses: Tensor, scores: Tensor, pre: PreValues | None = None
+    ) -> Pausing:
         """See TableReader.read."""
         tokens = len(addresses)
-        own_addresses, missing = self._own_share(addresses)
+        missing = -tokens % self.group.size()  # shares are equal: what fills up weighs nothing
+        share = (tokens + missing) // self.group.size()
+        start = self.group.rank() * share
+        own_addresses = pad(addresses, (0, 0, 0, missing))[start : start + share]
         padded = pad(scores, (0, 0, 0, 0, 0, missing))
         own_scores = take_share(padded, self.group, "shared scores").wait()
-        pooled = yield from self.reader.read(part, own_addresses, own_scores)
+        if pre:
+            padded = pre.padded(missing).x
+            own_x = take_share(padded, self.group, "shared pre-value inputs").wait()
+            pre = pre._replace(x=own_x)
+        pooled = yield from self.reader.read(part, own_addresses, own_scores, pre)
         gathering = gather_shares(pooled, self.group, "shared values")
         yield
         return gathering.wait()[:tokens]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.communication.pausing import Pausing
-from ultramem_megatron.kernels.lookup_dot import lookup_dot
+from ultramem_megatron.kernels.lookup_prevalued import lookup_prevalued
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.memory.retrieval.addresses import split_address
+from ultramem_megatron.memory.tables.contract import PreValues
 
 
 class Piece(NamedTuple):
@@ -59,23 +60,23 @@ class StoredReader:
     num_values: int
     num_groups: int
     pauses = 0
-    dot_pauses = 0
+    prevalued_pauses = 0
 
-    def read(self, part: Tensor, addresses: Tensor, scores: Tensor) -> Pausing:
+    def read(
+        self, part: Tensor, addresses: Tensor, scores: Tensor, pre: PreValues | None = None
+    ) -> Pausing:
         """See TableReader.read."""
         yield from ()
         rows, groups = split_address(addresses, self.num_values)
-        fetched, places = self._fetched(part, rows)
-        return lookup_reduce(fetched, places, groups, scores, self.num_groups)
+        unique, places = rows.unique(return_inverse=True)  # (R,), and where each pick is (T, P)
+        fetched = self._fetched(self.table, unique, part)
+        if pre is None:
+            return lookup_reduce(fetched, places, groups, scores, self.num_groups)
+        assert pre.stored is not None, "values are stored, pre-values are not"
+        before = self._fetched(pre.stored, unique, pre.part)
+        given = (fetched, before, places, groups, scores, pre.x)
+        return lookup_prevalued(*given, self.num_groups, pre.act)
 
-    def dot(self, part: Tensor, addresses: Tensor, x: Tensor) -> Pausing:
-        """See TableReader.dot."""
-        yield from ()
-        rows, _ = split_address(addresses, self.num_values)
-        fetched, places = self._fetched(part, rows)
-        return lookup_dot(fetched, places, x)
-
-    def _fetched(self, part: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows that are read, (R, V) as `part` is, and where among them each pick is (T, P)."""
-        unique, places = rows.unique(return_inverse=True)
-        return self.table.fetch(unique.cpu(), part.shape[1]).to(part), places
+    def _fetched(self, table: StoredTable, unique: Tensor, part: Tensor) -> Tensor:
+        """These rows as `part` is, (R, V)."""
+        return table.fetch(unique.cpu(), part.shape[1]).to(part)

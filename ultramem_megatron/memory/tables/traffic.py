@@ -21,11 +21,18 @@ class Volume(NamedTuple):
 
     forward: float
     backward: float
+    near: tuple[float, float] | None = None
+    """Of these, forward and backward, from ranks of the same node; None: from all ranks alike."""
 
     @property
     def total(self) -> float:
         """Forward and backward together."""
         return self.forward + self.backward
+
+    def with_recomputation(self) -> "Volume":
+        """The forward twice."""
+        near = None if self.near is None else (2 * self.near[0], self.near[1])
+        return Volume(2 * self.forward, self.backward, near)
 
 
 @dataclass(frozen=True)
@@ -63,14 +70,14 @@ def distinct(buckets: int, draws: int) -> float:
 
 
 def seconds_per_token(volume: Volume, x: Exchange) -> float:
-    """Transfer time if bytes spread evenly over the other ranks, in the node and beyond."""
+    """Transfer time over the links in the node and those beyond, one after the other."""
     if x.size == 1:
         return 0.0
-    inside = min(x.ranks_per_node, x.size) - 1
-    share_inside = inside / (x.size - 1)
-    return volume.total * (
-        share_inside / x.node_bandwidth + (1 - share_inside) / x.network_bandwidth
-    )
+    if volume.near is None:
+        near = volume.total * (min(x.ranks_per_node, x.size) - 1) / (x.size - 1)
+    else:
+        near = sum(volume.near)
+    return near / x.node_bandwidth + (volume.total - near) / x.network_bandwidth
 
 
 def paper_crossover(size: int, picks: int) -> float:

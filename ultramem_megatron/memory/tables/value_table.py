@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
-from ultramem_megatron.memory.tables.contract import TableReader
+from ultramem_megatron.memory.tables.contract import PreValues, TableReader
 from ultramem_megatron.memory.tables.lockstep import LockstepReader
 from ultramem_megatron.memory.tables.settings import TableSettings, exchange_of
 from ultramem_megatron.memory.tables.shared_tokens import SharedTokensReader
@@ -36,23 +36,25 @@ class ValueTable(nn.Module):
         config: UltraMemConfig,
         partition: str = "replicated",
         group: Any = None,
+        node_size: int | None = None,
         *,
         width: int | None = None,
         cores: int | None = None,
     ) -> None:
         """group: ranks that share the table, None: this one. partition: how, of PARTITIONS.
 
-        width, cores: of a row, and scores for it; by default Dv and those of the config.
+        node_size: of TableSettings. width, cores: of a row, and scores for it; by default Dv and
+        those of the config.
         """
         super().__init__()
         size, rank = (1, 0) if group is None else (group.size(), group.rank())
-        settings = TableSettings(size, partition)
+        settings = TableSettings(size, partition, node_size)
         self.layout = settings.layout(config, rank, width=width, cores=cores)
         rows, columns = self.layout.shape
         self.weight = nn.Parameter(torch.empty(0 if _without_rows.get() else rows, columns))
         mark_as_values(self.weight)
         self._config, self._group = config, group
-        exchange = exchange_of(config, size, self.weight.element_size())
+        exchange = exchange_of(config, size, self.weight.element_size(), node_size)
         self._reader: TableReader = settings.kind.reader(
             self.layout, config.value_expansion, group, exchange
         )
@@ -62,13 +64,21 @@ class ValueTable(nn.Module):
         """How often a read pauses for other ranks."""
         return self._reader.pauses
 
-    def forward(self, addresses: Tensor, scores: Tensor) -> Pausing:
-        """As read. Who reads calls the module, for which Megatron's parameter gather waits."""
-        return self.read(addresses, scores)
+    @property
+    def prevalued_pauses(self) -> int:
+        """How often a read behind pre-values pauses for other ranks."""
+        return self._reader.prevalued_pauses
 
-    def read(self, addresses: Tensor, scores: Tensor) -> Pausing:
-        """Pooled values (T, E, Dv) for addresses (T, P), group * N + row, and scores (T, P, C)."""
-        return self._reader.read(self.weight, addresses, scores)
+    def forward(self, addresses: Tensor, scores: Tensor, pre: Any = None) -> Pausing:
+        """As read. Who reads calls the module, for which Megatron's parameter gather waits."""
+        return self.read(addresses, scores, pre)
+
+    def read(self, addresses: Tensor, scores: Tensor, pre: PreValues | None = None) -> Pausing:
+        """Pooled values (T, E, Dv) for addresses (T, P), group * N + row, and scores (T, P, C).
+
+        pre: what scores are multiplied by.
+        """
+        return self._reader.read(self.weight, addresses, scores, pre)
 
     @torch.no_grad()
     def draw(self, draw: Draw, std: float, name: str) -> None:
@@ -89,29 +99,25 @@ class ValueTable(nn.Module):
         """Fetch rows from there; of a whole table that was built `without_rows`, for inference."""
         self._reader = StoredReader(table, self.layout.num_values, self._config.value_expansion)
 
-    def serve(self) -> bool:
+    def serve(self, pre: PreValues | None = None) -> bool:
         """In lockstep: take part in one read of the other ranks; False if all have finished."""
         assert isinstance(self._reader, LockstepReader)
         config = self._config
-        return self._reader.serve(self.weight, config.picks, config.cores)
+        return self._reader.serve(self.weight, config.picks, config.cores, pre)
 
 
 class PreValueTable(ValueTable):
-    """N pre-values: rows to multiply with, not to add up."""
+    """N pre-values, which are read together with the values they stand before."""
 
-    @property
-    def pauses(self) -> int:
-        """How often a product pauses for other ranks."""
-        return self._reader.dot_pauses
+    _stored: StoredTable | None = None
 
-    def forward(self, addresses: Tensor, x: Tensor) -> Pausing:
-        """Products (T, P) of the rows at addresses (T, P) with their token's vector (T, width)."""
-        return self._reader.dot(self.weight, addresses, x)
+    def forward(self, x: Tensor, act: str) -> PreValues:  # type: ignore[override]  # reads nothing
+        """For inputs (T, Dp). Called before the read, for the sake of Megatron's gather as well."""
+        return PreValues(self.weight, x, act, self._stored)
 
-    def serve(self) -> bool:
-        """See ValueTable.serve."""
-        assert isinstance(self._reader, LockstepReader)
-        return self._reader.serve_dot(self.weight, self._config.picks, self.layout.value_dim)
+    def leave_stored(self, table: StoredTable) -> None:
+        """See ValueTable.leave_stored."""
+        self._stored = table
 
 
 @contextlib.contextmanager

@@ -52,13 +52,12 @@ class Values(Protocol):
 class Site:
     """Where values stand.
 
-    hidden_size: D. partition, group: how the tables are cut, over which ranks (None: this one).
-    shared: the values of another memory, whose tables these read.
+    hidden_size: D. cut: how the tables are cut, over which ranks, what ValueTable takes after its
+    config. shared: the values of another memory, whose tables these read.
     """
 
     hidden_size: int
-    partition: str = "replicated"
-    group: Any = None
+    cut: tuple[str, Any, int | None] = ("replicated", None, None)
     shared: Any = None
 
 

@@ -21,9 +21,7 @@ class GatedValues(nn.Module):
 
     def __init__(self, config: UltraMemConfig, site: Site) -> None:
         super().__init__()
-        self.table = (
-            site.shared.table if site.shared else ValueTable(config, site.partition, site.group)
-        )
+        self.table = site.shared.table if site.shared else ValueTable(config, *site.cut)
         self.gate = Linear(site.hidden_size, config.value_dim, bias=config.projection_bias)
 
     @property

@@ -30,7 +30,7 @@ class PooledValues(ValueTable):
 
 
 def _build(config: UltraMemConfig, site: Site) -> Any:
-    return site.shared or PooledValues(config, site.partition, site.group)
+    return site.shared or PooledValues(config, *site.cut)
 
 
 def pooled_reference(

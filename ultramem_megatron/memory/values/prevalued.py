@@ -6,16 +6,16 @@ d = act(<P[row], W_p x>), and what is read is the sum of s * d * V[row] (UltraMe
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ultramem_megatron.communication.pausing import Pausing
+from ultramem_megatron.kernels.lookup_prevalued.activations import activation
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
-from ultramem_megatron.memory.modules import Linear, activation
+from ultramem_megatron.memory.modules import Linear
 from ultramem_megatron.memory.tables.value_table import PreValueTable, ValueTable
 from ultramem_megatron.memory.values.contract import Site, ValuesKind
 from ultramem_megatron.memory.values.pooled import pooled_reference
@@ -26,18 +26,19 @@ class PreValuedValues(nn.Module):
 
     def __init__(self, config: UltraMemConfig, site: Site) -> None:
         super().__init__()
-        cut: Any = (config, site.partition, site.group)
         shared = site.shared
-        self.table = shared.table if shared else ValueTable(*cut)
+        self.table = shared.table if shared else ValueTable(config, *site.cut)
         self.pre_table = (
-            shared.pre_table if shared else PreValueTable(*cut, width=config.pre_dim, cores=1)
+            shared.pre_table
+            if shared
+            else PreValueTable(config, *site.cut, width=config.pre_dim, cores=1)
         )
         self.pre_proj: nn.Module = (
             Linear(site.hidden_size, config.pre_dim, bias=False)
             if config.value_projection
             else nn.Identity()
         )
-        self.activation = activation(config.pre_value_activation)
+        self.act = config.pre_value_activation
 
     @property
     def weight(self) -> Tensor:
@@ -47,18 +48,18 @@ class PreValuedValues(nn.Module):
     @property
     def pauses(self) -> int:
         """See Values."""
-        return self.pre_table.pauses + self.table.pauses
+        return self.table.prevalued_pauses
 
     def forward(self, addresses: Tensor, scores: Tensor, x: Tensor) -> Pausing:
         """See Values."""
-        projected = self.pre_proj(x.flatten(0, -2))
-        dots = yield from self.pre_table(addresses, projected)  # (T, P)
-        gates = self.activation(dots).unsqueeze(2)
-        return (yield from self.table(addresses, scores * gates))
+        pre = self.pre_table(self.pre_proj(x.flatten(0, -2)), self.act)
+        return (yield from self.table(addresses, scores, pre))
 
     def serve(self) -> bool:
         """See Values."""
-        return self.pre_table.serve() and self.table.serve()
+        weight = self.pre_table.weight
+        no_token = weight.new_empty(0, self.pre_table.layout.value_dim)
+        return self.table.serve(self.pre_table(no_token, self.act))
 
     def reset(self, draw: Draw, scales: Scales) -> None:
         """See Values."""

@@ -292,7 +292,10 @@ def flags_of(config: PlainConfig) -> list[str]:
 
 def _memory_flags(ultramem: UltraMemConfig) -> list[str]:
     words = ["--seed", str(ultramem.seed)]
+    followed = ("value_lr_mult", "value_lr_decay")
     for field in dataclasses.fields(ultramem):
+        if ultramem.value_lr_fixed and field.name in followed:
+            continue  # one or the other
         name, value = flag(field.name), getattr(ultramem, field.name)
         if isinstance(value, bool):
             words.append(name if value else name.replace("--", "--no-", 1))

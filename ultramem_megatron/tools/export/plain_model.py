@@ -102,8 +102,11 @@ class PlainLayer(nn.Module):
         self.attention_norm = _norm(config, config.hidden_size)
         self.attention = PlainAttention(config)
         self.mlp_norm = _norm(config, config.hidden_size)
-        self.mlp = PlainExperts(config) if config.num_experts else PlainMLP(config)
         spans: tuple[Span, ...] = config.ultramem.spans if config.ultramem else ()
+        replaced = config.ultramem is not None and config.ultramem.replace_mlp
+        self.mlp: nn.Module | None = None
+        if not (replaced and number in {span.start for span in spans}):
+            self.mlp = PlainExperts(config) if config.num_experts else PlainMLP(config)
         self.ends_span = number in {span.end for span in spans}
         self.memory: UltraMemLayer | None = None
         places = placements(config.ultramem) if config.ultramem else ()
@@ -117,7 +120,8 @@ class PlainLayer(nn.Module):
         """hidden (B, S, D); pending: result of a memory that has not been added yet, or None."""
         hidden = hidden + self.attention(self.attention_norm(hidden), rotation)
         normed = self.mlp_norm(hidden)
-        hidden = hidden + self.mlp(normed)
+        if self.mlp is not None:
+            hidden = hidden + self.mlp(normed)
         if self.memory is not None:
             # The convolution of the queries runs over the first axis.
             pending = self.memory(normed.transpose(0, 1)).transpose(0, 1)

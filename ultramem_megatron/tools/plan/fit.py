@@ -8,11 +8,14 @@ that are shown have passed Megatron's and our own checks of flags.
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.pipeline.layout import even_sizes, layout_flag, suggest_layout
+from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.placement import uncut
 from ultramem_megatron.memory.tables.partitions import shared_partitions
 from ultramem_megatron.memory.tables.settings import TableSettings
@@ -91,7 +94,7 @@ def fit(run: Run, counts: Iterable[Counts], work: Work, machine: Machine) -> Fit
     found = [
         predict(of_tensor, work, machine, layout)
         for of_tensor in counts
-        for layout in _layouts(run, work, machine.gpus, of_tensor.tensor_ranks)
+        for layout in _layouts(run, work, machine, of_tensor.tensor_ranks)
     ]
     if not found:
         raise UltraMemError(
@@ -121,10 +124,10 @@ def smallest_that_fits(
     return None
 
 
-def _layouts(run: Run, work: Work, gpus: int, tensor: int) -> Iterator[Layout]:
+def _layouts(run: Run, work: Work, machine: Machine, tensor: int) -> Iterator[Layout]:
     spans = uncut(run.ultramem) if run.ultramem else ()
-    layers, share = run.args.num_layers, gpus // tensor
-    if gpus % tensor:
+    layers, share = run.args.num_layers, machine.gpus // tensor
+    if machine.gpus % tensor:
         return
     for stages, context in itertools.product(_divisors(share, layers), _contexts(work, share)):
         sizes = even_sizes(spans, layers, stages)
@@ -135,7 +138,8 @@ def _layouts(run: Run, work: Work, gpus: int, tensor: int) -> Iterator[Layout]:
             if work.sequences % (micro_batch * data):
                 continue
             plain = Layout(tensor, sizes, context, data, micro_batch=micro_batch)
-            for tables, recompute in itertools.product(_cuts(run, plain), (False, True)):
+            cuts = _cuts(run.ultramem, plain.stage_ranks, machine.node)
+            for tables, recompute in itertools.product(cuts, (False, True)):
                 yield Layout(
                     tensor,
                     sizes,
@@ -145,21 +149,23 @@ def _layouts(run: Run, work: Work, gpus: int, tensor: int) -> Iterator[Layout]:
                     tables.partition,
                     recompute,
                     micro_batch,
+                    tables.node_size,
                 )
 
 
-def _cuts(run: Run, layout: Layout) -> Iterator[TableSettings]:
-    if run.ultramem is None:
-        yield TableSettings()
-        return
-    for size in _divisors(layout.stage_ranks, layout.stage_ranks):
+@cache
+def _cuts(memory: UltraMemConfig | None, ranks: int, node: int) -> tuple[TableSettings, ...]:
+    if memory is None:
+        return (TableSettings(),)
+    found: dict[tuple[int, int], TableSettings] = {}
+    for size in _divisors(ranks, ranks):
         for partition in shared_partitions() if size > 1 else ("dimension",):
-            settings = TableSettings(size, partition)
-            try:
-                settings.check(run.ultramem)
-            except UltraMemError:
-                continue
-            yield settings
+            settings = TableSettings(size, partition, node)
+            with suppress(UltraMemError):
+                settings.check(memory)
+                # In one node, or in nodes of one rank, a grid is one of the others.
+                found.setdefault(settings.kind.parts(size, settings.node), settings)
+    return tuple(found.values())
 
 
 def _contexts(work: Work, ranks: int) -> list[int]:
@@ -194,6 +200,8 @@ def layout_words(run: Run, layout: Layout, gpus: int) -> list[str]:
     if run.ultramem is not None:
         words += ["--ultramem-parallel-size", str(layout.tables)]
         words += ["--ultramem-partition", layout.partition] if layout.tables > 1 else []
+        if layout.partition == "grid":
+            words += ["--ultramem-node-size", str(layout.node_size)]
     return words
 
 

@@ -58,6 +58,8 @@ class Layout:
     partition: str = "replicated"
     recompute: bool = False
     micro_batch: int = 1
+    node_size: int | None = None
+    """Of the partitions that look at nodes."""
 
     @property
     def stage_ranks(self) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ultramem_megatron.memory.tables.partitions import PARTITIONS
 from ultramem_megatron.memory.tables.settings import exchange_of
-from ultramem_megatron.memory.tables.traffic import Volume, seconds_per_token
+from ultramem_megatron.memory.tables.traffic import Exchange, seconds_per_token
 from ultramem_megatron.tools.plan.fit_counts import Counts, LayerCount
 from ultramem_megatron.tools.plan.fit_model import Layout, Machine, Prediction, Work
 
@@ -113,15 +113,12 @@ class Stage:
         return inputs * flying + held.largest_kept * share + exchanged + head
 
     def _kept_of_exchange(self) -> float:
-        """Of one memory: rows, groups and scores of all ranks' picks, or the rows that came."""
-        config, layout = self.work.memory, self.layout
-        if config is None or layout.tables == 1:
+        """Of one memory, what its exchange keeps."""
+        layout = self.layout
+        if self.work.memory is None or layout.tables == 1:
             return 0.0
-        picks = self.tokens * config.picks
-        if layout.partition == "number":
-            return picks * config.value_dim * self.work.number_bytes
-        cores = max(1, config.cores // layout.tables)
-        return picks * (layout.tables - 1) * (2 * 8 + cores * self.work.number_bytes)
+        exchange = _exchange(self.work, self.machine, layout.tables)
+        return self.tokens * PARTITIONS[layout.partition].kept(exchange)
 
     def compute(self) -> float:
         """Of matrices, and of causal attention, which sees half a sequence."""
@@ -221,14 +218,18 @@ def _exchange_of_token(
     work: Work, machine: Machine, tables: int, partition: str, recompute: bool
 ) -> float:
     """Seconds of one memory's exchange, of each token of a rank."""
+    exchange = _exchange(work, machine, tables)
+    volume = PARTITIONS[partition].volume(exchange)
+    if recompute:
+        volume = volume.with_recomputation()
+    return seconds_per_token(volume, exchange)
+
+
+def _exchange(work: Work, machine: Machine, tables: int) -> Exchange:
+    """What the ranks of a table exchange, over the machine's links."""
     assert work.memory is not None
-    exchange = replace(
-        exchange_of(work.memory, tables, work.number_bytes),
-        ranks_per_node=machine.node,
+    return replace(
+        exchange_of(work.memory, tables, work.number_bytes, machine.node),
         node_bandwidth=machine.node_bandwidth,
         network_bandwidth=machine.network_bandwidth,
     )
-    volume = PARTITIONS[partition].volume(exchange)
-    if recompute:
-        volume = Volume(2 * volume.forward, volume.backward)
-    return seconds_per_token(volume, exchange)

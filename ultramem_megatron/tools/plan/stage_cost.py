@@ -231,6 +231,8 @@ def _add_sizes_unknown(run: Run, chunks: list[Any], received: dict[str, int]) ->
     memories = sum(isinstance(m, TransformerMemory) for chunk in chunks for m in chunk.modules())
     tokens = _own_length(run) * run.args.micro_batch_size // run.args.tensor_model_parallel_size
     itemsize = run.transformer.params_dtype.itemsize
-    volume = run.tables.kind.volume(exchange_of(run.ultramem, run.tables.size, itemsize))
+    volume = run.tables.kind.volume(
+        exchange_of(run.ultramem, run.tables.size, itemsize, run.tables.node_size)
+    )
     count = received.get("value tables", 0) + round(memories * tokens * volume.total)
     received["value tables"] = count

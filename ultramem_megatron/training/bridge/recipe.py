@@ -111,8 +111,11 @@ def _value_overrides(ultramem: UltraMemConfig) -> Any:
             overrides = super().build_config_overrides(context) or {}
             optimizer = context.optimizer_config
             for key, override in value_overrides(ultramem).items():
-                times = override.get("lr_mult", 1.0)
-                rates = {"max_lr": times * optimizer.lr, "min_lr": times * (optimizer.min_lr or 0)}
+                times, fixed = override.get("lr_mult", 1.0), ultramem.value_lr_fixed
+                rates = {
+                    "max_lr": fixed or times * optimizer.lr,
+                    "min_lr": fixed or times * (optimizer.min_lr or 0),
+                }
                 overrides = {**overrides, key: {**override, **rates}}
             return overrides or None
 
@@ -131,7 +134,9 @@ def value_rate_fall(ultramem: UltraMemConfig) -> Any:
             progress = scheduler.num_steps / scheduler.wd_incr_steps
             for group in context.optimizer.param_groups:
                 start = group.get("lr_mult", 1.0)
-                if start != 1.0:
+                if start == 0.0:
+                    group["lr"] = ultramem.value_lr_fixed
+                elif start != 1.0:
                     factor = value_lr_factor(start, progress, ultramem.value_lr_decay)
                     group["lr"] = scheduler.get_lr(group) * factor / start
 

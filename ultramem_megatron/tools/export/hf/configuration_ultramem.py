@@ -10,6 +10,7 @@ VALUES = ("pooled", "prevalued", "gated")
 FORMATS = ("int8", "fp8")
 TABLE_MEMORIES = ("host", "disk")
 _FIRST_VERSION: dict[str, Any] = {
+    "replace_mlp": False,
     "side_topk": 0,
     "query_per_rank": False,
     "projection_bias": False,
@@ -39,7 +40,8 @@ class UltraMemGPTConfig(PreTrainedConfig):
     aux_loss_weight, aux_loss_margin; others, of training in Megatron, are kept. values: "pooled",
     "prevalued" (UltraMemV2, arXiv 2508.18756; PEER, arXiv 2407.04153) or "gated" (Memory+, arXiv
     2412.09764), with side_topk, query_per_rank, projection_bias, relu_scores, key_expansion,
-    pre_value_dim, pre_value_activation, share_values, share_order and values_per_head.
+    pre_value_dim, pre_value_activation, share_values, share_order, values_per_head and replace_mlp
+    (a layer with a memory has no MLP).
 
     value_quantization: None, or {"format": "int8" or "fp8", "block": values with a scale in common}
     of the value tables, all alike; such a model's tables are not trained.

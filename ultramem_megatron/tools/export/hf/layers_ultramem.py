@@ -164,11 +164,13 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: UltraMemGPTConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = UltraMemAttention(config, layer_idx)
-        dense = not config.num_experts
-        self.mlp = _mlp(config, config.intermediate_size) if dense else UltraMemExperts(config)
+        starts = [start for start, _ in config.spans]
+        self.mlp: nn.Module | None = None
+        if not ((config.memory or {}).get("replace_mlp") and layer_idx + 1 in starts):
+            dense = not config.num_experts
+            self.mlp = _mlp(config, config.intermediate_size) if dense else UltraMemExperts(config)
         self.input_layernorm = norm(config, config.hidden_size)
         self.post_attention_layernorm = norm(config, config.hidden_size)
-        starts = [start for start, _ in config.spans]
         self.ends_span = layer_idx + 1 in [end for _, end in config.spans]
         self.memory: UltraMemMemory | None = None
         if config.memory is not None and layer_idx + 1 in starts:
@@ -211,7 +213,8 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + mixed
         normed = self.post_attention_layernorm(hidden_states)
-        hidden_states = hidden_states + self.mlp(normed)
+        if self.mlp is not None:
+            hidden_states = hidden_states + self.mlp(normed)
         if self.memory is not None:
             before = None
             if self.memory.history:

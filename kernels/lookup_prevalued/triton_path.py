@@ -1,0 +1,141 @@
+"""Launches the Triton kernels of the lookup behind pre-values. Letters as in triton_kernels.py."""
+
+import torch
+import triton
+from torch import Tensor
+
+from ultramem_megatron.kernels.lookup_prevalued.gradients import Gradients
+from ultramem_megatron.kernels.lookup_prevalued.triton_kernels import backward_kernel, pool_kernel
+from ultramem_megatron.kernels.lookup_reduce.triton_backward import (
+    add_sorted_rows,
+    may_add_in_any_order,
+    sorted_picks,
+)
+from ultramem_megatron.kernels.lookup_reduce.triton_forward import FEW_PROGRAMS, precise
+
+MOST_COLUMNS = 2048
+"""Of one row that a program takes."""
+
+MOST_IN_FLIGHT = 4096
+"""Numbers of rows that a program holds at a time: 32 for each of 128 threads."""
+
+
+def forward(
+    table: Tensor,
+    pre_table: Tensor,
+    rows: Tensor,
+    groups: Tensor,
+    scores: Tensor,
+    x: Tensor,
+    num_groups: int,
+    act: str,
+) -> tuple[Tensor, Tensor]:
+    """As `composed.forward`; sums in float32 or better."""
+    tokens, picks, cores = scores.shape
+    width, pre_width = table.shape[1], pre_table.shape[1]
+    out = table.new_empty(tokens, num_groups, width)
+    dots = scores.new_empty(rows.shape)
+    if out.numel() == 0:
+        return out, dots
+    sizes = pool_sizes(tokens, picks, cores, width // cores, pre_width, num_groups)
+    with torch.cuda.device_of(table):
+        pool_kernel[(tokens, triton.cdiv(width // cores, sizes["BLOCK_W"]))](
+            *(t.contiguous() for t in (table, pre_table, rows, groups, scores, x)),
+            out,
+            dots,
+            picks,
+            width,
+            width // cores,
+            pre_width,
+            cores,
+            num_groups,
+            ACTIVATION=act,
+            PRECISE=precise(table),
+            **sizes,
+        )
+    return out, dots
+
+
+def backward(
+    grad: Tensor,
+    table: Tensor,
+    pre_table: Tensor,
+    rows: Tensor,
+    groups: Tensor,
+    scores: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    slopes: Tensor,
+    target: Tensor | None,
+    pre_target: Tensor | None,
+) -> Gradients:
+    """As `composed.backward`; row gradients are summed in order where lookup-reduce does it."""
+    tokens, picks, cores = scores.shape
+    width, pre_width = table.shape[1], pre_table.shape[1]
+    given = (grad, table, pre_table, rows, groups, scores, x, gates, slopes)
+    grad, table, pre_table, rows, groups, scores, x, gates, slopes = (t.contiguous() for t in given)
+    found = Gradients(
+        torch.empty_like(scores), x.new_zeros(x.shape, dtype=scores.dtype), torch.empty_like(gates)
+    )
+    if scores.numel() == 0:
+        return found
+    atomic = all(t is None or may_add_in_any_order(t) for t in (target, pre_target))
+    sizes = backward_sizes(picks, width // cores, pre_width)
+    with torch.cuda.device_of(table):
+        backward_kernel[(tokens, triton.cdiv(pre_width, sizes["BLOCK_K"]))](
+            *(grad, table, pre_table, rows, groups, scores, x, gates, slopes),
+            table if target is None else target,
+            pre_table if pre_target is None else pre_target,
+            *found,
+            picks,
+            width,
+            width // cores,
+            pre_width,
+            cores,
+            grad.shape[1],
+            ADD_ROWS=atomic and target is not None,
+            ADD_PRE_ROWS=atomic and pre_target is not None,
+            PRECISE=precise(table),
+            **sizes,
+        )
+        in_order = None if atomic else sorted_picks(rows)
+        if in_order and target is not None:
+            add_sorted_rows(grad, in_order, groups, scores * gates.unsqueeze(2), target)
+        if in_order and pre_target is not None:
+            one_group, factors = torch.zeros_like(rows), found.dots.unsqueeze(2)
+            add_sorted_rows(x.unsqueeze(1), in_order, one_group, factors, pre_target)
+    return found
+
+
+def pool_sizes(
+    tokens: int, picks: int, cores: int, slice_width: int, pre_width: int, num_groups: int
+) -> dict[str, int]:
+    """Launch constants of `pool_kernel`: sums and rows in flight fit the registers."""
+    groups, cores = triton.next_power_of_2(num_groups), triton.next_power_of_2(cores)
+    most = max(16, MOST_COLUMNS // (groups * cores))
+    block_w = min(most, max(16, triton.next_power_of_2(slice_width)))
+    if tokens * triton.cdiv(slice_width, block_w) < FEW_PROGRAMS:
+        block_w = min(32, block_w)
+    block_p = _picks_in_flight(picks, groups * cores * block_w)
+    block_k = min(triton.next_power_of_2(pre_width), MOST_IN_FLIGHT // block_p)
+    return {
+        "GROUPS": groups,
+        "CORES": cores,
+        "BLOCK_P": block_p,
+        "BLOCK_W": block_w,
+        "BLOCK_K": max(16, block_k),
+        "num_warps": 4,
+    }
+
+
+def backward_sizes(picks: int, slice_width: int, pre_width: int) -> dict[str, int]:
+    """Launch constants of `backward_kernel`: the input's gradient stays in registers."""
+    block_k = min(MOST_COLUMNS, max(16, triton.next_power_of_2(pre_width)))
+    block_p = _picks_in_flight(picks, block_k)
+    block_w = min(256, MOST_IN_FLIGHT // (2 * block_p), triton.next_power_of_2(slice_width))
+    return {"BLOCK_P": block_p, "BLOCK_W": max(16, block_w), "BLOCK_K": block_k, "num_warps": 4}
+
+
+def _picks_in_flight(picks: int, columns: int) -> int:
+    most = max(2, min(16, MOST_IN_FLIGHT // columns))
+    return min(most, max(2, triton.next_power_of_2(picks)))

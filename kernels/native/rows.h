@@ -1,0 +1,29 @@
+// What lookups do with a row of a table, in float.
+#pragma once
+#include <cstdint>
+
+#include "numbers.h"
+
+constexpr int64_t kAhead = 8;  // picks whose rows are asked for before they are needed
+constexpr int64_t kLine = 64;  // bytes
+
+template <class T>
+inline void ask_for(const T* row, int64_t width) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < width * static_cast<int64_t>(sizeof(T)); i += kLine)
+    __builtin_prefetch(bytes + i);
+}
+
+template <class A, class B>
+inline float dot(const A* __restrict a, const B* __restrict b, int64_t width) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < width; i++) sum += to_float(a[i]) * to_float(b[i]);
+  return sum;
+}
+
+template <class T>
+inline void add(float* __restrict to, const T* __restrict row, float weight, int64_t width) {
+#pragma omp simd
+  for (int64_t i = 0; i < width; i++) to[i] += weight * to_float(row[i]);
+}

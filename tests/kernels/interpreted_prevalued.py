@@ -1,0 +1,70 @@
+"""The lookup behind pre-values in Triton's interpreter; test_prevalued_triton.py runs it.
+
+Whether Triton interprets is decided when it is first imported, so this has a process of its own.
+"""
+
+import pytest
+import torch
+
+from tests.closeness import assert_close, rounding
+from tests.kernels.prevalued_cases import (
+    SIZES,
+    Sizes,
+    assert_equals_reference,
+    inputs,
+    results,
+    terms,
+)
+from ultramem_megatron.kernels.lookup_prevalued import (
+    lookup_prevalued,
+    lookup_prevalued_reference,
+    triton_path,
+)
+
+
+@pytest.fixture(params=["atomics", "deterministic"], autouse=True)
+def order_of_sums(request):
+    torch.use_deterministic_algorithms(request.param == "deterministic")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, Sizes(1, 6, 1, 300, 90, 3)], ids=str)
+@pytest.mark.parametrize("few_programs", [0, triton_path.FEW_PROGRAMS], ids=["many", "few"])
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_equals_the_reference(sizes, few_programs, monkeypatch):
+    monkeypatch.setattr(triton_path, "FEW_PROGRAMS", few_programs)
+    assert_equals_reference(sizes, torch.float64, "none")
+
+
+def test_tables_wider_than_a_program_holds(monkeypatch):
+    """Columns are cut; the programs that repeat a token's other half write it once."""
+    monkeypatch.setattr(triton_path, "MOST_COLUMNS", 32)
+    for groups in (1, 4):
+        assert_equals_reference(Sizes(2, 5, 2, 40, 70, groups), torch.float64, "gelu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype):
+    assert_equals_reference(Sizes(2, 9, 2, 20, 24, 4), dtype, "gelu")
+
+
+@pytest.mark.parametrize("act", ["relu", "silu", "tanh"])
+def test_activations(act):
+    assert_equals_reference(Sizes(2, 5, 2, 4, 6, 1), torch.float32, act)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_micro_batches_add_up_in_main_grad(dtype):
+    sizes = Sizes(2, 5, 2, 8, 12, 1, rows=3)
+    case, exact = inputs(sizes, torch.bfloat16), results(lookup_prevalued_reference, inputs(sizes))
+    for table in case[:2]:
+        table.main_grad = torch.zeros_like(table, dtype=dtype)
+    for _ in range(2):
+        lookup_prevalued(*case[:7]).backward(case.grad)
+        for table in case[:2]:
+            assert table.grad._nnz() == 0
+            table.grad = None
+    for table, once in zip(case[:2], exact[1:3], strict=True):
+        # The output's gradient and the inputs come in bfloat16 as they are; the interpreter cuts.
+        assert_close(table.main_grad.double(), 2 * once, 2 * rounding(dtype, terms(sizes)))

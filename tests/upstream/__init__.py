@@ -1,0 +1,1 @@
+"""Upstream's unit tests on a CPU: `bash tests/upstream.sh`."""

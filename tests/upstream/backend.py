@@ -1,0 +1,42 @@
+"""A process in which Megatron runs on the CPU: patches applied, NCCL read as gloo."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed
+
+from ultramem_megatron.patches import registry
+
+_PRELOADED = (
+    "megatron.core.dist_checkpointing",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.tokenizers.text",
+    "megatron.training.argument_utils",
+    "megatron.training.checkpointing",
+    "ultramem_megatron.training.pretrain",
+)
+"""What ranks find imported, each of them being a fork of one process."""
+
+
+def prepare() -> None:
+    """Apply what `ultramem train` applies, and what its flag --distributed-backend gloo does."""
+    registry.apply_all()
+    for name in ("init_process_group", "new_group"):
+        setattr(torch.distributed, name, _over_gloo(getattr(torch.distributed, name)))
+    for name in _PRELOADED:
+        importlib.import_module(name)
+
+
+def _over_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def start(*args: Any, **kwargs: Any) -> Any:
+        args = tuple("gloo" if arg == "nccl" else arg for arg in args)
+        if "nccl" in str(kwargs.get("backend")):
+            kwargs["backend"] = kwargs["backend"].replace("nccl", "gloo")
+        kwargs.pop("pg_options", None)  # NCCL's
+        kwargs.pop("device_id", None)  # a GPU
+        return original(*args, **kwargs)
+
+    return start
