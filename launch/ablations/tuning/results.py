@@ -99,7 +99,8 @@ def _shown(points: Course) -> list[str]:
         values = [point[key] * (100 if key == "old_recall" else 1) for point in points]
         mean, deviation = spread(values)
         digits = 1 if key == "old_recall" else 3
-        cells.append(f"{mean:.{digits}f} ± {deviation:.{digits}f}")
+        bar = "" if len(values) == 1 else f" ± {deviation:.{digits}f}"
+        cells.append(f"{mean:.{digits}f}{bar}")
     return cells
 
 
