@@ -24,24 +24,22 @@ def tucker_topk(
     shuffle: tables of `grid_shuffle`, by which addresses are then shuffled; on GPUs in the same
     kernel.
 
-    What an implementation has no kernels for (float64; Triton: another number of pairs than of keys
-    a side) PyTorch's own compute.
+    What an implementation has no kernels for (float64) PyTorch's own compute.
     """
     chosen = implementation(scores.device)
     pairs = keys.shape[-1] if best is None else best
-    square = pairs == keys.shape[-1]
-    if chosen == "triton" and square and scores.dtype != torch.float64:
+    if chosen == "triton" and scores.dtype != torch.float64:
         from ultramem_megatron.kernels.tucker_topk.fused import FusedTuckerTopk  # needs Triton
 
         fused: tuple[Tensor, Tensor]
-        fused = FusedTuckerTopk.apply(scores, keys, cores, keys_per_side, shuffle)
+        fused = FusedTuckerTopk.apply(scores, keys, cores, keys_per_side, pairs, shuffle)
         return fused
-    addresses, found = _on_the_grid(chosen, scores, keys, cores, keys_per_side, best)
+    addresses, found = _on_the_grid(chosen, scores, keys, cores, keys_per_side, pairs)
     return addresses if shuffle is None else grid_shuffle(addresses, shuffle), found
 
 
 def _on_the_grid(
-    chosen: str, scores: Tensor, keys: Tensor, cores: Tensor, keys_per_side: int, best: int | None
+    chosen: str, scores: Tensor, keys: Tensor, cores: Tensor, keys_per_side: int, best: int
 ) -> tuple[Tensor, Tensor]:
     if chosen == "shapes":
         return tucker_topk_shapes(scores, keys, cores, best)
@@ -49,7 +47,6 @@ def _on_the_grid(
         return tucker_topk_reference(scores, keys, cores, keys_per_side, best)
     if chosen == "native" and native_path.serves(scores):
         own = native_path.NativeTuckerTopk
-        pairs = keys.shape[-1] if best is None else best
-        addresses, found = own.apply(scores, keys, cores, keys_per_side, pairs)
+        addresses, found = own.apply(scores, keys, cores, keys_per_side, best)
         return addresses, found
     return tucker_topk_eager(scores, keys, cores, keys_per_side, best)

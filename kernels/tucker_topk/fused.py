@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from ultramem_megatron.kernels.tucker_topk.triton_kernels import grid_backward_kernel, grid_kernel
 
-CHUNK = 8
-"""Neighbours of a grid row that compete first: m*m/8 maxima, then m*8 candidates."""
+MOST_NEIGHBOURS = 8
+"""Of a grid row, of which the largest compete first: m*m/8 maxima, then 8 candidates a pair."""
 
 
 class FusedTuckerTopk(torch.autograd.Function):
@@ -26,15 +26,16 @@ class FusedTuckerTopk(torch.autograd.Function):
         keys: Tensor,
         cores: Tensor,
         keys_per_side: int,
+        pairs: int,
         shuffle: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """shuffle: see `tucker_topk`."""
         scores, keys = scores.contiguous(), keys.contiguous()
         tokens, heads, _, ranks, topk = scores.shape
         num_cores = len(cores)
-        addresses = torch.empty(tokens, heads, topk, dtype=torch.int64, device=scores.device)
+        addresses = torch.empty(tokens, heads, pairs, dtype=torch.int64, device=scores.device)
         positions = torch.empty_like(addresses, dtype=torch.int32)
-        best = scores.new_empty(tokens, heads, topk, num_cores)
+        best = scores.new_empty(tokens, heads, pairs, num_cores)
         if tokens:
             grid_kernel[(tokens * heads,)](
                 scores,
@@ -47,10 +48,11 @@ class FusedTuckerTopk(torch.autograd.Function):
                 keys_per_side,
                 heads,
                 TOPK=topk,
+                PAIRS=pairs,
                 RANKS=ranks,
                 CORES=num_cores,
                 ROUNDS=0 if shuffle is None else len(shuffle),
-                **grid_sizes(topk),
+                **grid_sizes(topk, pairs),
             )
         ctx.save_for_backward(scores, cores, positions)
         ctx.mark_non_differentiable(addresses)
@@ -65,7 +67,6 @@ class FusedTuckerTopk(torch.autograd.Function):
         grad_scores = torch.empty_like(scores)
         by_token = scores.new_empty(tokens, heads, num_cores, ranks, ranks)
         if tokens:
-            rows = rows_of(topk)
             grid_backward_kernel[(tokens * heads,)](
                 grad_best.contiguous(),
                 scores,
@@ -75,28 +76,41 @@ class FusedTuckerTopk(torch.autograd.Function):
                 by_token,
                 heads,
                 TOPK=topk,
+                PAIRS=positions.shape[2],
                 RANKS=ranks,
                 CORES=num_cores,
-                ROWS=rows,
-                SLAB=min(16, 1024 // rows),
-                num_warps=1,
+                **backward_sizes(positions.shape[2]),
             )
         grad_cores = by_token.sum(0).transpose(0, 1).to(cores.dtype)
-        return grad_scores, None, grad_cores, None, None
+        return grad_scores, None, grad_cores, None, None, None
 
 
-def rows_of(topk: int) -> int:
-    """Power of two of at least m, and half a warp."""
-    return max(16, triton.next_power_of_2(topk))
-
-
-def grid_sizes(topk: int) -> dict[str, int]:
-    """Launch constants of the grid kernel."""
-    rows, groups = rows_of(topk), triton.next_power_of_2(triton.cdiv(topk, CHUNK))
+def grid_sizes(topk: int, pairs: int) -> dict[str, int]:
+    """Launch constants of the grid kernel, for `pairs` of the m x m; see its docstring."""
+    chunk = MOST_NEIGHBOURS
+    while chunk > 1 and pairs > topk and chunk * chunk * pairs > 2 * topk * topk:
+        chunk //= 2  # so that maxima and candidates are about as many
+    in_row = triton.cdiv(topk, chunk)
+    chosen = min(pairs, topk * in_row)
+    rows, groups = _tile_of(topk), triton.next_power_of_2(in_row)
     return {
         "ROWS": rows,
         "GROUPS": groups,
-        "CHUNK": CHUNK,
-        "CANDIDATES": triton.next_power_of_2(topk * CHUNK),
+        "CHUNK": chunk,
+        "CHOSEN": chosen,
+        "CANDIDATES": triton.next_power_of_2(chosen * chunk),
+        "PICKS": _tile_of(pairs),
         "num_warps": max(1, rows * groups // 1024),
     }
+
+
+def backward_sizes(pairs: int) -> dict[str, int]:
+    """Launch constants of the backward kernel."""
+    picks = _tile_of(pairs)
+    warps = max(1, picks // 256)
+    return {"PICKS": picks, "SLAB": min(16, 1024 * warps // picks), "num_warps": warps}
+
+
+def _tile_of(count: int) -> int:
+    """Power of two of at least that, and half a warp."""
+    return max(16, triton.next_power_of_2(count))

@@ -53,19 +53,23 @@ def grid_kernel(
     keys_per_side,
     num_heads,
     TOPK: tl.constexpr,
+    PAIRS: tl.constexpr,
     RANKS: tl.constexpr,
     CORES: tl.constexpr,
     ROUNDS: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHOSEN: tl.constexpr,
     CANDIDATES: tl.constexpr,
+    PICKS: tl.constexpr,
 ):
-    """addresses, positions (T, H, m) and best_scores (T, H, m, C).
+    """addresses, positions (T, H, PAIRS) and best_scores (T, H, PAIRS, C); TOPK is m.
 
     shuffle: tables of the fixed shuffle's ROUNDS (see grid_shuffle), which may be 0.
-    A chunk is CHUNK neighbours of a grid row. ROWS, GROUPS and CANDIDATES are powers of two, at
-    least m, ceil(m / CHUNK) and m * CHUNK.
+    A chunk is CHUNK neighbours of a grid row; the best CHOSEN of them, PAIRS or all, have the best
+    pairs. ROWS, GROUPS, CANDIDATES and PICKS are powers of two, at least m, ceil(m / CHUNK),
+    CHOSEN * CHUNK and PAIRS.
     """
     program = tl.program_id(0).to(tl.int64)  # token * H + head
     head = program % num_heads
@@ -73,7 +77,7 @@ def grid_kernel(
     keys += program * 2 * TOPK
     cores += head * RANKS * RANKS
     next_core = num_heads * RANKS * RANKS
-    addresses += program * TOPK
+    addresses += program * PAIRS
 
     i = tl.arange(0, ROWS)[:, None]
     group = tl.arange(0, GROUPS)[None, :]
@@ -83,21 +87,21 @@ def grid_kernel(
         pair = _pair_scores(scores, cores, next_core, i, j, i < TOPK, j < TOPK, TOPK, RANKS, CORES)
         inside = (i < TOPK) & (j < TOPK)
         maxima = tl.maximum(maxima, tl.where(inside, ordered_keys(pair), ABSENT))
-    best_chunks = mask_of_largest(tl.reshape(maxima, [ROWS * GROUPS]), TOPK)
+    best_chunks = mask_of_largest(tl.reshape(maxima, [ROWS * GROUPS]), CHOSEN)
     slot = tl.cumsum(best_chunks.to(tl.int32), 0) - 1
     chunk = tl.arange(0, ROWS * GROUPS)
     tl.store(addresses + slot, chunk.to(tl.int64), mask=best_chunks)  # the output as scratch space
     tl.debug_barrier()
 
     candidate = tl.arange(0, CANDIDATES)
-    listed = candidate < TOPK * CHUNK
+    listed = candidate < CHOSEN * CHUNK
     chunk_of = tl.load(addresses + candidate // CHUNK, mask=listed, other=0).to(tl.int32)
     i = chunk_of // GROUPS
     j = chunk_of % GROUPS * CHUNK + candidate % CHUNK
     inside = listed & (j < TOPK)
     pair = _pair_scores(scores, cores, next_core, i, j, inside, inside, TOPK, RANKS, CORES)
     key = tl.where(inside, ordered_keys(pair), ABSENT)
-    best = mask_of_largest(key, TOPK)
+    best = mask_of_largest(key, PAIRS)
     tl.debug_barrier()
     slot = tl.cumsum(best.to(tl.int32), 0) - 1
     # One integer orders by score, then by lowest position.
@@ -105,9 +109,9 @@ def grid_kernel(
     tl.store(addresses + slot, sortable, mask=best)
     tl.debug_barrier()
 
-    pick = tl.arange(0, ROWS)
-    picked = pick < TOPK
-    lowest = tl.full([ROWS], -(2**63), tl.int64)
+    pick = tl.arange(0, PICKS)
+    picked = pick < PAIRS
+    lowest = tl.full([PICKS], -(2**63), tl.int64)
     in_order = tl.sort(tl.load(addresses + pick, mask=picked, other=lowest), descending=True)
     position = TOPK * TOPK - (in_order & 0xFFFFFFFF).to(tl.int32)
     i, j = position // TOPK, position % TOPK
@@ -116,11 +120,11 @@ def grid_kernel(
     tl.debug_barrier()
     row_key, column_key = shuffled(row_key, column_key, shuffle, keys_per_side, ROUNDS)
     tl.store(addresses + pick, row_key.to(tl.int64) * keys_per_side + column_key, mask=picked)
-    tl.store(positions + program * TOPK + pick, position, mask=picked)
+    tl.store(positions + program * PAIRS + pick, position, mask=picked)
     for core in tl.static_range(CORES):
         matrix = cores + core * next_core
         value = _pair_scores(scores, matrix, 0, i, j, picked, picked, TOPK, RANKS, 1)
-        tl.store(best_scores + (program * TOPK + pick) * CORES + core, value, mask=picked)
+        tl.store(best_scores + (program * PAIRS + pick) * CORES + core, value, mask=picked)
 
 
 @triton.jit
@@ -133,29 +137,30 @@ def grid_backward_kernel(
     grad_cores,
     num_heads,
     TOPK: tl.constexpr,
+    PAIRS: tl.constexpr,
     RANKS: tl.constexpr,
     CORES: tl.constexpr,
-    ROWS: tl.constexpr,
+    PICKS: tl.constexpr,
     SLAB: tl.constexpr,
 ):
     """grad_scores (T, H, S, R, m), written in full, and each program's grad_cores (T, H, C, R, R).
 
-    Everything is recomputed from the m picks; SLAB shortlisted keys collect theirs at a time.
+    Everything is recomputed from the picks; SLAB shortlisted keys collect theirs at a time.
     """
     program = tl.program_id(0).to(tl.int64)
     head = program % num_heads
     scores += program * 2 * RANKS * TOPK
     grad_scores += program * 2 * RANKS * TOPK
-    grad_best += program * TOPK * CORES
+    grad_best += program * PAIRS * CORES
     grad_cores += program * CORES * RANKS * RANKS
-    pick = tl.arange(0, ROWS)
-    picked = pick < TOPK
-    position = tl.load(positions + program * TOPK + pick, mask=picked, other=0)
+    pick = tl.arange(0, PICKS)
+    picked = pick < PAIRS
+    position = tl.load(positions + program * PAIRS + pick, mask=picked, other=0)
     for side in tl.static_range(2):
         own = position // TOPK if side == 0 else position % TOPK
         other = position % TOPK if side == 0 else position // TOPK
         for a in tl.static_range(RANKS):
-            grad = tl.zeros([ROWS], tl.float32)  # of this side's score of rank a, per pick
+            grad = tl.zeros([PICKS], tl.float32)  # of this side's score of rank a, per pick
             own_score = tl.load(scores + (side * RANKS + a) * TOPK + own, mask=picked, other=0.0)
             for b in tl.static_range(RANKS):
                 source = scores + ((1 - side) * RANKS + b) * TOPK + other

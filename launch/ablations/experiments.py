@@ -199,7 +199,6 @@ EXPERIMENTS: dict[str, Experiment] = {
             "share of a dictionary's definitions that the model reproduces",
             (dense(), moe(), Model("ultramem", ULTRAMEM_ROW, ablation("", ULTRAMEM_ROW).small)),
             "dense",
-            steps=500,
             evaluations=4,
             data="dictionary",
         ),

@@ -84,10 +84,17 @@ def test_shuffle_and_decomposition_compile_without_spills():
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(
-    ("num_keys", "topk", "words"), [(3578, 42, 4), (2200, 42, 4), (1616, 80, 2)]
+    ("num_keys", "topk", "words"),
+    [
+        (3578, 42, 4),
+        (2200, 42, 4),
+        (1616, 80, 2),
+        (1056, 128, 2),
+        pytest.param(1138, 32, 4, marks=pytest.mark.long),
+    ],
 )
 def test_side_top_m_compiles_to_vector_loads_without_spills(capability, num_keys, topk, words):
-    """The keys of 1.6B, 151M and 227M: none is a multiple of 64. The last has chunks of 8 bytes."""
+    """The keys of 1.6B, 151M and 227M, and UltraMemV2's: none is a multiple of 64."""
     from ultramem_megatron.kernels.side_topk.fused import select_sizes
     from ultramem_megatron.kernels.side_topk.triton_kernels import scatter_kernel, select_kernel
 
@@ -104,7 +111,8 @@ def test_side_top_m_compiles_to_vector_loads_without_spills(capability, num_keys
 
     pointers = {"grad_picked": "*fp32", "indices": "*i64", "grad": "*bf16"}
     loose = {"num_tokens": "i32", "num_pairs": "i32"}
-    constants = {"RANKS": 2, "TOPK": topk, "SLOTS": 64, "BLOCK": 1024, "num_warps": 4}
+    slots = 1 << (topk - 1).bit_length()
+    constants = {"RANKS": 2, "TOPK": topk, "SLOTS": slots, "BLOCK": 1024, "num_warps": 4}
     built = compile_for(
         capability, scatter_kernel, {**pointers, "width": "i32"}, constants, any_number=loose
     )
@@ -113,16 +121,28 @@ def test_side_top_m_compiles_to_vector_loads_without_spills(capability, num_keys
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("topk", [42, 80, 128])
-def test_grid_top_m_compiles_without_spills(capability, topk):
-    from ultramem_megatron.kernels.tucker_topk.fused import grid_sizes
-    from ultramem_megatron.kernels.tucker_topk.triton_kernels import grid_kernel
+@pytest.mark.parametrize(
+    ("topk", "pairs"),
+    [(42, 42), (80, 80), (128, 128), (128, 768), pytest.param(32, 32, marks=pytest.mark.long)],
+)
+def test_grid_top_m_compiles_without_spills(capability, topk, pairs):
+    """The last two are UltraMemV2's: 768 pairs of 128 keys a side, and 32 of 32."""
+    from ultramem_megatron.kernels.tucker_topk import fused, triton_kernels
 
     types = {"scores": "*fp32", "cores": "*bf16", "best_scores": "*fp32", "shuffle": "*i32"}
     types |= {"keys": "*i64", "addresses": "*i64", "positions": "*i32"}
     loose = {"keys_per_side": "i32", "num_heads": "i32"}
+    constants = {"RANKS": 2, "CORES": 2, "TOPK": topk, "PAIRS": pairs}
     for rounds in (0, 4):  # in training addresses are shuffled after they were counted
-        constants = {"RANKS": 2, "CORES": 2, "ROUNDS": rounds, "TOPK": topk, **grid_sizes(topk)}
-        built = compile_for(capability, grid_kernel, types, constants, any_number=loose)
+        sizes = {"ROUNDS": rounds, **fused.grid_sizes(topk, pairs)}
+        kernel = triton_kernels.grid_kernel
+        built = compile_for(capability, kernel, types, constants | sizes, any_number=loose)
         assert built.spilled == 0
         assert built.registers <= 255
+    names = ("grad_best", "scores", "cores", "grad_scores", "grad_cores")
+    types = {**dict.fromkeys(names, "*fp32"), "positions": "*i32"}
+    sizes, loose = fused.backward_sizes(pairs), {"num_heads": "i32"}
+    kernel = triton_kernels.grid_backward_kernel
+    built = compile_for(capability, kernel, types, constants | sizes, any_number=loose)
+    assert built.spilled == 0
+    assert built.registers <= 168

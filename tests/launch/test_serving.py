@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -18,77 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests import ROOT
+from tests.launch.served import (
+    NEEDS_VLLM,
+    TOLERANCE,
+    ULTRAMEM,
+    VLLM,
+    export,
+    greedy,
+    own_modules,
+    prompts,
+)
 from tests.ranks import run_on_ranks
-from tests.tools.export.models import shaken
-from tests.training_runs import make_saving_fast, tiny_gpt
 
-_VLLM = Path(os.environ.get("VLLM_ENV", ROOT / ".venv-vllm")) / "bin/python"
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(
-        not _VLLM.exists(), reason=f"{_VLLM} is not there: bash launch/serving/setup.sh"
-    ),
-]
-_MODEL = {
-    "num_layers": 4,
-    "hidden_size": 128,  # heads of 32: vLLM's attention on CPUs knows no smaller ones
-    "seq_length": 128,
-    "max_position_embeddings": 128,
-    "init_method_std": 0.2,
-    "ultramem_spans": "1:2/3:4",
-    "ultramem_num_keys": 24,
-    "ultramem_topk": 8,
-    "swiglu": True,
-    "normalization": "RMSNorm",
-    "disable_bias_linear": True,
-    "group_query_attention": True,
-    "num_query_groups": 2,
-}
+pytestmark = NEEDS_VLLM
 _START = 300  # seconds
-_TOLERANCE = 2e-4
-"""Of log-probabilities in float32: other orders of sums, on values of some 10."""
-_TRANSFORMERS = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-prompts, found = torch.load(sys.argv[2]), []
-for prompt in prompts:
-    ids, logs = torch.tensor([prompt]), []
-    for _ in range(8):
-        with torch.no_grad():
-            scores = model(ids).logits[0, -1].log_softmax(-1)
-        ids = torch.cat([ids, scores.argmax().view(1, 1)], 1)
-        logs.append(scores.max().item())
-    found.append((ids[0, len(prompt):].tolist(), logs))
-torch.save(found, sys.argv[2])
-"""
-
-
-def _export(folder: Path) -> None:
-    from ultramem_megatron.data.tokenizer import save, train
-    from ultramem_megatron.inference.untrained import untrained_model
-    from ultramem_megatron.megatron.checkpoint.weights import save_weights
-    from ultramem_megatron.tools.export.__main__ import main
-
-    make_saving_fast()
-    save(train([(ROOT / "README.md").read_text()], 400), folder / "tokenizer")
-    model, args = untrained_model(tiny_gpt(**_MODEL))
-    shaken(model)
-    args.tokenizer_type = "HuggingFaceTokenizer"
-    args.tokenizer_model = str(folder / "tokenizer")
-    save_weights(model, args, folder / "checkpoint")
-    main(["--load", f"{folder}/checkpoint", "--to", "hf", f"{folder}/hf"])
-
-
-def _prompts() -> list[list[int]]:
-    """Ids of several lengths; two begin alike, for the prefix cache."""
-    generator = torch.Generator().manual_seed(2)
-    lengths = (3, 17, 64, 90)
-    found = [torch.randint(2, 400, (n,), generator=generator).tolist() for n in lengths]
-    return [*found, found[2] + found[0]]
 
 
 class _Server:
@@ -118,7 +61,7 @@ class _Server:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("served")
-    run_on_ranks(1, _export, made)
+    run_on_ranks(1, export, made, ULTRAMEM)
     return made
 
 
@@ -127,11 +70,11 @@ def server(folder: Path) -> Iterator[_Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [str(_VLLM), "-m", "vllm.entrypoints.openai.api_server"]
+    words = [str(VLLM), "-m", "vllm.entrypoints.openai.api_server"]
     words += ["--model", str(folder / "hf"), "--served-model-name", "memories"]
     words += ["--host", "127.0.0.1", "--port", str(port), "--trust-remote-code"]
     words += ["--model-impl", "transformers", "--dtype", "float32", "--enforce-eager"]
-    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", **own_modules(folder)}
     own |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
     with (folder / "log").open("w") as log:
@@ -152,14 +95,7 @@ def server(folder: Path) -> Iterator[_Server]:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[tuple[list[int], list[float]]]:
-    """Greedy tokens and their log-probabilities, each prompt alone, without a cache."""
-    file = folder / "prompts.pt"
-    torch.save(_prompts(), file)
-    command = [sys.executable, "-c", _TRANSFORMERS, str(folder / "hf"), str(file)]
-    env = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
-    subprocess.run(command, check=True, env=env)
-    found: list[tuple[list[int], list[float]]] = torch.load(file)
-    return found
+    return greedy(folder)
 
 
 def _complete(server: _Server, prompt: list[int], tokens: int = 8) -> tuple[list[int], list[float]]:
@@ -182,10 +118,10 @@ def test_tokens_and_their_probabilities_are_those_of_transformers(
 ) -> None:
     for _ in range(2):  # the second time from the prefix cache
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda prompt: _complete(server, prompt), _prompts()))
+            found = list(pool.map(lambda prompt: _complete(server, prompt), prompts()))
         for (ids, logs), (wanted_ids, wanted_logs) in zip(found, expected, strict=True):
             assert ids == wanted_ids
-            assert logs == pytest.approx(wanted_logs, abs=_TOLERANCE)
+            assert logs == pytest.approx(wanted_logs, abs=TOLERANCE)
 
 
 def test_wrong_requests_are_answered_and_harm_nobody(
@@ -198,17 +134,19 @@ def test_wrong_requests_are_answered_and_harm_nobody(
         {"prompt": "a", "temperature": -2},
     )
     assert [server.ask("/v1/completions", **body)[0] for body in wrong] == [400] * len(wrong)
-    assert _complete(server, _prompts()[0])[0] == expected[0][0]
+    assert _complete(server, prompts()[0])[0] == expected[0][0]
 
 
 def test_200_requests_at_once_are_all_answered_alike(
     server: _Server, expected: list[tuple[list[int], list[float]]]
 ) -> None:
-    prompts = _prompts()
+    asked_for = prompts()
     with ThreadPoolExecutor(200) as pool:
-        asked = [pool.submit(_complete, server, prompts[i % len(prompts)], 4) for i in range(200)]
+        asked = [
+            pool.submit(_complete, server, asked_for[i % len(asked_for)], 4) for i in range(200)
+        ]
         found = [future.result()[0] for future in asked]
-    assert found == [expected[i % len(prompts)][0][:4] for i in range(200)]
+    assert found == [expected[i % len(asked_for)][0][:4] for i in range(200)]
 
 
 def test_text_is_completed_from_the_folders_own_tokenizer(server: _Server) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -20,6 +21,7 @@ _RERUN = 20
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is asked for and not there yet, then print the tables; 1 if a failure is ours."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no rank is left behind
     given = list(sys.argv[1:] if argv is None else argv)
     split = given.index("--") if "--" in given else len(given)
     args = _parser().parse_args(given[:split])

@@ -24,7 +24,9 @@ def prepare() -> None:
     """Apply what `ultramem train` applies, and what its flag --distributed-backend gloo does."""
     registry.apply_all()
     for name in ("init_process_group", "new_group"):
-        setattr(torch.distributed, name, _over_gloo(getattr(torch.distributed, name)))
+        over_gloo = _over_gloo(getattr(torch.distributed, name))
+        for module in (torch.distributed, torch.distributed.distributed_c10d):
+            setattr(module, name, over_gloo)
     for name in _PRELOADED:
         importlib.import_module(name)
 
