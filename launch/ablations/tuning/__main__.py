@@ -22,6 +22,8 @@ from launch.stage import StageError
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.tools import rows
 
+BEFORE, EVALUATIONS = 500, 4  # steps of the training before, and how often it is validated
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
@@ -43,7 +45,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
-    add("--steps", type=int, help="optimizer steps of the training before")
+    add("--steps", type=int, default=BEFORE, help="optimizer steps of the training before")
     add("--tuning-steps", type=int, default=STEPS, help="and of each that follows")
     add("--jobs", type=int, default=1, help="seeds at a time")
     add("--output", type=Path, default=Path("runs/ablations"), help="corpora, data, logs, records")
@@ -56,11 +58,11 @@ def _trained(args: argparse.Namespace) -> list[dict[str, Any]]:
     recall = find_experiment("recall")
     model = recall.models[-1]
     data = prepare_data(recall, args.output)
-    steps, extra = args.steps or recall.steps, tuple(args.extra)
+    extra = tuple(args.extra)
     definitions = args.output / "corpora" / "definitions.tsv"
 
     def one(seed: int) -> list[dict[str, Any]]:
-        training = Training(model, seed, steps, recall.evaluations, data, extra, save=True)
+        training = Training(model, seed, args.steps, EVALUATIONS, data, extra, save=True)
         measure = functools.partial(
             tune, data=data, definitions=definitions, seed=seed, steps=args.tuning_steps
         )

@@ -9,7 +9,7 @@ from launch.ablations.results import markdown, spread
 from ultramem_megatron.tools import rows
 from ultramem_megatron.tools.pictures import colours, picture
 
-LEARNT = 3.0
+LEARNT = 4.0
 """Loss on the new definitions, nats, at which forgetting is compared."""
 _FORGOTTEN = ("old_loss", "old_recall", "heldout_loss")
 _MADE_BY = "bash launch/ablate_tuning.sh"
