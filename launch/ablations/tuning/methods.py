@@ -92,8 +92,8 @@ METHODS = (
     Method("all weights", (3e-4, 1e-3), _all_weights),
     Method(f"low rank, {RANK}", (3e-3, 1e-2), _low_rank),
     Method("values, all read", (3e-3, 1e-2), _rows(torch.optim.AdamW, None)),
-    Method(f"{ROWS} rows, Adam", (1e-2, 3e-2), _rows(torch.optim.AdamW, ROWS)),
-    Method(f"{ROWS} rows, SGD", (10.0, 30.0), _rows(torch.optim.SGD, ROWS)),
+    Method(f"{ROWS} rows, Adam", (3e-2, 1e-1), _rows(torch.optim.AdamW, ROWS)),
+    Method(f"{ROWS} rows, SGD", (100.0, 300.0), _rows(torch.optim.SGD, ROWS)),
 )
 
 

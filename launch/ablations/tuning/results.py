@@ -9,7 +9,7 @@ from launch.ablations.results import markdown, spread
 from ultramem_megatron.tools import rows
 from ultramem_megatron.tools.pictures import colours, picture
 
-LEARNT = 4.0
+LEARNT = 2.5
 """Loss on the new definitions, nats, at which forgetting is compared."""
 _FORGOTTEN = ("old_loss", "old_recall", "heldout_loss")
 _MADE_BY = "bash launch/ablate_tuning.sh"
@@ -89,7 +89,7 @@ def _draw(lines: Sequence[Line], figure: Any) -> None:
         axes.axvline(LEARNT, color="black", linestyle=":")
         axes.set(xlabel="loss of new definitions, nats per token", ylabel=label)
         axes.grid(alpha=0.3)
-    axes.legend()
+    figure.axes[0].legend(loc="upper right")
     figure.suptitle("Each line a learning rate, from right to left as training goes on")
 
 
