@@ -106,8 +106,10 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
     ) -> list[Any]:
         """All chunks of this rank, as Megatron's; also starts the memory layers' metrics."""
         config = self._model_config
-        tables = (config.table_partition, config.table_node_size, pg_collection.ep.size())
-        check_agreement((config.ultramem, *tables, config.memory_overlap))
+        tables = self._table_settings(pg_collection.ep.size())
+        # Hosts with unlike numbers of ranks would cut a grid unlike.
+        parts = tables.kind.parts(tables.size, tables.node)
+        check_agreement((config.ultramem, tables, parts, config.memory_overlap))
         models: list[Any] = super().build_distributed_models(pg_collection, *args, **kwargs)
         hooks.hang_for_every_model()
         if config.ultramem is not None:
@@ -118,6 +120,10 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
                 self._choose_rows(models, config.ultramem, pg_collection)
             self._print_plan(config.ultramem, pg_collection, kwargs.get("ddp_config"))
         return models
+
+    def _table_settings(self, ranks: int) -> TableSettings:
+        config = self._model_config
+        return TableSettings(ranks, config.table_partition, config.table_node_size)
 
     def _prepare_weights(self, chunks: list[Any]) -> list[Any]:
         """A pre-wrap hook: weights of a dense model, and what is frozen."""
@@ -179,10 +185,7 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
         self, ultramem: UltraMemConfig, groups: ProcessGroupCollection, ddp_config: Any
     ) -> None:
         transformer = self._model_config.transformer
-        config = self._model_config
-        settings = TableSettings(
-            _table_ranks(groups), config.table_partition, config.table_node_size
-        )
+        settings = self._table_settings(_table_ranks(groups))
         replicas = (groups.expt_dp if table_groups(groups) else groups.dp_cp).size()
         sharded = ddp_config is not None and ddp_config.use_distributed_optimizer
         in_fp32 = ddp_config is not None and ddp_config.grad_reduce_in_fp32

@@ -218,25 +218,32 @@ _SCHEDULE = {
 }
 
 
-def _rates():
-    """Learning rates of base and tables, step by step: by our scheduler, and in Bridge's loop."""
+def _rates(*changes):
+    """Of each design the learning rates of base and tables, as `_rates_of`."""
     _groups()
+    from launch.own_loop import ULTRAMEM
+
+    return [_rates_of(type(ULTRAMEM)(**{**vars(ULTRAMEM), **one})) for one in changes]
+
+
+def _rates_of(design):
+    """Step by step: by our scheduler, and in Bridge's loop."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    from launch.own_loop import ULTRAMEM
     from ultramem_megatron.megatron.optimizer.value_learning_rate import ValueLearningRateScheduler
     from ultramem_megatron.training.bridge.recipe import _value_overrides, value_rate_fall
 
-    design = type(ULTRAMEM)(**{**vars(ULTRAMEM), "value_lr_decay": 0.5})
     config = SimpleNamespace(lr=_SCHEDULE["max_lr"], min_lr=_SCHEDULE["min_lr"])
     context = SimpleNamespace(optimizer_config=config)
     (*_, override) = _value_overrides(design).build_config_overrides(context).values()
+    times = 0.0 if design.value_lr_fixed else design.value_lr_mult
     ours, bridges = (
         SimpleNamespace(param_groups=[{"params": []}, {"params": [], **tables}])
-        for tables in ({"lr_mult": design.value_lr_mult}, override)
+        for tables in ({"lr_mult": times}, override)
     )
+    fixed = design.value_lr_fixed
     schedulers = (
-        ValueLearningRateScheduler(ours, value_lr_decay=0.5, **_SCHEDULE),
+        ValueLearningRateScheduler(ours, value_lr_decay=0.5, value_lr_fixed=fixed, **_SCHEDULE),
         OptimizerParamScheduler(bridges, **_SCHEDULE),
     )
     fall = value_rate_fall(design)
@@ -250,9 +257,10 @@ def _rates():
 
 
 def test_tables_learn_at_the_rate_of_our_own_command():
-    (rates,) = run_on_ranks(1, _rates)
-    for ours, bridges in rates:
+    ((rates, fixed),) = run_on_ranks(1, _rates, {"value_lr_decay": 0.5}, {"value_lr_fixed": 7e-3})
+    for ours, bridges in (*rates, *fixed):
         assert bridges == pytest.approx(ours)
+    assert {bridges[1] for _, bridges in fixed} == {7e-3}
     assert rates[1][1][1] == pytest.approx(rates[1][1][0] * (1 + 3 * (1 - 0.1 / 0.5)))
     assert rates[-1][1][0] == pytest.approx(rates[-1][1][1])
 

@@ -63,13 +63,8 @@ def _reader(
 ) -> DimensionWiseReader:
     rows = layout.row_parts
     groups = node_groups(group, rows)
-    slice_layout = TableLayout(
-        layout.num_values,
-        len(layout.columns()),
-        len(layout.cores_of(layout.rank)),
-        rows,
-        rank=layout.rank % rows,
-    )
+    width, cores = len(layout.columns()), len(layout.cores_of(layout.rank))
+    slice_layout = TableLayout(layout.num_values, width, cores, rows)
     in_node = NumberWiseReader(
         slice_layout, num_groups, groups.inside, number_wise.pools_at_owner(_in_node(exchange))
     )
