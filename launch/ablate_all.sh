@@ -8,6 +8,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 bash "$root/launch/setup.sh" >&2
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 "$root/.venv/bin/python" -P -m launch.ablations all "$@"
+"$root/.venv/bin/python" -P -m launch.ablations.tuning "$@"
 results=$root/launch/results
 "$root/.venv/bin/python" -P -m ultramem_megatron paper topology --csv "$results/topology.csv" --plot "$results/topology.png"
 exec "$root/.venv/bin/python" -P -m launch.plots

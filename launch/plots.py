@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launch.ablations import pictures
 from launch.ablations.experiments import EXPERIMENTS
+from launch.ablations.tuning import results as tuning
 from launch.benchmarks import decode_figures, training_figure
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.tools import rows
@@ -44,6 +45,7 @@ PICTURES: dict[str, Callable[[Path], None]] = {
     "figure1c": _figure1c,
     "figure9": _figure9,
     "topology": _topology,
+    "tuning": tuning.show,
 }
 """By the name of the CSV; each draws beside the file that it is given."""
 

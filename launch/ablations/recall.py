@@ -43,7 +43,7 @@ def measure(run: Path, data: Path) -> dict[str, float]:
     model, tokenizer, _ = load_for_inference(str(run / "checkpoints"))
     shares = {}
     for part, name in (("train", "recall"), ("valid", "heldout")):
-        lines = list(_lines(data / part, tokenizer))
+        lines = list(whole_lines(data / part, tokenizer))
         right, total = _count(model, data / "tokenizer" / "tokenizer.json", lines)
         whole = sum(r == t for r, t in zip(right, total, strict=True))
         shares[name] = whole / len(lines)
@@ -51,7 +51,7 @@ def measure(run: Path, data: Path) -> dict[str, float]:
     return shares
 
 
-def _lines(dataset: Path, tokenizer: Any) -> Iterator[str]:
+def whole_lines(dataset: Path, tokenizer: Any) -> Iterator[str]:
     """The whole definitions in a prepared data set; a piece may begin inside one."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 

@@ -92,7 +92,7 @@ def summary(results: Results) -> str:
         if experiment.cumulative:
             cells += _compared(results, model, before)
         rows.append(cells)
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _compared(results: Results, model: str, other: str | None) -> list[str]:
@@ -126,10 +126,11 @@ def _recall_summary(results: Results) -> str:
         cells = [spread([100 * v for v in results.of(model, c).values()]) for c in shares]
         loss = spread(list(results.of(model, "valid_loss").values()))
         rows.append([model, *(f"{m:.1f} ± {d:.1f}" for m, d in cells), _with_bar(*loss)])
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 

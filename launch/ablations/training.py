@@ -87,7 +87,7 @@ class Training:
 
 
 def train(
-    training: Training, runs: Path, measure: Callable[[Path], dict[str, float]] | None
+    training: Training, runs: Path, measure: Callable[[Path], dict[str, Any]] | None
 ) -> dict[str, Any]:
     """Trains unless a finished run with the same key is there; returns its record.
 
@@ -172,7 +172,7 @@ def _train(arguments: list[str]) -> None:
     get_tensorboard_writer().flush()  # forked processes end without it
 
 
-def _measure(measure: Callable[[Path], dict[str, float]], folder: Path, output: Path) -> None:
+def _measure(measure: Callable[[Path], dict[str, Any]], folder: Path, output: Path) -> None:
     write_json(measure(folder), output)
 
 

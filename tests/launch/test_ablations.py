@@ -25,10 +25,14 @@ TINY = ["--seq-length", "32", "--eval-iters", "1"]
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder whose corpora were fetched already."""
-    folder = tmp_path_factory.mktemp("ablations")
+    return fetched(tmp_path_factory.mktemp("ablations"), 400)
+
+
+def fetched(folder: Path, number: int) -> Path:
+    """The folder, with corpora of so many definitions."""
     text = folder / "corpora" / "text"
     text.mkdir(parents=True)
-    words = [f"word{number}" for number in range(400)]
+    words = [f"word{place}" for place in range(number)]
     (text / "a.txt").write_text("".join(f"{w}: the {w[::-1]} of all things\n" for w in words))
     pairs = "".join(f"{word}\tthe {word[::-1]} of all things\n" for word in words)
     (folder / "corpora" / "definitions.tsv").write_text(pairs)

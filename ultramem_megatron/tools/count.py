@@ -77,11 +77,15 @@ def _counted(options: argparse.Namespace) -> Any:
     )
     number = min(number, options.max_batches or number)
     cut = (batches(stream, args.seq_length, options.batch_size) for stream in streams)
-    return _count(model, itertools.islice(itertools.chain(*cut), number), number)
+    return count(model, itertools.islice(itertools.chain(*cut), number), number)
 
 
-def _count(model: Any, every: Iterator[Any], number: int) -> Any:
-    """Replicas take the batches in turn, whole, so that each row's number of batches is theirs."""
+def count(model: Any, every: Iterator[Any], number: int) -> Any:
+    """The BackgroundReads of a model in evaluation mode; all ranks call it.
+
+    every: `number` batches of `evaluate.windows`. Replicas take them in turn, whole, so that the
+    batches that read a row are the same on every layout.
+    """
     import torch
     from megatron.core import parallel_state
 
@@ -105,6 +109,7 @@ def _count(model: Any, every: Iterator[Any], number: int) -> Any:
                 said = time.monotonic()
                 left = (said - started) / (done + 1) * (number - done - 1)
                 print(f"{done + 1} of {number} batches, about {left:.0f} s left", flush=True)
+    counts.end()
     serve_until_all_finish(model)
     return counts.of_all(replicas, number)
 
@@ -120,11 +125,12 @@ class _Counts:
         self.tables: dict[int, Any] = {}
         self.counted: Any = None
         """(B, S) bool: positions that are no filling."""
+        self._hooks = []
         for layer in memory_layers(model):
             size = layer.config.num_values
             zeros = torch.zeros(3, size, dtype=torch.int64, device=layer.values.weight.device)
             self.tables.setdefault(layer.table_number, zeros)
-            layer.retrieval.register_forward_hook(self._hook(layer))
+            self._hooks.append(layer.retrieval.register_forward_hook(self._hook(layer)))
 
     def _hook(self, layer: Any) -> Any:
         from ultramem_megatron.memory.observations import add_reads
@@ -142,6 +148,11 @@ class _Counts:
             table[0] += table[2]
             table[1] += table[2] > 0
             table[2] = 0
+
+    def end(self) -> None:
+        """Count no more."""
+        for hook in self._hooks:
+            hook.remove()
 
     def of_all(self, replicas: Any, batches: int) -> Any:
         """Added up over the replicas; a collective."""
