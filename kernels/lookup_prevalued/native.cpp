@@ -65,7 +65,7 @@ struct Backward {
     return grad + (t * of.num_groups + groups[p]) * of.width;
   }
 
-  // Gradients of pick p's scores and product, and its part of those of the token's inputs.
+  // Gradients of pick p's scores and product.
   void score(int64_t t, int64_t p) const {
     const int64_t slice = of.width / of.cores;
     float sum = 0.0f;
@@ -76,52 +76,81 @@ struct Backward {
       sum += by_weight * scores[p * of.cores + c];
     }
     dot_grad[p] = sum * slopes[p];
+  }
+
+  // Its part of those of the token's inputs.
+  void input(int64_t t, int64_t p) const {
     add(x_grad + t * of.pre_width, pre_table + rows[p] * of.pre_width, dot_grad[p], of.pre_width);
   }
 
-  // Gradients of pick p's rows.
-  void add_rows(int64_t t, int64_t p) const {
+  // Gradient of its value.
+  void add_value(int64_t t, int64_t p) const {
     const int64_t slice = of.width / of.cores;
     for (int64_t c = 0; target && c < of.cores; c++)
       add(target + rows[p] * of.width + c * slice, grad_of(t, p) + c * slice,
           scores[p * of.cores + c] * gates[p], slice);
+  }
+
+  // Gradient of its pre-value.
+  void add_pre_value(int64_t t, int64_t p) const {
     if (pre_target)
       add(pre_target + rows[p] * of.pre_width, x + t * of.pre_width, dot_grad[p], of.pre_width);
   }
 
-  void ask(int64_t row) const {
-    ask_for(table + row * of.width, of.width);
-    ask_for(pre_table + row * of.pre_width, of.pre_width);
+  void ask_values(int64_t p) const { ask_for(table + rows[p] * of.width, of.width); }
+
+  void ask_pre_values(int64_t p) const {
+    ask_for(pre_table + rows[p] * of.pre_width, of.pre_width);
   }
 
-  void ask_targets(int64_t row) const {
-    if (target) ask_for(target + row * of.width, of.width);
-    if (pre_target) ask_for(pre_target + row * of.pre_width, of.pre_width);
+  void ask_value_target(int64_t p) const {
+    if (target) ask_for(target + rows[p] * of.width, of.width);
+  }
+
+  void ask_pre_target(int64_t p) const {
+    if (pre_target) ask_for(pre_target + rows[p] * of.pre_width, of.pre_width);
   }
 };
 
 // A thread has tokens of its own, then rows of its own: sums are in the order of picks in any case.
+// A token's values come before its pre-values: with all four rows of a pick at once, what is asked
+// for ahead would not fit into the first cache.
 template <class T>
 void backward(const Backward<T>& b, int threads) {
   const int64_t tokens = b.of.tokens, picks = b.of.picks, end = tokens * picks;
+  const bool alone = threads == 1;
   std::fill(b.x_grad, b.x_grad + tokens * b.of.pre_width, 0.0f);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t t = 0; t < tokens; t++)
-    for (int64_t p = t * picks; p < (t + 1) * picks; p++) {
+  for (int64_t t = 0; t < tokens; t++) {
+    const int64_t first = t * picks, last = first + picks;
+    for (int64_t p = first; p < last; p++) {
       if (p + kAhead < end) {
-        b.ask(b.rows[p + kAhead]);
-        if (threads == 1) b.ask_targets(b.rows[p + kAhead]);
+        b.ask_values(p + kAhead);
+        if (alone) b.ask_value_target(p + kAhead);
       }
       b.score(t, p);
-      if (threads == 1) b.add_rows(t, p);
+      if (alone) b.add_value(t, p);
     }
-  if (threads == 1 || !(b.target || b.pre_target)) return;
+    for (int64_t p = first; p < last; p++) {
+      if (p + kAhead < end) {
+        b.ask_pre_values(p + kAhead);
+        if (alone) b.ask_pre_target(p + kAhead);
+      }
+      b.input(t, p);
+      if (alone) b.add_pre_value(t, p);
+    }
+  }
+  if (alone || !(b.target || b.pre_target)) return;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int64_t share = 0; share < threads; share++)
     for (int64_t p = 0; p < end; p++)
       if (b.rows[p] % threads == share) {
-        if (p + kAhead < end) b.ask_targets(b.rows[p + kAhead]);
-        b.add_rows(p / picks, p);
+        if (p + kAhead < end) {
+          b.ask_value_target(p + kAhead);
+          b.ask_pre_target(p + kAhead);
+        }
+        b.add_value(p / picks, p);
+        b.add_pre_value(p / picks, p);
       }
 }
 
