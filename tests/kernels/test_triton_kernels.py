@@ -120,13 +120,19 @@ def test_side_top_m_compiles_to_vector_loads_without_spills(capability, num_keys
     assert "st.global.v4.b32" in built.ptx
 
 
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("topk", "pairs"),
-    [(42, 42), (80, 80), (128, 128), (128, 768), pytest.param(32, 32, marks=pytest.mark.long)],
+    ("topk", "pairs", "capability"),
+    [
+        *((side, side, capability) for side in (42, 80, 128) for capability in (80, 90)),
+        (128, 768, 90),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in ((128, 768, 80), (32, 32, 80), (32, 32, 90))
+        ),
+    ],
 )
-def test_grid_top_m_compiles_without_spills(capability, topk, pairs):
-    """The last two are UltraMemV2's: 768 pairs of 128 keys a side, and 32 of 32."""
+def test_grid_top_m_compiles_without_spills(topk, pairs, capability):
+    """The last are UltraMemV2's: 768 pairs of 128 keys a side, and 32 of 32."""
     from ultramem_megatron.kernels.tucker_topk import fused, triton_kernels
 
     types = {"scores": "*fp32", "cores": "*bf16", "best_scores": "*fp32", "shuffle": "*i32"}

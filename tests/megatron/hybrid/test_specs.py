@@ -32,7 +32,7 @@ def stack(monkeypatch):
     design = UltraMemConfig(
         spans=(Span(1, 4), Span(5, 5)), num_keys=8, key_dim=16, value_dim=16, topk=4
     )
-    return stack_with_memory(hybrid_stack_spec, design, config, "dimension").submodules
+    return stack_with_memory(hybrid_stack_spec, design, config, "dimension", None).submodules
 
 
 def _layers(kind):
