@@ -16,8 +16,13 @@ from ultramem_megatron.kernels.lookup_reduce.triton_forward import FEW_PROGRAMS,
 MOST_COLUMNS = 2048
 """Of one row that a program takes."""
 
-MOST_IN_FLIGHT = 4096
-"""Numbers of rows that a program holds at a time: 32 for each of 128 threads."""
+
+def in_flight(capability: int) -> int:
+    """Numbers of rows that a program holds at a time: 32 for each of 128 threads.
+
+    Half of it before sm_90, which adds to memory number by number, with an address for each.
+    """
+    return 4096 if capability >= 90 else 2048
 
 
 def forward(
@@ -37,7 +42,8 @@ def forward(
     dots = scores.new_empty(rows.shape)
     if out.numel() == 0:
         return out, dots
-    sizes = pool_sizes(tokens, picks, cores, width // cores, pre_width, num_groups)
+    most = _in_flight_of(table)
+    sizes = pool_sizes(tokens, picks, cores, width // cores, pre_width, num_groups, most)
     with torch.cuda.device_of(table):
         pool_kernel[(tokens, triton.cdiv(width // cores, sizes["BLOCK_W"]))](
             *(t.contiguous() for t in (table, pre_table, rows, groups, scores, x)),
@@ -80,7 +86,7 @@ def backward(
     if scores.numel() == 0:
         return found
     atomic = all(t is None or may_add_in_any_order(t) for t in (target, pre_target))
-    sizes = backward_sizes(picks, width // cores, pre_width)
+    sizes = backward_sizes(picks, width // cores, pre_width, _in_flight_of(table))
     with torch.cuda.device_of(table):
         backward_kernel[(tokens, triton.cdiv(pre_width, sizes["BLOCK_K"]))](
             *(grad, table, pre_table, rows, groups, scores, x, gates, slopes),
@@ -108,16 +114,22 @@ def backward(
 
 
 def pool_sizes(
-    tokens: int, picks: int, cores: int, slice_width: int, pre_width: int, num_groups: int
+    tokens: int,
+    picks: int,
+    cores: int,
+    slice_width: int,
+    pre_width: int,
+    num_groups: int,
+    most: int,
 ) -> dict[str, int]:
-    """Launch constants of `pool_kernel`: sums and rows in flight fit the registers."""
+    """Launch constants of `pool_kernel`: sums and rows in flight, at most so many numbers."""
     groups, cores = triton.next_power_of_2(num_groups), triton.next_power_of_2(cores)
-    most = max(16, MOST_COLUMNS // (groups * cores))
-    block_w = min(most, max(16, triton.next_power_of_2(slice_width)))
+    widest = max(16, MOST_COLUMNS // (groups * cores))
+    block_w = min(widest, max(16, triton.next_power_of_2(slice_width)))
     if tokens * triton.cdiv(slice_width, block_w) < FEW_PROGRAMS:
         block_w = min(32, block_w)
-    block_p = _picks_in_flight(picks, groups * cores * block_w)
-    block_k = min(triton.next_power_of_2(pre_width), MOST_IN_FLIGHT // block_p)
+    block_p = _picks_in_flight(picks, groups * cores * block_w, most)
+    block_k = min(triton.next_power_of_2(pre_width), most // block_p)
     return {
         "GROUPS": groups,
         "CORES": cores,
@@ -128,14 +140,21 @@ def pool_sizes(
     }
 
 
-def backward_sizes(picks: int, slice_width: int, pre_width: int) -> dict[str, int]:
+def backward_sizes(picks: int, slice_width: int, pre_width: int, most: int) -> dict[str, int]:
     """Launch constants of `backward_kernel`: the input's gradient stays in registers."""
     block_k = min(MOST_COLUMNS, max(16, triton.next_power_of_2(pre_width)))
-    block_p = _picks_in_flight(picks, block_k)
-    block_w = min(256, MOST_IN_FLIGHT // (2 * block_p), triton.next_power_of_2(slice_width))
+    block_p = _picks_in_flight(picks, block_k, most)
+    block_w = min(256, most // (2 * block_p), triton.next_power_of_2(slice_width))
     return {"BLOCK_P": block_p, "BLOCK_W": max(16, block_w), "BLOCK_K": block_k, "num_warps": 4}
 
 
-def _picks_in_flight(picks: int, columns: int) -> int:
-    most = max(2, min(16, MOST_IN_FLIGHT // columns))
-    return min(most, max(2, triton.next_power_of_2(picks)))
+def _picks_in_flight(picks: int, columns: int, most: int) -> int:
+    fitting = max(2, min(16, most // columns))
+    return min(fitting, max(2, triton.next_power_of_2(picks)))
+
+
+def _in_flight_of(table: Tensor) -> int:
+    if not table.is_cuda:  # in Triton's interpreter
+        return in_flight(90)
+    major, minor = torch.cuda.get_device_capability(table.device)
+    return in_flight(10 * major + minor)

@@ -61,7 +61,12 @@ def test_forward_compiles_to_vector_loads_without_spills(capability, shape):
 
     from ultramem_megatron.kernels.lookup_prevalued import triton_kernels, triton_path
 
-    constants = {"ACTIVATION": "gelu", "PRECISE": tl.float32, **triton_path.pool_sizes(*shape)}
+    most = triton_path.in_flight(capability)
+    constants = {
+        "ACTIVATION": "gelu",
+        "PRECISE": tl.float32,
+        **triton_path.pool_sizes(*shape, most),
+    }
     built = _compile(capability, triton_kernels.pool_kernel, "bf16", constants)
     assert built.spilled == 0
     assert built.registers <= 168
@@ -76,8 +81,9 @@ def test_backward_compiles_to_vector_loads_and_atomics_without_spills(capability
     from ultramem_megatron.kernels.lookup_prevalued import triton_kernels, triton_path
 
     _, picks, _, slice_width, pre_width, _ = shape
+    most = triton_path.in_flight(capability)
     constants = {"ADD_ROWS": True, "ADD_PRE_ROWS": True, "PRECISE": tl.float32}
-    constants |= triton_path.backward_sizes(picks, slice_width, pre_width)
+    constants |= triton_path.backward_sizes(picks, slice_width, pre_width, most)
     built = _compile(capability, triton_kernels.backward_kernel, "bf16", constants)
     assert built.spilled == 0
     assert built.registers <= 168
