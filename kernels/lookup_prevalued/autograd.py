@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from ultramem_megatron.kernels.dispatch import implementation
 from ultramem_megatron.kernels.lookup_prevalued import composed, native_path
 from ultramem_megatron.kernels.lookup_prevalued.activations import IN_KERNELS, gates_and_slopes
+from ultramem_megatron.kernels.lookup_prevalued.contract import Picks
 from ultramem_megatron.kernels.lookup_prevalued.reference import lookup_prevalued_reference
 from ultramem_megatron.kernels.lookup_prevalued.shapes import lookup_prevalued_shapes
 from ultramem_megatron.kernels.lookup_reduce.autograd import gradient_target, gradient_to_return
@@ -56,9 +57,10 @@ class _LookupPrevalued(torch.autograd.Function):
         num_groups: int,
         act: str,
     ) -> Tensor:
-        inputs, precise = x.to(pre_table.dtype), at_least_float32(scores)
-        given = (table, pre_table, rows, groups, precise, inputs)
-        out, dots = _kernels(table, act).forward(*given, num_groups, act)
+        picked = Picks(
+            table, pre_table, rows, groups, at_least_float32(scores), x.to(pre_table.dtype)
+        )
+        out, dots = _kernels(table, act).forward(picked, num_groups, act)
         ctx.save_for_backward(table, pre_table, rows, groups, scores, x, dots)
         ctx.act = act
         return out
@@ -72,8 +74,8 @@ class _LookupPrevalued(torch.autograd.Function):
         pre_target = gradient_target(pre_table, rows) if wants_pre else None
         inputs, precise = x.to(pre_table.dtype), at_least_float32(scores)
         gates, slopes = gates_and_slopes(dots, ctx.act)
-        given = (grad, table, pre_table, rows, groups, precise, inputs, gates, slopes)
-        found = _kernels(table, ctx.act).backward(*given, target, pre_target)
+        picked = Picks(table, pre_table, rows, groups, precise, inputs)
+        found = _kernels(table, ctx.act).backward(grad, picked, gates, slopes, target, pre_target)
         table_grad = pre_grad = None
         if wants_table:
             pieces = row_gradients(grad, rows, groups, precise * gates.unsqueeze(2))

@@ -8,22 +8,14 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.kernels.lookup_prevalued.activations import activation
-from ultramem_megatron.kernels.lookup_prevalued.gradients import Gradients
+from ultramem_megatron.kernels.lookup_prevalued.contract import Gradients, Picks
 from ultramem_megatron.kernels.lookup_reduce.autograd import backward_kernel, pool_kernel
 from ultramem_megatron.kernels.precision import at_least_float32
 
 
-def forward(
-    table: Tensor,
-    pre_table: Tensor,
-    rows: Tensor,
-    groups: Tensor,
-    scores: Tensor,
-    x: Tensor,
-    num_groups: int,
-    act: str,
-) -> tuple[Tensor, Tensor]:
+def forward(picked: Picks, num_groups: int, act: str) -> tuple[Tensor, Tensor]:
     """Sums (T, E, V), and the products (T, P) for the backward."""
+    table, pre_table, rows, groups, scores, x = picked
     # A product is the gradient of a score; of that only the shape and dtype are looked at.
     like = at_least_float32(table.new_empty(*rows.shape, 1))
     multiply = backward_kernel(pre_table)
@@ -34,12 +26,7 @@ def forward(
 
 def backward(
     grad: Tensor,
-    table: Tensor,
-    pre_table: Tensor,
-    rows: Tensor,
-    groups: Tensor,
-    scores: Tensor,
-    x: Tensor,
+    picked: Picks,
     gates: Tensor,
     slopes: Tensor,
     target: Tensor | None,
@@ -49,6 +36,7 @@ def backward(
 
     grad: (T, E, V). gates, slopes: (T, P), of `gates_and_slopes`.
     """
+    table, pre_table, rows, groups, scores, x = picked
     weights = scores * gates.unsqueeze(2)
     by_weight = backward_kernel(table)(grad, table, rows, groups, weights, target, True)
     of_dots = (by_weight * scores).sum(2) * slopes

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.kernels.lookup_prevalued.activations import IN_KERNELS
-from ultramem_megatron.kernels.lookup_prevalued.gradients import Gradients
+from ultramem_megatron.kernels.lookup_prevalued.contract import Gradients, Picks
 from ultramem_megatron.kernels.lookup_reduce import torch_path
 from ultramem_megatron.kernels.lookup_reduce.native_path import (
     call_for_dtype,
@@ -19,17 +19,9 @@ from ultramem_megatron.kernels.lookup_reduce.native_path import (
 __all__ = ["backward", "forward", "serves"]
 
 
-def forward(
-    table: Tensor,
-    pre_table: Tensor,
-    rows: Tensor,
-    groups: Tensor,
-    scores: Tensor,
-    x: Tensor,
-    num_groups: int,
-    act: str,
-) -> tuple[Tensor, Tensor]:
+def forward(picked: Picks, num_groups: int, act: str) -> tuple[Tensor, Tensor]:
     """As `composed.forward`. Raises IndexError for rows or groups that are not there."""
+    table, pre_table, rows, groups, scores, x = picked
     check_indices(rows, min(len(table), len(pre_table)), "table row")
     check_indices(groups, num_groups, "group")
     out = table.new_empty(len(rows), num_groups, table.shape[1])
@@ -42,18 +34,14 @@ def forward(
 
 def backward(
     grad: Tensor,
-    table: Tensor,
-    pre_table: Tensor,
-    rows: Tensor,
-    groups: Tensor,
-    scores: Tensor,
-    x: Tensor,
+    picked: Picks,
     gates: Tensor,
     slopes: Tensor,
     target: Tensor | None,
     pre_target: Tensor | None,
 ) -> Gradients:
     """As `composed.backward`; a target in half precision takes that road."""
+    table, pre_table, rows, groups, scores, x = picked
     found = Gradients(
         torch.empty_like(scores, memory_format=torch.contiguous_format),
         x.new_empty(x.shape, dtype=torch.float32),

@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ultramem_megatron.kernels.lookup_prevalued.gradients import Gradients
+from ultramem_megatron.kernels.lookup_prevalued.contract import Gradients, Picks
 from ultramem_megatron.kernels.lookup_prevalued.triton_kernels import backward_kernel, pool_kernel
 from ultramem_megatron.kernels.lookup_reduce.triton_backward import (
     add_sorted_rows,
@@ -25,17 +25,9 @@ def in_flight(capability: int) -> int:
     return 4096 if capability >= 90 else 2048
 
 
-def forward(
-    table: Tensor,
-    pre_table: Tensor,
-    rows: Tensor,
-    groups: Tensor,
-    scores: Tensor,
-    x: Tensor,
-    num_groups: int,
-    act: str,
-) -> tuple[Tensor, Tensor]:
+def forward(picked: Picks, num_groups: int, act: str) -> tuple[Tensor, Tensor]:
     """As `composed.forward`; sums in float32 or better."""
+    table, pre_table, rows, groups, scores, x = (t.contiguous() for t in picked)
     tokens, picks, cores = scores.shape
     width, pre_width = table.shape[1], pre_table.shape[1]
     out = table.new_empty(tokens, num_groups, width)
@@ -46,7 +38,7 @@ def forward(
     sizes = pool_sizes(tokens, picks, cores, width // cores, pre_width, num_groups, most)
     with torch.cuda.device_of(table):
         pool_kernel[(tokens, triton.cdiv(width // cores, sizes["BLOCK_W"]))](
-            *(t.contiguous() for t in (table, pre_table, rows, groups, scores, x)),
+            *(table, pre_table, rows, groups, scores, x),
             out,
             dots,
             picks,
@@ -64,22 +56,17 @@ def forward(
 
 def backward(
     grad: Tensor,
-    table: Tensor,
-    pre_table: Tensor,
-    rows: Tensor,
-    groups: Tensor,
-    scores: Tensor,
-    x: Tensor,
+    picked: Picks,
     gates: Tensor,
     slopes: Tensor,
     target: Tensor | None,
     pre_target: Tensor | None,
 ) -> Gradients:
     """As `composed.backward`; row gradients are summed in order where lookup-reduce does it."""
+    table, pre_table, rows, groups, scores, x = (t.contiguous() for t in picked)
+    grad, gates, slopes = (t.contiguous() for t in (grad, gates, slopes))
     tokens, picks, cores = scores.shape
     width, pre_width = table.shape[1], pre_table.shape[1]
-    given = (grad, table, pre_table, rows, groups, scores, x, gates, slopes)
-    grad, table, pre_table, rows, groups, scores, x, gates, slopes = (t.contiguous() for t in given)
     found = Gradients(
         torch.empty_like(scores), x.new_zeros(x.shape, dtype=scores.dtype), torch.empty_like(gates)
     )

@@ -1,16 +1,15 @@
 """Tables left in host memory or on disk: the logits of tables on the device, bit for bit."""
 
 import os
-import re
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.decoding import full_logits, random_model
 from tests.ranks import RanksFailed, run_on_ranks
+from tests.resident import forget, resident
 from tests.training_runs import make_saving_fast, tiny_gpt
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.inference.layout import InferenceLayout
@@ -85,29 +84,16 @@ def _save_large(folder):
     save_weights(model, args, folder)
 
 
-def _resident(file):
-    """Bytes of this process' memory that are pages of the file."""
-    found, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = line.endswith(str(file))
-        elif inside and line.startswith("Rss:"):
-            found += int(line.split()[1]) * 1024
-    return found
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/smaps")
 def test_of_a_table_on_disk_only_pages_with_rows_that_are_read_come_into_memory(tmp_path):
     run_on_ranks(1, _save_large, tmp_path)
     (file,) = (tmp_path / "release").glob("*.distcp")
-    with file.open("rb") as opened:  # out of the system's cache, of which whole pieces are mapped
-        os.fsync(opened.fileno())
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    forget(file)
     key, rows = "decoder.layers.1.memory.values.weight", torch.arange(0, 724**2, 20_000)
     table = TableFiles(str(file.parent), in_memory=False).table(key, 0, 724**2)
     assert table.fetch(rows, 16).std() > 0
     pages = os.sysconf("SC_PAGESIZE") * len(rows)
-    assert 0 < _resident(file) <= 2 * pages  # a row may lie on two
+    assert 0 < resident(file) <= 2 * pages  # a row may lie on two
 
 
 def _damaged(folder):

@@ -197,8 +197,15 @@ def test_a_checkpoint_of_shared_tables_continues_in_another_layout(
 ) -> None:
     (save_ranks, save_layout), (load_ranks, load_layout) = saving, loading
     dist = _DIST if "use_distributed_optimizer" in save_layout else {}
-    base = {**_V2, **dist, "train_iters": 4, "save_interval": 2, "ckpt_format": "torch_dist",
-            "adam_eps": 1e-5, "disable_bias_linear": True}  # fmt: skip
+    base = {
+        **_V2,
+        **dist,
+        "train_iters": 4,
+        "save_interval": 2,
+        "ckpt_format": "torch_dist",
+        "adam_eps": 1e-5,
+        "disable_bias_linear": True,
+    }
 
     def attempt(seed: int) -> tuple[Any, float]:
         flags = {**base, "seed": seed}

@@ -75,6 +75,7 @@ def read_background(file: str, config: UltraMemConfig) -> BackgroundReads:
         found = _unpacked(file) if _fits(sizes, config) else {}
     except OSError as error:
         raise UltraMemError(f"{FLAG} {file}: {error.strerror or error}. {_ADVICE}") from None
+    # The last is zipfile's, of a compression or a version that it does not know.
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError):
         raise UltraMemError(f"{FLAG} {file}: it is damaged, or no such file. {_ADVICE}") from None
     return _checked(file, found, config)

@@ -108,8 +108,11 @@ def _ranks_together(ranks: Sequence[Mapping[str, Tensor]], sizes: Sizes) -> int:
             f"{TABLES[0]}; vdim is {width}. Pass the state dicts of all ranks, and the sizes "
             f"they were made with."
         )
-    sizes.require(sizes.get("mem_parallel_size", together) == together, "mem_parallel_size",
-                  f"{together}, vdim over the columns of a rank")  # fmt: skip
+    sizes.require(
+        sizes.get("mem_parallel_size", together) == together,
+        "mem_parallel_size",
+        f"{together}, vdim over the columns of a rank",
+    )
     if together > 1:
         fits = sizes.get("tucker_multihead") in (1, 2) and not together % sizes.get(
             "tucker_multihead"

@@ -13,6 +13,9 @@ from dataclasses import replace
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.memory.tables.traffic import Exchange
 
+_NONE = f"{'-':>9} {'-':>9}"
+"""Where sizes do not allow a partition."""
+
 
 def table(x: Exchange, sizes: Sequence[int]) -> str:
     """One line per group size: bytes per token and the verdict, by the seconds they take."""
@@ -29,28 +32,46 @@ def table(x: Exchange, sizes: Sequence[int]) -> str:
     ]
     for size in sizes:
         at = replace(x, size=size)
-        cells = [f"{a:9.0f} {b:9.0f}" for a, b in _evenly_spread(at)]
-        lines.append(f"{size:>5} | " + " | ".join([*cells, _grid_cell(at), choose(at)]))
+        cells = [*_evenly_spread(at), _grid_cell(at)]
+        lines.append(f"{size:>5} | " + " | ".join([*cells, choose(at)]))
     return "\n".join(lines)
 
 
-def _evenly_spread(x: Exchange) -> list[tuple[float, float]]:
+def _evenly_spread(x: Exchange) -> list[str]:
     """Bytes forward and backward where all ranks are asked alike."""
     from ultramem_megatron.memory.tables import dimension_wise, number_wise
 
-    formulas = (dimension_wise.volume, number_wise.volume_of_rows, number_wise.volume_of_sums)
-    return [(volume.forward, volume.backward) for volume in (formula(x) for formula in formulas)]
+    formulas = {
+        "dimension": (dimension_wise.volume,),
+        "number": (number_wise.volume_of_rows, number_wise.volume_of_sums),
+    }
+    cells = []
+    for name, volumes in formulas.items():
+        for volume in (formula(x) for formula in volumes):
+            cells.append(_cell(volume.forward, volume.backward) if _fits(name, x) else _NONE)
+    return cells
 
 
 def _grid_cell(x: Exchange) -> str:
     """Bytes of the grid, forward and backward together, in the node and over the network."""
     from ultramem_megatron.memory.tables.partitions import PARTITIONS
 
-    if x.size <= x.ranks_per_node or x.size % x.ranks_per_node:
-        return f"{'-':>9} {'-':>9}"  # one node, or none that divides P
+    if x.size <= x.ranks_per_node or not _fits("grid", x):  # in one node it is another partition
+        return _NONE
     volume = PARTITIONS["grid"].volume(x)
     near = sum(volume.near or ())
-    return f"{near:9.0f} {volume.total - near:9.0f}"
+    return _cell(near, volume.total - near)
+
+
+def _fits(name: str, x: Exchange) -> bool:
+    """Whether a table of enough rows can be cut so."""
+    from ultramem_megatron.memory.tables.partitions import PARTITIONS
+
+    return PARTITIONS[name].fits(x, x.size)
+
+
+def _cell(first: float, second: float) -> str:
+    return f"{first:9.0f} {second:9.0f}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,6 +106,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(options, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise UltraMemError(f"{flag} is {getattr(options, name)}; it must be at least 1.")
+    if options.value_dim % options.cores:
+        raise UltraMemError(
+            f"--value-dim {options.value_dim} is not divisible by --cores {options.cores}, each of "
+            f"which has a slice of it. Use a multiple."
+        )
     if not min(options.bandwidth) > 0:
         raise UltraMemError(f"--bandwidth has {min(options.bandwidth):g}; it must be above 0.")
     if min(options.sizes) < 1:

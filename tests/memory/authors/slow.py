@@ -101,11 +101,13 @@ def v2_token(x: Tensor, state: State, cfg: Mapping[str, Any], layer: int) -> Ten
             for column in best[1]:
                 pairs.append(row * side + column)
                 by_core.append(
-                    torch.stack([
-                        scores[0][row] @ of(f"tucker_core.{core}")[head] @ scores[1][column]
-                        for core in range(cfg["tucker_multihead"])
-                    ])
-                )  # fmt: skip
+                    torch.stack(
+                        [
+                            scores[0][row] @ of(f"tucker_core.{core}")[head] @ scores[1][column]
+                            for core in range(cfg["tucker_multihead"])
+                        ]
+                    )
+                )
         for place in _best([one.sum() for one in by_core], knn):
             z = int(of("shuffle_index")[pairs[place]])
             row = (z % window + layer * cfg["knum"] ** 2) % rows

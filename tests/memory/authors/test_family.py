@@ -24,20 +24,48 @@ LOADERS = {
     "peer_a": convert.load_peer,
 }
 V2: dict[str, Any] = {
-    "hidden_size": 6, "knum": 4, "kdim": 4, "vdim": 6, "pre_vdim": 5, "knn": 3, "head": 1,
-    "tucker_rank": 2, "tucker_multihead": 2, "mem_layer_num": 3, "share_ratio": 0.5,
-    "key_expand_time": 2, "value_expand_time": 1, "layer_norm_eps": 1e-5, "norm": "rms",
-    "q_for_each_tucker_rank": True, "use_glu_act": False,
-}  # fmt: skip
+    "hidden_size": 6,
+    "knum": 4,
+    "kdim": 4,
+    "vdim": 6,
+    "pre_vdim": 5,
+    "knn": 3,
+    "head": 1,
+    "tucker_rank": 2,
+    "tucker_multihead": 2,
+    "mem_layer_num": 3,
+    "share_ratio": 0.5,
+    "key_expand_time": 2,
+    "value_expand_time": 1,
+    "layer_norm_eps": 1e-5,
+    "norm": "rms",
+    "q_for_each_tucker_rank": True,
+    "use_glu_act": False,
+}
 PLUS = {
-    "dim": 6, "mem_n_keys": 5, "mem_heads": 2, "mem_knn": 3, "mem_k_dim": 6, "mem_v_dim": -1,
-    "swilu_projection": True, "mem_gated": False, "peer_variant": False, "mem_share_values": True,
-}  # fmt: skip
+    "dim": 6,
+    "mem_n_keys": 5,
+    "mem_heads": 2,
+    "mem_knn": 3,
+    "mem_k_dim": 6,
+    "mem_v_dim": -1,
+    "swilu_projection": True,
+    "mem_gated": False,
+    "peer_variant": False,
+    "mem_share_values": True,
+}
 PEER = {
-    "dim": 6, "heads": 2, "num_experts": 25, "num_experts_per_head": 3, "dim_key": 4,
-    "product_key_topk": 3, "separate_embed_per_head": False, "pre_rmsnorm": False,
-    "non_competing_scores": False, "activation": "gelu",
-}  # fmt: skip
+    "dim": 6,
+    "heads": 2,
+    "num_experts": 25,
+    "num_experts_per_head": 3,
+    "dim_key": 4,
+    "product_key_topk": 3,
+    "separate_embed_per_head": False,
+    "pre_rmsnorm": False,
+    "non_competing_scores": False,
+    "activation": "gelu",
+}
 
 
 def _part(golden: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -77,9 +105,11 @@ def _agree(
     for name in memories.authors_gradients():
         state[name].requires_grad_()
     slowly = torch.stack(
-        [torch.stack([token(one, state, place) for one in x_l[0]])[None]
-         for place, x_l in enumerate(plain)]
-    )  # fmt: skip
+        [
+            torch.stack([token(one, state, place) for one in x_l[0]])[None]
+            for place, x_l in enumerate(plain)
+        ]
+    )
     (slowly * weights).sum().backward()
     out = torch.stack([layer(one) for layer, one in zip(memories.layers, ours, strict=True)])
     (out * weights).sum().backward()
@@ -190,7 +220,7 @@ def test_an_activation_may_be_given_as_its_class() -> None:
         ({"mem_output_dropout_rate": 0.1}, "dropout is not supported"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_ultramem_v2_does_not_have_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UltraMemError, match=message):
         convert.load_official_v2(slow.v2_weights(V2), V2 | changes)

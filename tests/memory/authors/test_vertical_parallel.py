@@ -14,9 +14,14 @@ from ultramem_megatron.memory.convert import cut_official_v2, load_official_v2, 
 from ultramem_megatron.memory.foreign import ForeignMemories
 
 CFG: dict[str, Any] = V2 | {
-    "vdim": 8, "pre_vdim": 4, "head": 2, "vertical_parallel": True, "mem_parallel_size": 2,
-    "key_expand_time": 2, "value_expand_time": 4,
-}  # fmt: skip
+    "vdim": 8,
+    "pre_vdim": 4,
+    "head": 2,
+    "vertical_parallel": True,
+    "mem_parallel_size": 2,
+    "key_expand_time": 2,
+    "value_expand_time": 4,
+}
 VALUES, PRE = (f"full_memory_layer.{kind}_for_look_up" for kind in ("values", "pre_values"))
 
 

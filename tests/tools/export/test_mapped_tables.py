@@ -1,13 +1,12 @@
 """On a CPU a folder's tables are read from their file where a token needs them, not all at once."""
 
 import os
-import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.resident import forget, resident
 from tests.tools.export.test_hf_folder import _plain
 from ultramem_megatron.tools.export.hf.modeling_ultramem import UltraMemGPTForCausalLM
 from ultramem_megatron.tools.export.hf_folder import save_hf
@@ -15,40 +14,21 @@ from ultramem_megatron.tools.export.hf_tokenizer import HFTokenizer
 from ultramem_megatron.tools.quantize import quantize
 
 
-def _resident(file: Path) -> int:
-    """Bytes of this process' memory that are pages of the file."""
-    found = 0
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = line.endswith(str(file))
-        elif inside and line.startswith("Rss:"):
-            found += int(line.split()[1]) * 1024
-    return found
-
-
-def _forget(file: Path) -> None:
-    """Out of the system's cache, which maps whole pieces of what was just written."""
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/smaps")
 def test_only_what_is_read_of_a_table_comes_into_memory(tmp_path):
     plain = _plain(num_keys=1024, value_dim=16)  # 64 MB
     save_hf(plain, tmp_path / "hf", HFTokenizer(), "card")
     file = tmp_path / "hf/model.safetensors"
-    _forget(file)
+    forget(file)
     model = UltraMemGPTForCausalLM.from_pretrained(tmp_path / "hf")
     table = model.model.layers[0].memory.values.weight
     assert table.nbytes == 2**26
     with torch.no_grad():
         ids = torch.tensor([[1, 2, 3]])
         assert torch.equal(model(ids).logits, model(ids).logits)
-        assert 0 < _resident(file) < table.nbytes // 2
+        assert 0 < resident(file) < table.nbytes // 2
         table.sum()  # all of it
-        assert _resident(file) >= table.nbytes
+        assert resident(file) >= table.nbytes
 
 
 def _rows(model):
@@ -70,7 +50,7 @@ def test_left_on_disk_no_page_but_those_of_its_rows_comes(tmp_path, kind):
     if kind == "int8":
         quantize(tmp_path / "hf", tmp_path / "int8", "int8", None)
     folder = tmp_path / ("hf" if kind == "float" else "int8")
-    _forget(folder / "model.safetensors")
+    forget(folder / "model.safetensors")
     model = UltraMemGPTForCausalLM.from_pretrained(folder, table_memory="disk")
     found = _rows(model)
     before = model.table_pages()
