@@ -8,7 +8,9 @@ from tests.decoding import random_model
 from tests.ranks import RanksFailed, run_on_ranks
 from tests.training_runs import make_saving_fast
 from ultramem_megatron.data import indexed
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.background_reads import read_background
+from ultramem_megatron.tools.count import main
 
 _LENGTH, _WINDOWS = 32, 3  # of the model; of a batch
 _SIZES = (230, 40)  # tokens of two data sets: 8 and 2 windows, so 3 and 1 batches
@@ -56,8 +58,6 @@ def _save_and_count(folder, kind, streams):
 
 
 def _count(folder, *words, data=("data0", "data1")):
-    from ultramem_megatron.tools.count import main
-
     prefixes = [str(folder / name) for name in data]
     words = ("--batch-size", str(_WINDOWS), "--out", str(folder / "reads.npz"), *words)
     main(["--load", str(folder / "checkpoint"), "--data", *prefixes, *words])
@@ -95,6 +95,11 @@ def test_some_of_the_batches(files):
     assert found.batches == 2
     for number, table in found.tables.items():
         assert torch.equal(table.reads, expected[number][:2].sum(0))
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(UltraMemError, match=f"--out {tmp_path}: is a folder"):
+        main(["--load", "/nowhere", "--data", "/nowhere", "--out", str(tmp_path)])
 
 
 @pytest.mark.long

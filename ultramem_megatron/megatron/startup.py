@@ -141,5 +141,6 @@ def _disagreement(plans: Sequence[str | None]) -> str:
     others = [rank for rank, plan in enumerate(plans) if plan != plans[0]]
     return (
         f"Ranks disagree on the memory layers: rank 0 has {plans[0]}, rank {others[0]} has "
-        f"{plans[others[0]]} ({len(others)} ranks differ from rank 0). Give all the same flags."
+        f"{plans[others[0]]} ({len(others)} ranks differ from rank 0). Give all the same flags, "
+        f"and --ultramem-node-size where hosts have unlike numbers of ranks."
     )

@@ -56,9 +56,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if value is not None and value < 1:
             flag = "--" + name.replace("_", "-")
             raise UltraMemError(f"{flag} is {value}; it must be a whole number >= 1.")
-    if not options.out.absolute().parent.is_dir():
-        raise UltraMemError(f"--out {options.out}: its folder is not there. Make it first.")
+    _check_place(options.out)
     return options
+
+
+def _check_place(out: Path) -> None:
+    """Raise UltraMemError now for what would be found when all is counted."""
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise UltraMemError(f"--out {out}: its folder is not there. Make it first.")
+    if out.is_dir() or not os.access(folder, os.W_OK):
+        what = "is a folder" if out.is_dir() else "its folder cannot be written to"
+        raise UltraMemError(f"--out {out}: {what}. Give a file in one that can be written to.")
 
 
 def _counted(options: argparse.Namespace) -> Any:
