@@ -5,12 +5,12 @@ temporary files; /opt/data, which upstream's tests fetch from the network, stays
 """
 
 import os
+import re
 import shutil
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from packaging.version import Version
 
@@ -33,14 +33,12 @@ def checkout(path: str) -> Path:
             "Megatron-LM, branch core_r0.19.0."
         )
     here = Version(version("megatron-core"))
-    stated: dict[str, Any] = {}
     source = (found / "megatron/core/package_info.py").read_text(encoding="utf-8")
-    exec(source.partition("PRE_RELEASE")[0], stated)  # three numbers
-    there = (stated["MAJOR"], stated["MINOR"])
-    if there != here.release[:2]:
+    there = ".".join(re.findall(r"^(?:MAJOR|MINOR) = (\d+)$", source, re.MULTILINE))
+    if there != f"{here.major}.{here.minor}":
         raise UltraMemError(
-            f"MEGATRON_LM_PATH={path} is Megatron {there[0]}.{there[1]}, megatron-core {here} is "
-            f"installed. Check out branch core_r{here.release[0]}.{here.release[1]}.0."
+            f"MEGATRON_LM_PATH={path} is Megatron {there}, megatron-core {here} is "
+            f"installed. Check out branch core_r{here.major}.{here.minor}.0."
         )
     return found
 

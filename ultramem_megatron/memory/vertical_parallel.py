@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.faults.trust import fault_of
 from ultramem_megatron.memory.foreign import Sizes, tensors
 
 TABLES = ("full_memory_layer.values_for_look_up", "full_memory_layer.pre_values_for_look_up")
@@ -71,7 +72,12 @@ def _read(folder: Path) -> Any:
 
 def _of_memories(file: Path) -> dict[str, Tensor]:
     """Entries of the memories, without what precedes their names in the whole model."""
-    loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # bytes that were no state dict raise any of them
+        raise UltraMemError(f"{_WHAT}: {file} {fault_of(error)}. Nothing of it was run.") from None
+    if not isinstance(loaded, Mapping):
+        raise UltraMemError(f"{_WHAT}: {file} holds a {type(loaded).__name__}, no state dict.")
     starts = {name: max(name.find(part) for part in _MEMORIES) for name in loaded}
     return {name[at:]: loaded[name] for name, at in starts.items() if at >= 0}
 

@@ -1,5 +1,6 @@
 """UltraMemV2 checkpoints whose tables are cut by columns over ranks, there and back."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,31 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             load_official_v2(given, CFG | changes)
     with pytest.raises(UltraMemError, match="has 8 columns, which 3 ranks cannot share"):
         cut_official_v2(state, 3)
+
+
+class _Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_Code(), r"model\.pt asks for \S*mkdir\. Nothing of it was run"),
+        ([1, 2], r"model\.pt holds a list, no state dict"),
+        (None, r"model\.pt is damaged, or no plain data\. Nothing of it was run"),
+    ],
+)
+def test_files_that_hold_something_else_are_refused(
+    content: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cut" / "rank_0").mkdir(parents=True)
+    file = tmp_path / "cut" / "rank_0" / "model.pt"
+    if content is None:
+        file.write_bytes(b"no file of torch")
+    else:
+        torch.save(content, file)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UltraMemError, match=message):
+        load_official_v2(tmp_path / "cut", CFG)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["cut"]
