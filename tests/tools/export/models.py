@@ -59,6 +59,17 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "ultramemv2": KINDS["ultramemv2"],
     "dense bf16": {"bf16": True},
+    "hybrid": {
+        **_MEMORY,
+        "ultramem_spans": "1:4/6:6",
+        "ultramem_query_conv_kernel": 3,
+        "num_layers": None,
+        "hybrid_layer_pattern": "E*-*-E",
+        "num_experts": 4,
+        "moe_ffn_hidden_size": 40,
+        "disable_bias_linear": True,
+        "moe_router_load_balancing_type": "none",
+    },
     # Rounding changes which of two nearly equal values is picked, in either model.
     "bf16": {**_MEMORY, "ultramem_spans": "2:3", "bf16": True, "disable_bias_linear": True},
 }

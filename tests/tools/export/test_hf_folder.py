@@ -68,6 +68,16 @@ def test_nothing_is_overwritten(tmp_path):
         ("config.json", lambda b: b.replace(b'"pooled"', b'"new"'), r"memory\.values is 'new'"),
         (
             "config.json",
+            lambda b: b.replace(b'"layer_pattern": null', b'"layer_pattern": "*G"'),
+            r"layer_pattern is 'G'; this model knows \*, -, E",
+        ),
+        (
+            "config.json",
+            lambda b: b.replace(b'"layer_pattern": null', b'"layer_pattern": "*-*"'),
+            r"layer_pattern \*-\* has not 2 layers",
+        ),
+        (
+            "config.json",
             lambda b: b.replace(b'"spans": "1:2"', b'"spans": "1:9"'),
             r"config\.json does not describe a model: .*leaves the model",
         ),

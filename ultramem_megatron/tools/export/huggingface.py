@@ -36,6 +36,7 @@ _SAME = {
     "qk_norm": "qk_norm",
     "positions": "position_embedding",
     "tied_embeddings": "tie_word_embeddings",
+    "pattern": "layer_pattern",
     "router_float32": "router_float32",
 }
 """Fields of PlainConfig that transformers' configuration has under another name, or the same."""
