@@ -98,8 +98,7 @@ _DESIGN = UltraMemConfig(spans=(), num_keys=4, key_dim=4, value_dim=4, lazy_adam
         ("freeze_all_layers", True, "--freeze-all-layers"),
         ("inprocess_restart", True, "--inprocess-restart"),
         ("non_persistent_ckpt_type", "local", "--non-persistent-ckpt-type local"),
-        ("fp4", "e2m1", "--fp4-format e2m1"),
-        ("fp8", "e4m3", "--fp8-format e4m3"),
+        ("kitchen_config_file", "recipe.yaml", "--kitchen-config-file recipe.yaml"),
     ],
 )
 def test_a_flag_and_the_field_of_that_name_are_refused_for_one_reason(name, value, flag):
@@ -156,7 +155,7 @@ def test_nothing_is_refused_that_is_off_or_without_memories():
     off = {"cuda_graph_impl": "none", "use_torch_fsdp2": False, "fp8": None}
     refuse_unsupported_settings(off)
     refuse_unsupported_flags(Namespace(**off, **_OTHERS), _DESIGN)
-    refuse_unsupported_flags(Namespace(fp8="e4m3"), None)
+    refuse_unsupported_flags(Namespace(cuda_graph_impl="local"), None)
 
 
 def test_weights_made_on_the_cpu_are_refused_beside_a_gpu(monkeypatch):

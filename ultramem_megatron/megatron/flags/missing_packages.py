@@ -6,8 +6,9 @@ it has built the model.
 
 import importlib.util
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -15,7 +16,9 @@ from packaging.version import Version
 from ultramem_megatron.errors import UltraMemError
 
 _OWN_OPTIMIZERS = ("adam", "sgd")
-_OF_TRANSFORMER_ENGINE = {
+_LOW_PRECISION = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
+"""Without Transformer Engine Megatron ignores them."""
+_OF_TRANSFORMER_ENGINE = _LOW_PRECISION | {
     "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
     "optimizer_cpu_offload": "--optimizer-cpu-offload",
     "save_activations_interval": "--save-activations-interval",
@@ -24,7 +27,7 @@ _OF_TRANSFORMER_ENGINE = {
     "delay_wgrad_compute": "--delay-wgrad-compute",
 }
 """Whatever the layers are made of."""
-_OF_ITS_LAYERS = {
+_OF_ITS_LAYERS = _LOW_PRECISION | {
     "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
     "sft": "--sft",
     "qk_clip": "--qk-clip",
@@ -37,6 +40,16 @@ def refuse_missing_packages(args: Namespace) -> None:
     """Raise UltraMemError, naming the flag and what is missing. args: Megatron's."""
     for message in (*_of_engine(args), *_of_own_layers(args), *_of_optimizer(args), *_others(args)):
         raise UltraMemError(message)
+
+
+def refuse_low_precision(settings: Mapping[str, Any]) -> None:
+    """Raise UltraMemError for fp8 or fp4 among a config's settings, where nothing computes in it."""
+    for name in _LOW_PRECISION:
+        if settings.get(name) is not None and not _has("transformer_engine"):
+            raise UltraMemError(
+                f"{name}={settings[name]} needs Transformer Engine, which is not installed. Leave "
+                f"it out."
+            )
 
 
 def _has(module: str) -> bool:

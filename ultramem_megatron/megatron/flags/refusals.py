@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.flags.missing_packages import refuse_low_precision
 from ultramem_megatron.megatron.flags.train_rows_flags import refuse_train_rows
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.placement import placements
@@ -16,8 +17,6 @@ _MEMORIES_REFUSE = {
     "overlap_moe_expert_parallel_comm": "its schedule does not call the layer's forward",
     "use_megatron_fsdp": "value tables need Megatron's DDP, also with its distributed optimizer",
     "use_torch_fsdp2": "value tables need Megatron's DDP, also with its distributed optimizer",
-    "fp8": "memory layers compute in fp32, fp16 or bf16",
-    "fp4": "memory layers compute in fp32, fp16 or bf16",
     "kitchen_config_file": "memory layers compute in fp32, fp16 or bf16",
     "freeze_all_layers": "Megatron's model builders freeze nothing, and all weights would be "
     "trained (--ultramem-train-only memory freezes all but the memories)",
@@ -42,7 +41,6 @@ _TRAIN_REFUSES = (
 _PACKED = ("dataloader_inter_document_masking", "sft")
 """Flags whose sequences hold several documents side by side."""
 _OFF = (None, False, "none")
-_FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}  # the others are named as what they set
 
 
 def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -> None:
@@ -155,6 +153,7 @@ def refuse_unsupported_settings(settings: Mapping[str, Any]) -> None:
             raise UltraMemError(
                 f"{name}={value} cannot be combined with memory layers: {reason}. Leave it out."
             )
+    refuse_low_precision(settings)
 
 
 def refuse_other_tasks(args: Namespace) -> None:
@@ -191,4 +190,4 @@ def require_eval_interval(args: Namespace) -> None:
 
 
 def _flag(name: str) -> str:
-    return _FLAGS.get(name, "--" + name.replace("_", "-"))
+    return "--" + name.replace("_", "-")
