@@ -29,15 +29,6 @@ _KINDS: dict[str, dict[str, Any]] = {
     "ultramemv2": FAMILY["ultramemv2"],
     "memory+": FAMILY["memory+"],
     "peer": {**FAMILY["peer"], "ultramem_value_dim": 128},
-    "hybrid": {
-        **ULTRAMEM,
-        "num_layers": None,
-        "hybrid_layer_pattern": "E*-*-",
-        "ultramem_spans": "1:3/5:5",
-        "num_experts": 4,
-        "disable_bias_linear": True,
-        "moe_router_load_balancing_type": "none",
-    },
 }
 _CASES = [*_KINDS, "ultramem int8", "ultramemv2 fp8"]
 _GENERATE = """

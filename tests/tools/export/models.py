@@ -70,6 +70,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "disable_bias_linear": True,
         "moe_router_load_balancing_type": "none",
     },
+    "mamba": {
+        **_MEMORY,
+        "ultramem_spans": "2:4/6:7",
+        "ultramem_query_conv_kernel": 3,
+        "num_layers": None,
+        "hybrid_layer_pattern": "M-*ME-M",
+        "num_experts": 4,
+        "disable_bias_linear": True,
+        "moe_router_load_balancing_type": "none",
+        "mamba_head_dim": 8,
+        "mamba_num_groups": 2,
+        "mamba_state_dim": 6,
+    },
     # Rounding changes which of two nearly equal values is picked, in either model.
     "bf16": {**_MEMORY, "ultramem_spans": "2:3", "bf16": True, "disable_bias_linear": True},
 }

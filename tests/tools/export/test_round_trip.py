@@ -22,9 +22,9 @@ _REFUSED = {
         {"num_experts": 4, "moe_router_score_function": "sigmoid", "moe_layer_freq": 2},
         "biases in experts, --moe-layer-freq, --moe-router-score-function sigmoid",
     ),
-    "mamba": (
-        {"hybrid_layer_pattern": "*-M-", "num_layers": None, "mamba_head_dim": 8},
-        "M in --hybrid-layer-pattern",
+    "hybrid": (
+        {"hybrid_layer_pattern": "E-E", "num_layers": None, "num_experts": 4},
+        "a --hybrid-layer-pattern with neither attention nor Mamba, biases in experts",
     ),
     "squared": ({"squared_relu": True}, "an activation other than GELU and SwiGLU"),
 }

@@ -38,6 +38,26 @@ class UltraMemTransformerLayerSubmodules(TransformerLayerSubmodules):
     memory: ModuleSpec | None = None
 
 
+class BranchUnderWay:
+    """Hands a branch from layer to layer where a model's stack hands on tensors alone.
+
+    One for each span. The layers that it runs beside follow each other in one process, in forward
+    and in what is computed again, so that nothing comes in between.
+    """
+
+    def __init__(self) -> None:
+        self._branch: Branch | None = None
+
+    def put(self, branch: Branch) -> None:
+        """For the next layer."""
+        self._branch = branch
+
+    def take(self) -> Branch | None:
+        """What the layer before has put, if it has."""
+        branch, self._branch = self._branch, None
+        return branch
+
+
 @dataclass(frozen=True)
 class LayerRole:
     """What a layer has to do with pending results.
@@ -46,13 +66,15 @@ class LayerRole:
     tensor, hidden states and result side by side: as the first or last of a pipeline stage where
     results cross stages, and within a HybridModel's spans.
     branch_end: the memory computes beside the layers up to this one (see branch.py); None: it is
-    done before the next layer starts.
+    done before the next layer starts. under_way: where the branch goes from layer to layer; None:
+    with the context.
     """
 
     span: Span | None = None
     unpacks: bool = False
     packs: bool = False
     branch_end: int | None = None
+    under_way: BranchUnderWay | None = None
 
     def beside_branch(self, layer_number: int) -> bool:
         """Whether the memory of the span, read in an earlier layer, still computes beside it."""
@@ -167,6 +189,8 @@ class MemoryLayerMixin:
         """
         if self.role.unpacks:
             hidden_states, context = self.role.unpack(hidden_states, self.layer_number)
+        if self.role.under_way is not None:
+            context = self.role.under_way.take() or context
         self._branch = context if isinstance(context, Branch) else None
         layer = self._layer_alone
         if kwargs.get("inference_context") is not None or torch.is_inference_mode_enabled():
@@ -179,6 +203,9 @@ class MemoryLayerMixin:
             context, self._branch = self._end_of_layer(self._branch), None
         if self.role.ends_at(self.layer_number):
             output, context = self._added(output, context), None
+        if self.role.under_way is not None and isinstance(context, Branch):
+            self.role.under_way.put(context)
+            context = None
         if self.role.packs:
             assert not isinstance(context, Branch), "a branch ends with its pipeline stage"
             output, context = self.role.pack(output, context), None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.pipeline.pattern import ATTENTION, EXPERTS, MLP, stages
+from ultramem_megatron.megatron.pipeline.pattern import ATTENTION, EXPERTS, MAMBA, MLP, stages
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.tools.export.plain_model import Dtype, PlainConfig, PlainGPT
 
@@ -31,6 +31,8 @@ _LAYER_NAMES = (
     ("self_attention.q_layernorm.", "attention.query_norm."),
     ("self_attention.k_layernorm.", "attention.key_norm."),
     ("pre_mlp_layernorm.", "mlp_norm."),
+    ("norm.", "mamba_norm."),
+    ("mixer.", "mamba."),
     ("mlp.linear_fc1.", "mlp.up."),
     ("mlp.linear_fc2.", "mlp.down."),
     ("mlp.router.", "mlp.router."),
@@ -42,7 +44,7 @@ _DTYPES: dict[torch.dtype, Dtype] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-_LAYERS = (ATTENTION, MLP, EXPERTS)
+_LAYERS = (ATTENTION, MAMBA, MLP, EXPERTS)
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Difference of logits, relative in norm, that rounding in other orders explains in any model."""
 _MOST = 0.5
@@ -73,6 +75,7 @@ def plain_config(args: Namespace, config: Any, ultramem: UltraMemConfig | None) 
         rotary_percent=args.rotary_percent,
         tied_embeddings=not args.untie_embeddings_and_output_weights,
         pattern=_pattern(args),
+        **_mamba(args, config),
         **_experts(config),
         dtype=_DTYPES[config.params_dtype],
         ultramem=ultramem,
@@ -83,6 +86,18 @@ def _pattern(args: Namespace) -> str | None:
     """What each layer of a HybridModel is; where stages end is left out."""
     pattern = args.hybrid_layer_pattern
     return None if pattern is None else "".join(stages(pattern))
+
+
+def _mamba(args: Namespace, config: Any) -> dict[str, Any]:
+    if MAMBA not in (_pattern(args) or ""):
+        return {}
+    inner = 2 * config.hidden_size  # as MambaMixer
+    return {
+        "mamba_num_heads": config.mamba_num_heads or inner // config.mamba_head_dim,
+        "mamba_head_dim": config.mamba_head_dim,
+        "mamba_num_groups": config.mamba_num_groups,
+        "mamba_state_dim": config.mamba_state_dim,
+    }
 
 
 def _experts(config: Any) -> dict[str, Any]:
@@ -102,8 +117,8 @@ def _refuse(args: Namespace, config: Any) -> None:
     activation = (config.gated_linear_unit, config.activation_func)
     refused = {
         f"{_symbols(args)} in --hybrid-layer-pattern": bool(_symbols(args)),
-        f"--hybrid-layer-pattern {args.hybrid_layer_pattern}, which has no attention": (
-            ATTENTION not in (_pattern(args) or ATTENTION)
+        "a --hybrid-layer-pattern with neither attention nor Mamba": not (
+            {ATTENTION, MAMBA} & set(_pattern(args) or ATTENTION)
         ),
         "--multi-latent-attention": config.multi_latent_attention,
         "--mtp-num-layers": bool(config.mtp_num_layers),
@@ -293,6 +308,13 @@ def flags_of(config: PlainConfig) -> list[str]:
     }
     if config.num_query_groups != config.num_attention_heads:
         flags |= {"group-query-attention": True, "num-query-groups": config.num_query_groups}
+    if config.mamba_num_heads:
+        flags |= {
+            "mamba-num-heads": config.mamba_num_heads,
+            "mamba-head-dim": config.mamba_head_dim,
+            "mamba-num-groups": config.mamba_num_groups,
+            "mamba-state-dim": config.mamba_state_dim,
+        }
     if config.num_experts:
         flags |= {
             "num-experts": config.num_experts,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultramem_megatron.kernels.precision import at_least_float32
-from ultramem_megatron.megatron.pipeline.pattern import ATTENTION, EXPERTS, MLP, READABLE
+from ultramem_megatron.megatron.pipeline.pattern import ATTENTION, EXPERTS, MAMBA, MLP, READABLE
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.modules import Linear
@@ -24,6 +24,7 @@ from ultramem_megatron.memory.placement import Placement, placements
 from ultramem_megatron.memory.spans import Span
 from ultramem_megatron.memory.values import VALUES
 from ultramem_megatron.memory.values.contract import Site
+from ultramem_megatron.tools.export.plain_mamba import PlainMamba
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -56,7 +57,12 @@ class PlainConfig:
     rotary_percent: float = 1.0
     tied_embeddings: bool = False
     pattern: str | None = None
-    """Of a HybridModel, what each layer is: attention (*), MLP (-) or experts (E); None: a GPT."""
+    """Of a HybridModel: each layer is attention (*), MLP (-), experts (E) or Mamba (M)."""
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
+    mamba_num_groups: int = 0
+    """Groups of heads that share what a state is written and read with."""
+    mamba_state_dim: int = 0
     num_experts: int | None = None
     """In place of every layer's MLP, of a HybridModel in its layers E; None: no experts."""
     expert_topk: int = 2
@@ -105,8 +111,10 @@ class PlainGPT(nn.Module):
 
 
 class PlainLayer(nn.Module):
-    """Attention and MLP, or one of them; a memory reads what the MLP reads, and its span's end
-    adds the result."""
+    """Attention and MLP, or one of them, or Mamba; and memories.
+
+    A memory reads what the MLP reads, and is added at its span's end.
+    """
 
     def __init__(self, config: PlainConfig, number: int, values: dict[int, nn.Module]) -> None:
         """number: counted from 1. values: of memories before, by number of their tables."""
@@ -116,6 +124,16 @@ class PlainLayer(nn.Module):
         if self.attends:
             self.attention_norm = _norm(config, config.hidden_size)
             self.attention = PlainAttention(config)
+        self.scans = MAMBA in parts
+        if self.scans:
+            self.mamba_norm = _norm(config, config.hidden_size)
+            self.mamba = PlainMamba(
+                config.hidden_size,
+                heads=config.mamba_num_heads,
+                head_dim=config.mamba_head_dim,
+                groups=config.mamba_num_groups,
+                state_dim=config.mamba_state_dim,
+            )
         self.feeds = parts[-1] in READABLE
         if self.feeds:
             self.mlp_norm = _norm(config, config.hidden_size)
@@ -137,6 +155,8 @@ class PlainLayer(nn.Module):
         """hidden (B, S, D); pending: result of a memory that has not been added yet, or None."""
         if self.attends:
             hidden = hidden + self.attention(self.attention_norm(hidden), rotation)
+        if self.scans:
+            hidden = hidden + self.mamba(self.mamba_norm(hidden))
         if self.feeds:
             normed = self.mlp_norm(hidden)
             if self.mlp is not None:

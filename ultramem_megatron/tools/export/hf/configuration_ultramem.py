@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 RETRIEVALS = ("tdqkr", "pkm")
 VALUES = ("pooled", "prevalued", "gated")
-LAYERS = ("*", "-", "E")
+LAYERS = ("*", "-", "E", "M")
 FORMATS = ("int8", "fp8")
 TABLE_MEMORIES = ("host", "disk")
 _FIRST_VERSION: dict[str, Any] = {
@@ -31,7 +31,8 @@ class UltraMemGPTConfig(PreTrainedConfig):
 
     normalization: "LayerNorm" or "RMSNorm". position_embedding: "rope", "learned_absolute" or
     "none". qk_norm: norms of every head's query and key. layer_pattern: what each layer is, one
-    symbol each: attention (*), MLP (-) or experts (E); None: each is attention and an MLP.
+    symbol each: attention (*), MLP (-), experts (E) or Mamba (M, arXiv 2405.21060, with heads,
+    groups of heads that share inputs, and states); None: each is attention and an MLP.
     num_experts: in place of every layer's MLP, with a pattern in its layers E; 0 for none.
     norm_topk_prob: a token's experts' weights sum to 1. router_float32: experts are chosen in
     float32.
@@ -83,6 +84,10 @@ class UltraMemGPTConfig(PreTrainedConfig):
     position_embedding: str = "rope"
     rope_parameters: dict[str, Any] | None = None
     layer_pattern: str | None = None
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
+    mamba_num_groups: int = 0
+    mamba_state_dim: int = 0
     tie_word_embeddings: bool = False
     num_experts: int = 0
     num_experts_per_tok: int = 0

@@ -1,4 +1,4 @@
-"""The layers of an UltraMem GPT: attention, MLP or experts, and memories beside them.
+"""The layers of an UltraMem GPT: attention or Mamba, MLP or experts, and memories beside them.
 
 B batch, S sequence, D hidden, K head dim.
 """
@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ultramem import UltraMemGPTConfig
+from .mamba_ultramem import UltraMemMamba
 from .memory_ultramem import UltraMemMemory
 from .values_ultramem import UltraMemTables
 
@@ -159,17 +160,22 @@ class UltraMemExperts(nn.Module):
 
 
 class UltraMemDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP, or one of them; a memory reads what the MLP reads, and its span's end
-    adds the result."""
+    """Attention and MLP, or one of them, or Mamba; and memories.
+
+    A memory reads what the MLP reads, and is added at its span's end.
+    """
 
     def __init__(self, config: UltraMemGPTConfig, layer_idx: int) -> None:
         super().__init__()
         parts = config.parts(layer_idx + 1)
-        self.attends, self.feeds = "*" in parts, parts[-1] in "-E"
+        self.attends, self.scans, self.feeds = "*" in parts, "M" in parts, parts[-1] in "-E"
+        # A cache has the layers with attention or Mamba alone.
+        before = sum(config.parts(number)[0] in "*M" for number in range(1, layer_idx + 1))
         if self.attends:
-            # A cache has the layers with attention alone.
-            before = sum("*" in config.parts(number) for number in range(1, layer_idx + 1))
             self.self_attn = UltraMemAttention(config, before)
+        if self.scans:
+            self.mamba = UltraMemMamba(config, before)
+        if self.attends or self.scans:
             self.input_layernorm = norm(config, config.hidden_size)
         starts = [start for start, _ in config.spans]
         self.mlp: nn.Module | None = None
@@ -221,6 +227,9 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
                 **kwargs,
             )
             hidden_states = hidden_states + mixed
+        if self.scans:
+            normed = self.input_layernorm(hidden_states)
+            hidden_states = hidden_states + self.mamba(normed, past_key_values, real)
         if self.feeds:
             normed = self.post_attention_layernorm(hidden_states)
             if self.mlp is not None:
