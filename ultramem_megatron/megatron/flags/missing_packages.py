@@ -43,7 +43,7 @@ def refuse_missing_packages(args: Namespace) -> None:
 
 
 def refuse_low_precision(settings: Mapping[str, Any]) -> None:
-    """Raise UltraMemError for fp8 or fp4 among a config's settings, where nothing computes in it."""
+    """Raise UltraMemError for fp8 or fp4 in a config, where nothing computes in them."""
     for name in _LOW_PRECISION:
         if settings.get(name) is not None and not _has("transformer_engine"):
             raise UltraMemError(
@@ -54,6 +54,10 @@ def refuse_low_precision(settings: Mapping[str, Any]) -> None:
 
 def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def _of_engine(args: Namespace) -> Iterator[str]:
@@ -131,7 +135,9 @@ def _emerging_version() -> Version:
 
 
 def _others(args: Namespace) -> Iterator[str]:
-    if args.distributed_backend == "nccl" and not torch.cuda.is_available():
+    if args.cuda_graph_impl != "none" and not _has_gpu():
+        yield f"--cuda-graph-impl {args.cuda_graph_impl}: torch sees no GPU here. Drop the flag."
+    if args.distributed_backend == "nccl" and not _has_gpu():
         yield "--distributed-backend nccl: torch sees no GPU here. Use --distributed-backend gloo."
     if args.num_experts and args.moe_token_dispatcher_type == "flex" and not _has("deep_ep"):
         yield (
@@ -139,7 +145,7 @@ def _others(args: Namespace) -> Iterator[str]:
             "Use alltoall."
         )
     for name in ("async_save", "ckpt_fully_parallel_load"):
-        if getattr(args, name) and not torch.cuda.is_available():
+        if getattr(args, name) and not _has_gpu():
             yield (
                 f"--{name.replace('_', '-')}: Megatron does it through CUDA, and torch sees no GPU "
                 f"here. Drop the flag."

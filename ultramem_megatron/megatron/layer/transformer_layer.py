@@ -147,6 +147,25 @@ class MemoryLayerMixin:
             self._add, self.mlp_bda = self.mlp_bda, _pass_residual
             self.recompute_mlp = False
 
+    def create_mcore_cudagraph_manager(self, config: TransformerConfig) -> None:
+        """Let CUDA graphs hold Megatron's layer alone: memories and pending results stay beside it.
+
+        Called by Megatron's constructor with --cuda-graph-impl local. Where it would capture the
+        layer's `forward`, `_layer_alone` is captured.
+        """
+        from megatron.core.transformer import cuda_graphs
+
+        super().create_mcore_cudagraph_manager(config)  # type: ignore[misc]  # TransformerLayer's, too
+        if hasattr(self, "cudagraph_manager"):
+            del self.cudagraph_manager
+            self.layer_graphs = cuda_graphs.CudaGraphManager(config, self, "_layer_alone")
+
+    def _layer_alone(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Output of Megatron's layer, and what its memory is to read: all that a graph holds."""
+        output, _ = super().forward(*args, context=None, **kwargs)  # type: ignore[misc]  # TransformerLayer's, too
+        memory_input, self._memory_input = self._memory_input, None
+        return output, memory_input
+
     def _keep_memory_input(self, _norm: nn.Module, _inputs: object, output: Any) -> None:
         # Norms with a fused residual return (output, residual).
         self._memory_input = output[0] if isinstance(output, tuple) else output
@@ -173,9 +192,13 @@ class MemoryLayerMixin:
         if self.role.under_way is not None:
             context = self.role.under_way.take() or context
         self._branch = context if isinstance(context, Branch) else None
-        output, _ = super().forward(hidden_states, *args, context=None, **kwargs)  # type: ignore[misc]  # TransformerLayer's, too
+        layer = self._layer_alone
+        if kwargs.get("inference_context") is not None or torch.is_inference_mode_enabled():
+            layer = functools.partial(MemoryLayerMixin._layer_alone, self)  # not from its graph
+        output, memory_input = layer(hidden_states, *args, **kwargs)
         if self.memory is not None:
-            context = self._read_memory(args[0] if args else kwargs.get("attention_mask"), kwargs)
+            mask = args[0] if args else kwargs.get("attention_mask")
+            context = self._read_memory(memory_input, mask, kwargs)
         elif self._branch is not None:
             context, self._branch = self._end_of_layer(self._branch), None
         if self.role.ends_at(self.layer_number):
@@ -203,9 +226,10 @@ class MemoryLayerMixin:
         branch.go_on()
         return branch
 
-    def _read_memory(self, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | Branch:
+    def _read_memory(
+        self, memory_input: Tensor | None, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor | Branch:
         assert self.memory is not None
-        memory_input, self._memory_input = self._memory_input, None
         assert memory_input is not None, "the pre-MLP norm did not run"
         if self.training:
             # Once per optimizer step would do; with unchanged cores repeating it changes nothing.
