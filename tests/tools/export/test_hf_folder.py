@@ -127,3 +127,6 @@ def test_caches_in_pages_are_refused_with_a_convolution():
     model = UltraMemGPTForCausalLM(config)
     with pytest.raises(ValueError, match=r"query_conv_kernel is 3: caches in pages"):
         model(torch.zeros(1, 3, dtype=torch.int64), read_index=[])
+    model.config._attn_implementation = "sglang"
+    with pytest.raises(ValueError, match="SGLang"):
+        model(torch.zeros(1, 3, dtype=torch.int64))

@@ -20,9 +20,10 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_ultramem import UltraMemGPTConfig
 from .layers_ultramem import UltraMemAttention, UltraMemDecoderLayer, UltraMemRouter, norm
 from .mapped_ultramem import leave_on_disk, pages_in_memory
-from .memory_ultramem import QueryConvolution, QueryMean, Shuffle, UltraMemMemory
+from .memory_ultramem import Pending, QueryConvolution, QueryMean, Shuffle, UltraMemMemory
 from .quantized_ultramem import QuantizedTable
 from .retrieval_ultramem import Cores, Keys
+from .served_ultramem import serve_tables
 from .values_ultramem import UltraMemTables, ValueTable
 
 
@@ -107,6 +108,8 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
             UltraMemTables(config.memory or {}, config.value_quantization)
             for _ in range(config.shared_tables)
         )
+        if config._attn_implementation == "vllm":
+            serve_tables(self, config.table_memory)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -145,7 +148,7 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
             hidden = hidden + self.embed_positions(position_ids)
         rotation = _rotation(self.config, position_ids, hidden)
         real = None if padding is None else padding[:, -hidden.shape[1] :].bool()
-        pending: Tensor | None = None
+        pending: Pending | None = None
         for layer in self.layers:
             hidden, pending = layer(
                 hidden,
@@ -163,11 +166,12 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
     def _refuse_foreign_caches(self, kwargs: dict[str, Any]) -> None:
         """Raise ValueError where nobody keeps what the query convolution sees of the past."""
         taps = (self.config.memory or {}).get("query_conv_kernel", 0)
-        foreign = self.config._attn_implementation == "vllm" or "read_index" in kwargs
+        engines = self.config._attn_implementation in ("vllm", "sglang")
+        foreign = engines or "read_index" in kwargs
         if taps > 1 and foreign:
             raise ValueError(
-                f"memory.query_conv_kernel is {taps}: caches in pages (vLLM, generate_batch) keep "
-                f"no inputs of the convolution. Use `generate`, which keeps them."
+                f"memory.query_conv_kernel is {taps}: caches in pages (vLLM, SGLang, "
+                f"generate_batch) keep no inputs of the convolution. Use `generate`, which does."
             )
 
 
