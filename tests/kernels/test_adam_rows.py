@@ -195,8 +195,8 @@ def test_an_implementation_that_rounds_otherwise_is_not_taken(monkeypatch, caplo
     ("count", "share", "betas", "copy"),
     [
         (20, 0.2, (0.9, 0.95), torch.bfloat16),
-        (20, 1.0, (0.9, 0.999), None),
-        (400, 0.002, (0.5, 0.6), None),
+        (10, 1.0, (0.9, 0.999), None),
+        (90, 0.01, (0.5, 0.6), None),
     ],
 )
 def test_triton_on_some_rows_is_triton_on_all(count, share, betas, copy, monkeypatch):
