@@ -24,8 +24,9 @@ class AdamStep(NamedTuple):
     @classmethod
     def of(cls, group: Mapping[str, Any], number: int) -> Self:
         """The step that torch.optim.AdamW makes with this parameter group."""
-        lr, decay = float(group["lr"]), float(group["weight_decay"])
-        return cls(lr, decay, *map(float, group["betas"]), float(group["eps"]), number)
+        beta1, beta2 = map(float, group["betas"])
+        rates = float(group["lr"]), float(group["weight_decay"])
+        return cls(*rates, beta1, beta2, float(group["eps"]), number)
 
 
 class History:
