@@ -194,9 +194,9 @@ def test_an_implementation_that_rounds_otherwise_is_not_taken(monkeypatch, caplo
 @pytest.mark.parametrize(
     ("count", "share", "betas", "copy"),
     [
-        (12, 0.3, (0.9, 0.95), torch.bfloat16),
+        (8, 0.3, (0.9, 0.95), torch.bfloat16),
         (5, 1.0, (0.9, 0.999), None),
-        (60, 0.02, (0.5, 0.6), None),
+        (50, 0.02, (0.2, 0.6), None),
     ],
 )
 def test_triton_on_some_rows_is_triton_on_all(count, share, betas, copy, monkeypatch):
