@@ -33,11 +33,15 @@ constexpr float kStill = 0x1p-27f, kMost = 0x1p-26f;
 constexpr float kSmallest = 0x1p-60f, kSmallestSquare = 0x1p-100f;  // far from what underflows
 constexpr int64_t kBlock = 64, kChunk = 16;
 
+template <bool kCorrected>
 inline float update(float mean, float square, const Step& s) {
-  return -s.size * mean / (std::sqrt(square) / s.correction + s.eps);
+  const float root = std::sqrt(square);
+  return -s.size * mean / ((kCorrected ? root / s.correction : root) + s.eps);
 }
 
 // A step without gradient; whether it moved no value of the row, and the next ones hardly can.
+// kCorrected: the second moment's bias is not yet 1.
+template <bool kCorrected>
 inline bool replay_step(const Row& row, const Step& s, int64_t width) {
   float* __restrict values = row.values;
   float* __restrict means = row.mean;
@@ -47,7 +51,7 @@ inline bool replay_step(const Row& row, const Step& s, int64_t width) {
   for (int64_t i = 0; i < width; i++) {
     const float mean = __builtin_fmaf(s.mean_weight, 0.0f - means[i], means[i]);
     const float square = squares[i] * s.square_decay;
-    const float value = values[i] * s.decay, by = update(mean, square, s);
+    const float value = values[i] * s.decay, by = update<kCorrected>(mean, square, s);
     means[i] = mean;
     squares[i] = square;
     values[i] = value + by;
@@ -107,7 +111,10 @@ void decay(const Row& row, const Step* steps, int64_t slots, int64_t first, int6
 void replay(const Row& row, const Step* steps, int64_t slots, int64_t first, int64_t last,
             int64_t width) {
   while (first < last) {
-    if (!replay_step(row, steps[first++ % slots], width)) continue;
+    const Step& s = steps[first++ % slots];
+    const bool corrected = s.correction != 1.0f;
+    if (!(corrected ? replay_step<true>(row, s, width) : replay_step<false>(row, s, width)))
+      continue;
     int64_t end = first;
     for (float bound = kStill; end < last; end++) {
       bound *= steps[end % slots].growth;
@@ -127,7 +134,7 @@ void gradient_step(const Row& row, const float* __restrict grad, const Step& s, 
     const float mean = __builtin_fmaf(s.mean_weight, grad[i] - means[i], means[i]);
     const float square =
         __builtin_fmaf(s.square_weight * grad[i], grad[i], squares[i] * s.square_decay);
-    values[i] = values[i] * s.decay + update(mean, square, s);
+    values[i] = values[i] * s.decay + update<true>(mean, square, s);
     means[i] = mean;
     squares[i] = square;
   }

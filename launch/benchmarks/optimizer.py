@@ -30,6 +30,7 @@ from ultramem_megatron.tools.rows import write_as_made
 _WIDTH = 64  # columns
 _COUNTED = 15  # steps
 _WARM = 3  # times 1 / share: few rows are further behind than that
+_BEFORE = 1000  # steps of the training before; biases are corrected as in its middle
 _CASES = [(2**power, share) for power in (14, 18, 20) for share in (0.01, 0.1, 1.0)]
 _FEW = (2**18, 0.001)  # the longest warm-up
 _QUICK = [(2**10, 0.1), (2**10, 1.0)]
@@ -89,7 +90,7 @@ def _run(values: int, share: float) -> list[Times]:
     rows, grad = AdamRows(values, table.device), torch.zeros_like(table)
     times = []
     for number in range(1, math.ceil(_WARM / share) + _COUNTED + 1):
-        step = AdamStep(1e-3, 0.1, 0.9, 0.95, 1e-8, number)
+        step = AdamStep(1e-3, 0.1, 0.9, 0.95, 1e-8, _BEFORE + number)
         picks = _picks(values, share, generator)
         start = time.process_time()
         rows.read(ours, picks)

@@ -144,6 +144,11 @@ def test_any_epsilon(path, eps):
     _assert_same(ours, dense)
 
 
+def test_in_the_middle_of_a_training(path):
+    """Where the second moment's bias correction is 1 in float32."""
+    _run(step._replace(number=step.number + 2000) for step in _steps(30))
+
+
 def test_other_betas_on_the_way(path):
     steps = list(_steps(30))
     steps[15:] = [step._replace(beta1=0.7, eps=1e-6) for step in steps[15:]]
