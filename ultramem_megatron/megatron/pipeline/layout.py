@@ -168,7 +168,8 @@ def suggest_layout(
     symbols = pattern.kept_stages(config)
     if symbols is not None:
         layers = iter("".join(symbols))
-        return "|".join("".join(itertools.islice(layers, size)) for size in sizes)
+        parts = ("".join(itertools.islice(layers, size)) for size in sizes)
+        return "|".join(parts) + pattern.kept_heads(config)
     return "E" + "|".join(f"t*{size}" if size > 1 else "t" for size in sizes) + "L"
 
 
