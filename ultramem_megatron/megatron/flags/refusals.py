@@ -15,7 +15,6 @@ _MEMORIES_REFUSE = {
     "cuda_graph_impl": "graphs capture a layer without its memory branch",
     "overlap_moe_expert_parallel_comm": "its schedule does not call the layer's forward",
     "use_megatron_fsdp": "value tables need Megatron's DDP, also with its distributed optimizer",
-    "use_torch_fsdp2": "value tables need Megatron's DDP, also with its distributed optimizer",
     "fp8": "memory layers compute in fp32, fp16 or bf16",
     "fp4": "memory layers compute in fp32, fp16 or bf16",
     "kitchen_config_file": "memory layers compute in fp32, fp16 or bf16",
