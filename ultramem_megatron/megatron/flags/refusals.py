@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.flags.fsdp2_flags import refuse_beside_fsdp2
 from ultramem_megatron.megatron.flags.train_rows_flags import refuse_train_rows
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.placement import placements
@@ -14,7 +15,7 @@ from ultramem_megatron.memory.placement import placements
 _MEMORIES_REFUSE = {
     "cuda_graph_impl": "graphs capture a layer without its memory branch",
     "overlap_moe_expert_parallel_comm": "its schedule does not call the layer's forward",
-    "use_megatron_fsdp": "value tables need Megatron's DDP, also with its distributed optimizer",
+    "use_megatron_fsdp": "value tables need Megatron's DDP or torch's FSDP2 (--use-torch-fsdp2)",
     "fp8": "memory layers compute in fp32, fp16 or bf16",
     "fp4": "memory layers compute in fp32, fp16 or bf16",
     "kitchen_config_file": "memory layers compute in fp32, fp16 or bf16",
@@ -71,6 +72,7 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
             f"one of the two."
         )
     _check_sgd(args)
+    refuse_beside_fsdp2(args)
     refuse_train_rows(args, ultramem)
     if ultramem.query_conv_kernel > 1:
         _check_documents(args, f"{flag('query_conv_kernel')} {ultramem.query_conv_kernel}")

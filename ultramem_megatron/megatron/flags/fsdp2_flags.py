@@ -1,0 +1,23 @@
+"""What memory layers refuse beside --use-torch-fsdp2; the rest is refused by Megatron itself."""
+
+from argparse import Namespace
+
+from ultramem_megatron.errors import UltraMemError
+
+_REASONS = {
+    "ultramem_overlap": "a memory that computes beside later layers would lose its weights, which "
+    "its own layer gives back when it is done",
+    "ultramem_train_rows": "rows are chosen by gradients in the buffers of Megatron's DDP",
+}
+
+
+def refuse_beside_fsdp2(args: Namespace) -> None:
+    """Raise UltraMemError for flags that need another wrapper than FSDP2's."""
+    if not args.use_torch_fsdp2:
+        return
+    for name, reason in _REASONS.items():
+        if getattr(args, name, None) not in (None, False):
+            raise UltraMemError(
+                f"--{name.replace('_', '-')} cannot be combined with --use-torch-fsdp2: {reason}. "
+                f"Drop one of the two."
+            )
