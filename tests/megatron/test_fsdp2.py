@@ -34,7 +34,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> _Start:
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
-        pytest.param(2, _NUMBER, id="number"),
+        pytest.param(2, _NUMBER, id="number", marks=_long),
         pytest.param(4, _GRID, id="grid", marks=_long),
         pytest.param(2, _DIMENSION, id="dimension", marks=_long),
         pytest.param(2, {"ultramem_parallel_size": 1}, id="P1 of 2", marks=_long),
@@ -57,17 +57,20 @@ def test_it_trains_like_one_rank(start: _Start, world_size: int, layout: dict[st
     _check(start, world_size, **_FSDP2, **layout)
 
 
-@_long
 @pytest.mark.parametrize(
     "flags",
     [
-        {"calculate_per_token_loss": True},
-        {"ultramem_lazy_adam": True},
-        {"ultramem_train_only": "memory"},
-        {"ultramem_share_values": 2},
-        {"swiglu": True, "ultramem_replace_mlp": True},
+        pytest.param({}, id="memories"),
+        pytest.param({"calculate_per_token_loss": True}, id="loss per token", marks=_long),
+        pytest.param({"ultramem_lazy_adam": True}, id="lazy Adam", marks=_long),
+        pytest.param({"ultramem_train_only": "memory"}, id="memories alone", marks=_long),
+        pytest.param({"ultramem_share_values": 2}, id="shared tables", marks=_long),
+        pytest.param(
+            {"swiglu": True, "ultramem_replace_mlp": True, "ultramem_spans": "2:2/4:4"},
+            id="in place of gated MLPs",
+            marks=_long,
+        ),
     ],
-    ids=lambda flags: next(iter(flags)),
 )
 def test_it_trains_like_ddp(flags: dict[str, Any]) -> None:
     expected = train(2, _flags(**_NUMBER, **flags))
@@ -109,4 +112,6 @@ def test_bf16_follows_ddp(tmp_path: Any) -> None:
 @_long
 def test_shards_that_no_checkpoint_holds_are_refused(tmp_path: Any) -> None:
     with pytest.raises(RanksFailed, match=r"first dimension of .* is .*, no multiple of them"):
-        run_pretrain(3, _flags(**_FSDP2, **_NUMBER, micro_batch_size=2, save=tmp_path))
+        run_pretrain(
+            3, _flags(**_FSDP2, **_NUMBER, micro_batch_size=2, save=tmp_path, save_interval=2)
+        )

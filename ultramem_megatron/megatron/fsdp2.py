@@ -34,7 +34,7 @@ def units(model: nn.Module) -> dict[UltraMemLayer, FSDPModule]:
         memory: unit
         for unit in model.modules()
         if isinstance(unit, FSDPModule)
-        for memory in unit.children()  # type: ignore[attr-defined]  # a class beside Module's
+        for memory in unit.children()
         if isinstance(memory, UltraMemLayer)
     }
 
