@@ -52,4 +52,4 @@ def kept_keys(keys: Tensor, shared: bool) -> Tensor:
         from ultramem_megatron.kernels.side_topk.one_product import stored_for_one_product
 
         return stored_for_one_product(keys, shared)
-    return as_multiplied(keys)
+    return as_multiplied(keys).transpose(2, 3).contiguous().transpose(2, 3)

@@ -65,7 +65,7 @@ def export(folder: Path, memories: Mapping[str, Any]) -> None:
 
     make_saving_fast()
     save(train([(ROOT / "README.md").read_text()], 400), folder / "tokenizer")
-    model, args = untrained_model(tiny_gpt(**PLAIN, **memories))
+    model, args = untrained_model(tiny_gpt(**{**PLAIN, **memories}))
     shaken(model)
     args.tokenizer_type = "HuggingFaceTokenizer"
     args.tokenizer_model = str(folder / "tokenizer")

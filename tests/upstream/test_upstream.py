@@ -8,6 +8,7 @@ import pytest
 
 from tests import ROOT
 from tests.ranks import run_on_ranks
+from tests.upstream import __main__ as command
 from tests.upstream import sandbox
 from tests.upstream.reasons import REASONS, Reasons
 from tests.upstream.results import Result, Store, ours, shares, stops
@@ -93,6 +94,23 @@ def test_a_missing_checkout_is_refused(tmp_path: Path):
     assert run.stderr.count("\n") == 1
     with pytest.raises(UltraMemError, match="holds no tests/unit_tests"):
         sandbox.checkout(str(tmp_path))
+
+
+def test_what_another_test_left_behind_is_tried_without_it(monkeypatch: pytest.MonkeyPatch):
+    """All of them at once: there may be more than are tried alone."""
+    calls: list[list[str]] = []
+
+    def run_file(_plan: object, _file: str, wanted: list[str]) -> list[Result]:
+        calls.append(wanted)
+        return [Result(test, "passed") for test in wanted]
+
+    monkeypatch.setattr(command, "run_file", run_file)
+    tests = ["a.py::first", *(f"a.py::t{number}" for number in range(30))]
+    results = [Result(tests[0], "passed"), *(Result(test, "failed", "E: x") for test in tests[1:])]
+    again = command._again(None, "a.py", results, Reasons([]))  # type: ignore[arg-type]  # no plan
+    assert calls == [tests[1:]]
+    assert {result.outcome for result in again} == {"passed"}
+    assert [result.test for result in again] == tests
 
 
 def _run(folder: Path) -> list[tuple[str, str, str]]:

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "overlap": "exchanges between ranks with and without --ultramem-overlap",
     "recipes": "every case of the matrix of Megatron's flags, with memories and without",
     "checkpoint": "seconds and bytes of saving and loading a table, in the background too",
+    "data": "seconds and memory of preparing text, beside Megatron's own script",
     "fit": "steps on 1, 2 and 4 ranks of a CPU beside what plan --fit predicts",
     "scale": "what a rank of 64 to 16,384 costs before its first step, without that world",
 }

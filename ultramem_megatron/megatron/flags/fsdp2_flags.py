@@ -7,6 +7,7 @@ from ultramem_megatron.errors import UltraMemError
 _REASONS = {
     "ultramem_overlap": "a memory that computes beside later layers would lose its weights, which "
     "its own layer gives back when it is done",
+    "cuda_graph_impl": "graphs hold the addresses of weights, which come and go with each layer",
     "ultramem_train_rows": "rows are chosen by gradients in the buffers of Megatron's DDP",
 }
 
@@ -16,7 +17,7 @@ def refuse_beside_fsdp2(args: Namespace) -> None:
     if not args.use_torch_fsdp2:
         return
     for name, reason in _REASONS.items():
-        if getattr(args, name, None) not in (None, False):
+        if getattr(args, name, None) not in (None, False, "none"):
             raise UltraMemError(
                 f"--{name.replace('_', '-')} cannot be combined with --use-torch-fsdp2: {reason}. "
                 f"Drop one of the two."

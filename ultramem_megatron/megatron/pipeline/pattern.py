@@ -7,7 +7,12 @@ calls a layer is two of them, `*-`.
 from typing import Any
 
 FLAG = "--hybrid-layer-pattern"
-ATTENTION, MLP, EXPERTS = "*", "-", "E"  # as Megatron's Symbols, whose import takes seconds
+ATTENTION, MAMBA, MLP, EXPERTS = (
+    "*",
+    "M",
+    "-",
+    "E",
+)  # as Megatron's Symbols, whose import takes seconds
 READABLE = (MLP, EXPERTS)
 """Layers with a pre-MLP norm, whose output a memory reads."""
 _KEPT_AS = "layers_by_stage"

@@ -7,6 +7,7 @@ own modules too, so that an export is written and read back without running a fo
 SOURCES = (
     "configuration_ultramem.py",
     "layers_ultramem.py",
+    "mamba_ultramem.py",
     "mapped_ultramem.py",
     "memory_ultramem.py",
     "modeling_ultramem.py",

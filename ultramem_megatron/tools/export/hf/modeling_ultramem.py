@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ultramem import UltraMemGPTConfig
 from .layers_ultramem import UltraMemAttention, UltraMemDecoderLayer, UltraMemRouter, norm
+from .mamba_ultramem import UltraMemMamba
 from .mapped_ultramem import leave_on_disk, pages_in_memory
 from .memory_ultramem import QueryConvolution, QueryMean, Shuffle, UltraMemMemory
 from .quantized_ultramem import QuantizedTable
@@ -78,6 +79,8 @@ class UltraMemPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=module.key_dim**-0.5)
         elif isinstance(module, (ValueTable, UltraMemRouter)):
             init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, UltraMemMamba):
+            module.initialize(init)
         elif isinstance(module, Cores):
             init.normal_(module.weight)
             loaded = getattr(module.weight, "_is_hf_initialized", False)
@@ -132,6 +135,7 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
         padding = (
             attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         )
+        self._refuse_packed_texts(position_ids, padding)
         if position_ids is None:
             position_ids = _positions(hidden, padding, past_key_values)
         mask = create_causal_mask(
@@ -161,13 +165,32 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
         return BaseModelOutputWithPast(self.norm(hidden), past_key_values)
 
     def _refuse_foreign_caches(self, kwargs: dict[str, Any]) -> None:
-        """Raise ValueError where nobody keeps what the query convolution sees of the past."""
+        """Raise ValueError where nobody keeps what convolutions and Mamba see of the past."""
         taps = (self.config.memory or {}).get("query_conv_kernel", 0)
         foreign = self.config._attn_implementation == "vllm" or "read_index" in kwargs
+        if foreign and self._has_mamba:
+            raise ValueError(
+                f"layer_pattern is {self.config.layer_pattern}: caches in pages (vLLM, "
+                f"generate_batch) keep no state of Mamba layers. Use `generate`, which keeps it."
+            )
         if taps > 1 and foreign:
             raise ValueError(
                 f"memory.query_conv_kernel is {taps}: caches in pages (vLLM, generate_batch) keep "
                 f"no inputs of the convolution. Use `generate`, which keeps them."
+            )
+
+    @property
+    def _has_mamba(self) -> bool:
+        return "M" in (self.config.layer_pattern or "")
+
+    def _refuse_packed_texts(self, position_ids: Tensor | None, padding: Tensor | None) -> None:
+        """Raise ValueError for texts one behind another in a row: Mamba would read on."""
+        if not self._has_mamba or position_ids is None or padding is not None:
+            return
+        if (position_ids[:, 1:] < position_ids[:, :-1]).any():
+            raise ValueError(
+                f"layer_pattern is {self.config.layer_pattern}: Mamba layers know no ends of "
+                f"texts within a row. Give each text a row of its own, with an attention_mask."
             )
 
 
