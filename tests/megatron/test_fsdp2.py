@@ -90,12 +90,11 @@ def test_a_checkpoint_goes_on_in_any_layout(tmp_path: Any) -> None:
         assert again.losses == pytest.approx(saved.losses[2:], rel=AFTER_STEPS)
 
 
-_PLAIN = {"num_layers": 2, "train_iters": 4, "save_interval": 2, **_FSDP2}
-
-
-def test_a_plain_gpt_saves_and_goes_on(tmp_path: Any) -> None:
-    saved = run_pretrain(2, tiny_gpt(**_PLAIN, save=tmp_path))
-    again = run_pretrain(2, tiny_gpt(**_PLAIN, load=tmp_path, ckpt_step=2))
+@pytest.mark.parametrize("form", ["torch_dist", pytest.param("torch_dcp", marks=_long)])
+def test_a_plain_gpt_saves_and_goes_on(form: str, tmp_path: Any) -> None:
+    plain = {**_FSDP2, "ckpt_format": form, "train_iters": 4, "save_interval": 2}
+    saved = run_pretrain(2, tiny_gpt(**plain, save=tmp_path))
+    again = run_pretrain(2, tiny_gpt(**plain, load=tmp_path, ckpt_step=2))
     assert again.losses == saved.losses[2:]
 
 
