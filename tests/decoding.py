@@ -65,7 +65,7 @@ HYBRID = {
 """No GPT: of kind "hybrid", beside KINDS."""
 MAMBA = {
     **HYBRID,
-    "hybrid_layer_pattern": "M-*M-",
+    "hybrid_layer_pattern": "M-*M-/*-",  # heads for later tokens take no part
     "ultramem_spans": "2:4/5:5",
     "mamba_state_dim": 6,
     "mamba_head_dim": 8,

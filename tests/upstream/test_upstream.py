@@ -40,7 +40,15 @@ def test_hangs():
 async def test_last(tmp_path): assert tmp_path.exists()
 def test_dies():
     if rank: os._exit(9)
-def test_after(): pass
+def test_after():
+    from tests.unit_tests.test_utilities import Utils
+    assert Utils.started
+"""
+UTILITIES = """
+class Utils:
+    started = False
+    @staticmethod
+    def initialize_distributed(): Utils.started = True
 """
 
 
@@ -131,6 +139,7 @@ def test_ranks_that_hang_or_die_are_ended_and_the_next_test_runs(tmp_path: Path)
         folder.mkdir(parents=True)
     (scripts / "download_unit_tests_dataset.py").touch()
     (tests / "test_two.py").write_text(TESTS_OF_TWO_RANKS)
+    (tests / "test_utilities.py").write_text(UTILITIES)
     assert run_on_ranks(1, _run, tmp_path)[0] == [
         ("test_first", "passed", ""),
         ("test_waits_for_a_rank_that_failed", "failed", "AssertionError"),

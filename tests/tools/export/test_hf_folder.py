@@ -137,6 +137,8 @@ def test_caches_in_pages_are_refused_with_a_convolution():
     model = UltraMemGPTForCausalLM(config)
     with pytest.raises(ValueError, match=r"query_conv_kernel is 3: caches in pages"):
         model(torch.zeros(1, 3, dtype=torch.int64), read_index=[])
+    with pytest.raises(ValueError, match=r"query_conv_kernel is 3: caches of a fixed size"):
+        model.generate(torch.tensor([[3, 1]]), cache_implementation="static", max_new_tokens=2)
 
 
 @pytest.fixture
@@ -144,14 +146,16 @@ def mamba():
     sizes = {"num_heads": 4, "head_dim": 8, "num_groups": 2, "state_dim": 4}
     changes = {f"mamba_{name}": size for name, size in sizes.items()}
     plain = _plain()
-    config = dataclasses.replace(plain.config, pattern="M-", ultramem=None, **changes)
+    config = dataclasses.replace(plain.config, pattern="M*", ultramem=None, **changes)
     return UltraMemGPTForCausalLM(hf_config(config)).eval()
 
 
 def test_what_a_state_of_mamba_cannot_follow_is_refused(mamba):
-    with pytest.raises(ValueError, match="layer_pattern is M-: caches in pages"):
+    with pytest.raises(ValueError, match=r"layer_pattern is M\*: caches in pages"):
         mamba(torch.zeros(1, 3, dtype=torch.int64), read_index=[])
-    with pytest.raises(ValueError, match=r"layer_pattern is M-: .* know no ends of texts"):
+    with pytest.raises(ValueError, match=r"layer_pattern is M\*: caches of a fixed size"):
+        mamba.generate(torch.tensor([[3, 1]]), cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"layer_pattern is M\*: .* know no ends of texts"):
         mamba(torch.zeros(1, 4, dtype=torch.int64), position_ids=torch.tensor([[0, 1, 0, 1]]))
     cache = mamba(torch.zeros(1, 3, dtype=torch.int64), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="cannot be taken back"):

@@ -147,6 +147,14 @@ class UltraMemGPTConfig(PreTrainedConfig):
             return self.layer_pattern[number - 1]
         return "*E" if self.num_experts else "*-"
 
+    def cache_place(self, layer_idx: int) -> int:
+        """Where a cache has a layer: those with attention come first, whose length it goes by."""
+        kinds = [self.parts(number) for number in range(1, self.num_hidden_layers + 1)]
+        if "*" in kinds[layer_idx]:
+            return sum("*" in kind for kind in kinds[:layer_idx])
+        first = sum("*" in kind for kind in kinds)
+        return first + sum("M" in kind for kind in kinds[:layer_idx])
+
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """Where memories read and where they are added: layers, counted from 1."""

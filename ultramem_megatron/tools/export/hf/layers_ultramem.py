@@ -169,12 +169,10 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         parts = config.parts(layer_idx + 1)
         self.attends, self.scans, self.feeds = "*" in parts, "M" in parts, parts[-1] in "-E"
-        # A cache has the layers with attention or Mamba alone.
-        before = sum(config.parts(number)[0] in "*M" for number in range(1, layer_idx + 1))
         if self.attends:
-            self.self_attn = UltraMemAttention(config, before)
+            self.self_attn = UltraMemAttention(config, config.cache_place(layer_idx))
         if self.scans:
-            self.mamba = UltraMemMamba(config, before)
+            self.mamba = UltraMemMamba(config, config.cache_place(layer_idx))
         if self.attends or self.scans:
             self.input_layernorm = norm(config, config.hidden_size)
         starts = [start for start, _ in config.spans]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -128,7 +128,7 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
         """input_ids (B, S) or inputs_embeds (B, S, D); attention_mask (B, M), 0 for padding."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give one of input_ids and inputs_embeds.")
-        self._refuse_foreign_caches(kwargs)
+        self._refuse_foreign_caches(past_key_values, kwargs)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -164,19 +164,24 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
             )
         return BaseModelOutputWithPast(self.norm(hidden), past_key_values)
 
-    def _refuse_foreign_caches(self, kwargs: dict[str, Any]) -> None:
+    def _refuse_foreign_caches(self, cache: Cache | None, kwargs: dict[str, Any]) -> None:
         """Raise ValueError where nobody keeps what convolutions and Mamba see of the past."""
         taps = (self.config.memory or {}).get("query_conv_kernel", 0)
-        foreign = self.config._attn_implementation == "vllm" or "read_index" in kwargs
-        if foreign and self._has_mamba:
+        if self.config._attn_implementation == "vllm" or "read_index" in kwargs:
+            foreign = "in pages (vLLM, generate_batch)"
+        elif cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers):
+            foreign = "of a fixed size (static)"
+        else:
+            return
+        if self._has_mamba:
             raise ValueError(
-                f"layer_pattern is {self.config.layer_pattern}: caches in pages (vLLM, "
-                f"generate_batch) keep no state of Mamba layers. Use `generate`, which keeps it."
+                f"layer_pattern is {self.config.layer_pattern}: caches {foreign} keep no state of "
+                f"Mamba layers. Use `generate` with its own cache, which keeps it."
             )
-        if taps > 1 and foreign:
+        if taps > 1:
             raise ValueError(
-                f"memory.query_conv_kernel is {taps}: caches in pages (vLLM, generate_batch) keep "
-                f"no inputs of the convolution. Use `generate`, which keeps them."
+                f"memory.query_conv_kernel is {taps}: caches {foreign} keep no inputs of the "
+                f"convolution. Use `generate` with its own cache, which keeps them."
             )
 
     @property
