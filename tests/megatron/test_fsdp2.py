@@ -78,21 +78,28 @@ def test_it_trains_like_ddp(flags: dict[str, Any]) -> None:
 
 
 @_long
+def test_a_hybrid_trains_like_one_rank(tmp_path: Any) -> None:
+    pattern = {"hybrid_layer_pattern": "*-*-*-", "num_layers": None}
+    start = _Start(tmp_path, **pattern, ultramem_spans="2:3/4:6")
+    _check(start, 2, **_FSDP2, **_NUMBER)
+
+
+@_long
 def test_a_checkpoint_goes_on_in_any_layout(tmp_path: Any) -> None:
-    saved = run_pretrain(2, _flags(**_FSDP2, **_NUMBER, save=tmp_path, save_interval=2))
+    gated = {"swiglu": True}
+    saved = run_pretrain(2, _flags(**gated, **_FSDP2, **_NUMBER, save=tmp_path, save_interval=2))
     for world_size, layout in (
         (2, {**_FSDP2, **_NUMBER}),
         (4, {**_FSDP2, **_GRID}),
         (1, {}),
         (2, _DIMENSION),
     ):
-        again = run_pretrain(world_size, _flags(load=tmp_path, ckpt_step=2, **layout))
+        again = run_pretrain(world_size, _flags(**gated, load=tmp_path, ckpt_step=2, **layout))
         assert again.losses == pytest.approx(saved.losses[2:], rel=AFTER_STEPS)
 
 
-@pytest.mark.parametrize("form", ["torch_dist", pytest.param("torch_dcp", marks=_long)])
-def test_a_plain_gpt_saves_and_goes_on(form: str, tmp_path: Any) -> None:
-    plain = {**_FSDP2, "ckpt_format": form, "train_iters": 4, "save_interval": 2}
+def test_a_plain_gpt_saves_and_goes_on(tmp_path: Any) -> None:
+    plain = {**_FSDP2, "train_iters": 4, "save_interval": 2}
     saved = run_pretrain(2, tiny_gpt(**plain, save=tmp_path))
     again = run_pretrain(2, tiny_gpt(**plain, load=tmp_path, ckpt_step=2))
     assert again.losses == saved.losses[2:]

@@ -176,6 +176,22 @@ def test_a_config_with_graphs_and_overlap_is_refused():
         refuse_unsupported_settings({"cuda_graph_impl": "local", "memory_overlap": True})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hybrid_layer_pattern": "M-*-"}, "with Mamba layers"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl cannot be combined with --use-torch"),
+        ({"ultramem_train_rows": 8}, "--ultramem-train-rows cannot be combined with --use-torch"),
+    ],
+)
+def test_what_needs_other_weights_than_shards_is_refused(changes, message):
+    design = dataclasses.replace(_DESIGN, lazy_adam=False)
+    with pytest.raises(UltraMemError, match=message):
+        refuse_unsupported_flags(
+            Namespace(**{**_OTHERS, "use_torch_fsdp2": True, **changes}), design
+        )
+
+
 @pytest.mark.parametrize("name", ["ckpt_format", "ckpt_convert_format"])
 def test_other_formats_of_checkpoints_are_refused(name):
     with pytest.raises(UltraMemError, match="the format torch cannot hold memory layers"):

@@ -69,7 +69,6 @@ def test_memories_in_place_of_mlps_train_like_one_rank(tmp_path):
         pytest.param(4, {**_CROSSING, **_SP, **_DIMENSION}, id="PP2 TP2 SP"),
         pytest.param(4, {**_VPP, **_NUMBER}, id="PP2 interleaved DP2"),
         pytest.param(2, {"context_parallel_size": 2, **_NUMBER}, id="CP2"),
-        pytest.param(2, {"use_torch_fsdp2": True, **_NUMBER}, id="FSDP2"),
     ],
 )
 def test_layout_trains_like_one_rank(start, world_size, layout):

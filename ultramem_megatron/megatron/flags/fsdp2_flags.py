@@ -16,6 +16,11 @@ def refuse_beside_fsdp2(args: Namespace) -> None:
     """Raise UltraMemError for flags that need another wrapper than FSDP2's."""
     if not args.use_torch_fsdp2:
         return
+    if "M" in (args.hybrid_layer_pattern or ""):
+        raise UltraMemError(
+            "--use-torch-fsdp2 with Mamba layers (M in --hybrid-layer-pattern): Megatron cannot "
+            "store their weights in shards. Drop the flag, or use another pattern."
+        )
     for name, reason in _REASONS.items():
         if getattr(args, name, None) not in (None, False, "none"):
             raise UltraMemError(
