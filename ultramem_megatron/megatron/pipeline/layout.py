@@ -159,8 +159,8 @@ def suggest_layout(
 ) -> str | None:
     """The most even layout in which no span crosses, in Megatron's notation; None if there is none.
 
-    With spans 3:5/6:8/9:11, 12 layers and 2 chunks: "Et*5|t*7L"; heads for later tokens last. Of a HybridModel: its pattern,
-    with a | at the end of each chunk.
+    With spans 3:5/6:8/9:11, 12 layers and 2 chunks: "Et*5|t*7L"; heads for later tokens last. Of a
+    HybridModel: its pattern, with a | at the end of each chunk.
     """
     sizes = even_sizes(spans, config.num_layers, num_chunks)
     if sizes is None:
