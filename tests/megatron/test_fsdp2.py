@@ -62,7 +62,7 @@ def test_it_trains_like_one_rank(start: _Start, world_size: int, layout: dict[st
     [
         pytest.param({}, id="memories"),
         pytest.param({"calculate_per_token_loss": True}, id="loss per token", marks=_long),
-        pytest.param({"ultramem_lazy_adam": True}, id="lazy Adam", marks=_long),
+        pytest.param({"ultramem_row_adam": True}, id="row Adam", marks=_long),
         pytest.param({"ultramem_train_only": "memory"}, id="memories alone", marks=_long),
         pytest.param({"ultramem_share_values": 2}, id="shared tables", marks=_long),
         pytest.param(

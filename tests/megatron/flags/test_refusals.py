@@ -48,7 +48,8 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
         ),
         (1, {"optimizer": "dist_muon"}, "dist_muon. trains in bf16 only"),
         (1, {"optimizer": "adaptive_muon"}, "adaptive_muon: Megatron builds it for emerging"),
-        (1, {"optimizer": "muon", "ultramem_lazy_adam": True}, "--optimizer muon cannot be comb"),
+        (1, {"optimizer": "muon", "ultramem_row_adam": True}, "--optimizer muon cannot be comb"),
+        (1, {"ultramem_lazy_adam": True}, "--ultramem-lazy-adam is gone.* Use --ultramem-row-adam"),
         (1, {"dataloader_type": "external"}, "--dataloader-type external is for scripts"),
         (1, {"use_megatron_fsdp": True, "ckpt_format": "fsdp_dtensor"}, "or torch's FSDP2"),
         (
@@ -63,9 +64,13 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
             "2 ranks that share a value table .the default.. Add --ultramem-parallel-size 1",
         ),
         (
-            1,
-            {"ultramem_lazy_adam": True, "use_distributed_optimizer": True},
-            "--use-distributed-optimizer cannot be combined",
+            2,
+            {
+                "ultramem_row_adam": True,
+                "use_distributed_optimizer": True,
+                "ultramem_parallel_size": 1,
+            },
+            "here 2 ranks hold the same part of a table",
         ),
         (2, {"context_parallel_size": 2, "window_size": "8,0"}, "--window-size .* needs Transform"),
     ],
@@ -91,7 +96,7 @@ def test_the_command_prints_one_message_and_no_traceback():
     assert done.stderr.count("error: --ultramem-heads is 3") == 1
 
 
-_DESIGN = UltraMemConfig(spans=(), num_keys=4, key_dim=4, value_dim=4, lazy_adam=True)
+_DESIGN = UltraMemConfig(spans=(), num_keys=4, key_dim=4, value_dim=4, row_adam=True)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +134,7 @@ def test_a_flag_and_the_field_of_that_name_are_refused_for_one_reason(name, valu
     ],
 )
 def test_the_convolution_is_refused_where_it_cannot_know_of_documents(changes, message):
-    design = dataclasses.replace(_DESIGN, query_conv_kernel=3, lazy_adam=False)
+    design = dataclasses.replace(_DESIGN, query_conv_kernel=3, row_adam=False)
     given = {**_OTHERS, "reset_attention_mask": "sft" not in changes}
     with pytest.raises(UltraMemError, match=message):
         refuse_unsupported_flags(Namespace(**{**given, **changes}), design)
@@ -185,7 +190,7 @@ def test_a_config_with_graphs_and_overlap_is_refused():
     ],
 )
 def test_what_needs_other_weights_than_shards_is_refused(changes, message):
-    design = dataclasses.replace(_DESIGN, lazy_adam=False)
+    design = dataclasses.replace(_DESIGN, row_adam=False)
     with pytest.raises(UltraMemError, match=message):
         refuse_unsupported_flags(
             Namespace(**{**_OTHERS, "use_torch_fsdp2": True, **changes}), design
