@@ -17,6 +17,7 @@ BENCHMARKS = {
     "kernels": "lookup, selections and a whole layer, each way of computing them",
     "training": "tokens per second of dense, MoE, product keys and UltraMem",
     "decode": "latency and weight bytes of a decode step (figures 1b, 1c, 6c and 7)",
+    "serving": "latency and throughput of vLLM, dense and UltraMem",
     "overlap": "exchanges between ranks with and without --ultramem-overlap",
     "recipes": "every case of the matrix of Megatron's flags, with memories and without",
     "optimizer": "AdamW on the rows that a step reads beside AdamW on all",
