@@ -177,10 +177,18 @@ def _pretrain_rank(
         if stop.code:
             raise
     if parameters:
-        run.parameters = _collect(trained[0].model, lambda parameter: parameter)
+        run.parameters = _collect(trained[0].model, _up_to_date)
     if on_finish is not None:
         run.finished = on_finish(trained[0])
     return run
+
+
+def _up_to_date(parameter: Any) -> Any:
+    """With --ultramem-row-adam rows that nobody reads are behind."""
+    from ultramem_megatron.kernels.reading import about_to_read_all
+
+    about_to_read_all(parameter)
+    return parameter
 
 
 def make_saving_fast() -> None:
@@ -252,5 +260,10 @@ def _collect(model: list[Any], of: Callable[[Any], Any]) -> dict[str, Any]:
         for name, parameter in chunk.named_parameters():
             value = of(parameter)
             if value is not None:
-                found[prefix + name] = value.detach().clone()
+                found[prefix + name] = _whole(value.detach()).clone()
     return found
+
+
+def _whole(tensor: Any) -> Any:
+    """A shard of FSDP2's with those of the other ranks; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -52,6 +52,7 @@ def _flags(pattern, spans="2:3", **changes):
         (_flags("+-+-", mla_down_proj_fusion=True), "--mla-down-proj-fusion cannot be combined"),
         (_flags("*E*E"), "Add --num-experts"),
         (_flags("*-*-*-", pipeline_model_parallel_size=2), r"for example \*-\*\|-\*-"),
+        (_flags("*-*-/*-", pipeline_model_parallel_size=2), r"for example \*-\|\*-/\*-\."),
         (_flags("*-G-", transformer_impl="local"), r"a gated delta net \('G'\) needs"),
         (_flags("+-+-", transformer_impl="local"), r"latent attention \('\+'\) needs"),
         (
@@ -126,3 +127,4 @@ def test_a_layout_is_advised_as_a_pattern():
     assert layout_flag(crossed) == "--hybrid-layer-pattern"
     assert suggest_layout(spans, crossed, 2) == "*-M|-*-"
     assert suggest_layout(spans, crossed, 4) is None
+    assert suggest_layout(spans, _config("*-|M-*-/*-", 2), 2) == "*-M|-*-/*-"

@@ -139,6 +139,9 @@ def test_caches_in_pages_are_refused_with_a_convolution():
         model(torch.zeros(1, 3, dtype=torch.int64), read_index=[])
     with pytest.raises(ValueError, match=r"query_conv_kernel is 3: caches of a fixed size"):
         model.generate(torch.tensor([[3, 1]]), cache_implementation="static", max_new_tokens=2)
+    model.config._attn_implementation = "sglang"
+    with pytest.raises(ValueError, match="SGLang"):
+        model(torch.zeros(1, 3, dtype=torch.int64))
 
 
 @pytest.fixture

@@ -8,7 +8,13 @@ import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.pipeline.pattern import FLAG, READABLE, readable_layers, stages
+from ultramem_megatron.megatron.pipeline.pattern import (
+    FLAG,
+    READABLE,
+    heads,
+    readable_layers,
+    stages,
+)
 from ultramem_megatron.memory.config import UltraMemConfig
 
 _NAMES = {
@@ -113,6 +119,8 @@ def _readable(pattern: str) -> str:
 
 
 def _cut(pattern: str, parts: int) -> str:
-    """The pattern with a | after every equal part of it."""
-    size = -(-len(pattern) // parts)
-    return "|".join(pattern[at : at + size] for at in range(0, len(pattern), size))
+    """The pattern with a | after every equal part of its layers."""
+    layers = "".join(stages(pattern))
+    size = -(-len(layers) // parts)
+    cut = "|".join(layers[at : at + size] for at in range(0, len(layers), size))
+    return cut + heads(pattern)

@@ -13,6 +13,7 @@ SOURCES = (
     "modeling_ultramem.py",
     "quantized_ultramem.py",
     "retrieval_ultramem.py",
+    "served_ultramem.py",
     "values_ultramem.py",
 )
 """The files that are copied."""

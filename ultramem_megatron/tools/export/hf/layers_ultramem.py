@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ultramem import UltraMemGPTConfig
 from .mamba_ultramem import UltraMemMamba
-from .memory_ultramem import UltraMemMemory
+from .memory_ultramem import Pending, UltraMemMemory
 from .values_ultramem import UltraMemTables
 
 
@@ -195,6 +195,7 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
                 config.value_quantization,
                 first_value=first_value,
                 shared=config.shared_tables > 0,
+                on_disk=config.table_memory == "disk",
             )
             # Inputs of the convolution are kept in the cache, behind the layers' keys.
             self.cache_idx = config.num_hidden_layers + number
@@ -202,7 +203,7 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        pending: Tensor | None = None,
+        pending: Pending | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -210,7 +211,7 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
         real: Tensor | None = None,
         tables: Sequence[UltraMemTables] = (),
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Pending | None]:
         """pending: result of a memory not added yet. real: (B, S), False for padding.
 
         tables: those that memories share.
@@ -242,7 +243,7 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
             return hidden_states, pending
         if pending is None:
             raise ValueError("A memory's span crosses a cut of the model: pipelines cannot run it.")
-        return hidden_states + pending, None
+        return hidden_states + (pending() if callable(pending) else pending), None
 
     def _history(
         self, x: Tensor, cache: Cache | None, real: Tensor | None

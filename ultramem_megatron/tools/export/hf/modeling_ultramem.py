@@ -21,9 +21,10 @@ from .configuration_ultramem import UltraMemGPTConfig
 from .layers_ultramem import UltraMemAttention, UltraMemDecoderLayer, UltraMemRouter, norm
 from .mamba_ultramem import UltraMemMamba
 from .mapped_ultramem import leave_on_disk, pages_in_memory
-from .memory_ultramem import QueryConvolution, QueryMean, Shuffle, UltraMemMemory
+from .memory_ultramem import Pending, QueryConvolution, QueryMean, Shuffle, UltraMemMemory
 from .quantized_ultramem import QuantizedTable
 from .retrieval_ultramem import Cores, Keys
+from .served_ultramem import serve_tables
 from .values_ultramem import UltraMemTables, ValueTable
 
 
@@ -110,6 +111,8 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
             UltraMemTables(config.memory or {}, config.value_quantization)
             for _ in range(config.shared_tables)
         )
+        if config._attn_implementation == "vllm":
+            serve_tables(self, config.table_memory)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -149,7 +152,7 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
             hidden = hidden + self.embed_positions(position_ids)
         rotation = _rotation(self.config, position_ids, hidden)
         real = None if padding is None else padding[:, -hidden.shape[1] :].bool()
-        pending: Tensor | None = None
+        pending: Pending | None = None
         for layer in self.layers:
             hidden, pending = layer(
                 hidden,
@@ -167,8 +170,9 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
     def _refuse_foreign_caches(self, cache: Cache | None, kwargs: dict[str, Any]) -> None:
         """Raise ValueError where nobody keeps what convolutions and Mamba see of the past."""
         taps = (self.config.memory or {}).get("query_conv_kernel", 0)
-        if self.config._attn_implementation == "vllm" or "read_index" in kwargs:
-            foreign = "in pages (vLLM, generate_batch)"
+        engines = ("vllm", "sglang")
+        if self.config._attn_implementation in engines or "read_index" in kwargs:
+            foreign = "in pages (vLLM, SGLang, generate_batch)"
         elif cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers):
             foreign = "of a fixed size (static)"
         else:
