@@ -16,15 +16,14 @@ _CHECKS = (
     "test_side_topk.py",
     "test_tucker_topk.py",
     "test_causal_convolution.py",
-    "test_small_svd.py",
-    "test_grid_shuffle.py",
+    "test_small_svd.py test_grid_shuffle.py test_rank_one_filter.py test_query_centring.py",
 )
 
 
 @pytest.mark.parametrize("checks", _CHECKS)
 def test_in_the_interpreter(checks):
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", checks],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", *checks.split()],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parent,
         capture_output=True,
@@ -42,10 +41,11 @@ def test_convolution_compiles_to_vector_loads_without_spills(capability):
     from ultramem_megatron.kernels.causal_convolution import fused, triton_kernels
 
     names = ("x", "weight", "history", "out", "grad", "grad_x", "grad_history")
-    types = {**dict.fromkeys(names, "*bf16"), "reach": "*i64", "partial": "*fp32"}
+    types = {**dict.fromkeys(names, "*bf16"), "reach": "*i64", "partial": "*fp32", "mean": "*fp32"}
     types |= {"channels": "i32"}
     loose = dict.fromkeys(("rows", "shift", "parts"), "i32")
     kinds = {"TAPS": 5, "WITH_HISTORY": True, "WITH_REACH": True, "PRECISE": tl.float32}
+    kinds |= {"WITH_MEAN": True, "WITH_SUMS": True}
     backward = {"TILES": fused.ROWS // fused.BACKWARD["BLOCK_R"], "SLOTS": 8, **fused.BACKWARD}
     for kernel, sizes, most in (
         (triton_kernels.forward_kernel, fused.FORWARD, 128),
@@ -58,8 +58,8 @@ def test_convolution_compiles_to_vector_loads_without_spills(capability):
         assert built.registers <= most
         assert "ld.global.v4.b32" in built.ptx
         assert "st.global.v4.b32" in built.ptx
-    own = {name: types[name] for name in ("x", "weight", "history", "out", "channels")}
-    sizes = {"TAPS": 5, "PRECISE": tl.float32, **fused.STEP}
+    own = {name: types[name] for name in ("x", "weight", "history", "mean", "out", "channels")}
+    sizes = {"TAPS": 5, "WITH_MEAN": True, "PRECISE": tl.float32, **fused.STEP}
     built = compile_for(
         capability, triton_kernels.step_kernel, own, sizes, any_number={"rows": "i32"}
     )
@@ -68,8 +68,15 @@ def test_convolution_compiles_to_vector_loads_without_spills(capability):
     assert "ld.global.v4.b32" in built.ptx
 
 
-def test_shuffle_and_decomposition_compile_without_spills():
+def test_what_is_small_compiles_without_spills():
+    """Shuffle, decomposition, filter, running mean, sums of parts."""
+    from ultramem_megatron.kernels.column_sums.triton_kernel import sums_kernel
     from ultramem_megatron.kernels.grid_shuffle.triton_kernel import shuffle_kernel
+    from ultramem_megatron.kernels.query_centring.triton_kernels import (
+        add_parts_kernel,
+        mean_kernel,
+    )
+    from ultramem_megatron.kernels.rank_one_filter.triton_kernel import filter_kernel
     from ultramem_megatron.kernels.small_svd.triton_kernel import jacobi_kernel
 
     pointers = {"addresses": "*i64", "tables": "*i32", "target": "*i64"}
@@ -80,6 +87,23 @@ def test_shuffle_and_decomposition_compile_without_spills():
     for size in (2, 3, 4):
         constants = {"SIZE": size, "BLOCK": 2 if size == 2 else 4, "SWEEPS": 10, "num_warps": 1}
         assert compile_for(90, jacobi_kernel, pointers, constants).spilled == 0
+        own = {"cores": "*bf16", **dict.fromkeys(("u", "t", "values"), "*fp32")}
+        constants["CORES"] = 2
+        loose = {"next_core": "i32"}
+        assert compile_for(90, filter_kernel, own, constants, any_number=loose).spilled == 0
+    own = dict.fromkeys(("mean", "updates", "sums"), "*fp32")
+    constants = {"MOMENTUM": 0.9, "BLOCK": 1024}
+    assert compile_for(90, mean_kernel, own, constants, any_number={"channels": "i32"}).spilled == 0
+    for kernel, own, loose in (
+        (add_parts_kernel, ("parts", "sums"), ("number", "count")),
+        (sums_kernel, ("parts", "out"), ("count", "rows")),
+    ):
+        types = {**dict.fromkeys(own, "*fp32"), "width": "i32", "channels": "i32"}
+        types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        constants = {"BLOCK_N": 128, "BLOCK_D": 32}
+        built = compile_for(90, kernel, types, constants, any_number=dict.fromkeys(loose, "i32"))
+        assert built.spilled == 0
+        assert "ld.global.v4.b32" in built.ptx
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
