@@ -1,8 +1,8 @@
 """Side top-m in Triton: one program per token, head and side.
 
-Letters as in reference.py; P = H*S pairs of head and side. Scores are as the matrix products leave
-them: rows of A scores, of which those of the N keys count, A a multiple of 64, so that all strides
-are; the number of tokens is not specialised: in decoding every new one would be compiled for.
+Letters as in one_product.py; P = H*S pairs of head and side. Scores are as the matrix products
+leave them: rows of A scores, of which those of the N keys count, A a multiple of 64, so that all
+strides are.
 """
 
 import triton
@@ -28,26 +28,28 @@ def select_kernel(
     indices,
     picked,
     by_rank,
+    by_query,
     by_head,
     by_side,
     by_token,
     num_keys,
     width,
     num_heads,
+    own_heads,
     RANKS: tl.constexpr,
     TOPK: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """indices (T, P, m) and picked (T, P, R, m) from scores (R, H, S, T, A), directions (P, R).
+    """indices (T, P, m) and picked (T, P, R, m) from scores and directions (P, R).
 
-    by_rank to by_token: strides of the scores; width: A. CHUNK keys are a chunk; CHUNKS and
-    CANDIDATES are powers of two, at least ceil(N / CHUNK) >= m and m * CHUNK.
+    by_rank to by_token: strides of the scores; width: A; own_heads: H/G. CHUNK keys are a chunk;
+    CHUNKS and CANDIDATES are powers of two, at least ceil(N / CHUNK) >= m and m * CHUNK.
     """
     program = tl.program_id(0).to(tl.int64)  # token * P + pair
     token, pair = program // (2 * num_heads), program % (2 * num_heads)
-    row = scores + token * by_token + pair // 2 * by_head + pair % 2 * by_side
+    row = scores + _row_start(token, pair, by_query, by_head, by_side, by_token, own_heads)
     rank_stride = tl.cast(by_rank, tl.int64)
     direction = directions + pair * RANKS
     indices += program * TOPK
@@ -78,24 +80,29 @@ def select_kernel(
         tl.store(target, value.to(tl.float32), mask=best)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def scatter_kernel(
     grad_picked,
     indices,
     grad,
-    num_tokens,
+    by_rank,
+    by_query,
+    by_head,
+    by_side,
+    by_token,
     width,
-    num_pairs,
+    num_heads,
+    own_heads,
     RANKS: tl.constexpr,
     TOPK: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad (R, P, T, A), written in full: grad_picked (T, P, R, m) at indices, zero elsewhere."""
+    """grad, laid out as the scores, in full: grad_picked (T, P, R, m) at indices, else zero."""
     program = tl.program_id(0).to(tl.int64)
-    token, pair = program // num_pairs, program % num_pairs
-    row = grad + (pair * num_tokens + token) * width
-    rank_stride = num_pairs.to(tl.int64) * num_tokens * width
+    token, pair = program // (2 * num_heads), program % (2 * num_heads)
+    row = grad + _row_start(token, pair, by_query, by_head, by_side, by_token, own_heads)
+    rank_stride = tl.cast(by_rank, tl.int64)
     offset = tl.arange(0, BLOCK)
     for rank in tl.static_range(RANKS):
         for start in range(0, width, BLOCK):
@@ -108,3 +115,11 @@ def scatter_kernel(
         source = grad_picked + (program * RANKS + rank) * TOPK + slot
         value = tl.load(source, mask=slot < TOPK, other=0.0)
         tl.store(row + rank * rank_stride + index, value.to(grad.dtype.element_ty), slot < TOPK)
+
+
+@triton.jit
+def _row_start(token, pair, by_query, by_head, by_side, by_token, own_heads):
+    """Where the scores of a token, head and side (pair % 2) start."""
+    head = pair // 2
+    start = token * by_token + head // own_heads * by_query
+    return start + head % own_heads * by_head + pair % 2 * by_side

@@ -16,7 +16,8 @@ _CHECKS = (
     "test_side_topk.py",
     "test_tucker_topk.py",
     "test_causal_convolution.py",
-    "test_small_svd.py test_grid_shuffle.py test_rank_one_filter.py test_query_centring.py",
+    "test_small_svd.py test_grid_shuffle.py test_rank_one_filter.py test_query_centring.py"
+    " test_row_norm.py",
 )
 
 
@@ -123,8 +124,9 @@ def test_side_top_m_compiles_to_vector_loads_without_spills(capability, num_keys
     from ultramem_megatron.kernels.side_topk.triton_kernels import scatter_kernel, select_kernel
 
     pointers = {"scores": "*bf16", "directions": "*fp32", "indices": "*i64", "picked": "*fp32"}
-    loose = {"num_keys": "i32", "num_heads": "i32"}
-    sizes = dict.fromkeys(("by_rank", "by_head", "by_side", "by_token", "width"), "i32")
+    strides = ("by_rank", "by_query", "by_head", "by_side", "by_token", "width")
+    loose = {"num_keys": "i32", "num_heads": "i32", "own_heads": "i32"}
+    sizes = dict.fromkeys(strides, "i32")
     constants = {"RANKS": 2, "TOPK": topk, **select_sizes(num_keys, topk)}
     built = compile_for(
         capability, select_kernel, {**pointers, **sizes}, constants, any_number=loose
@@ -134,14 +136,35 @@ def test_side_top_m_compiles_to_vector_loads_without_spills(capability, num_keys
     assert f"ld.global.v{words}.b32" in built.ptx
 
     pointers = {"grad_picked": "*fp32", "indices": "*i64", "grad": "*bf16"}
-    loose = {"num_tokens": "i32", "num_pairs": "i32"}
+    loose = {"num_heads": "i32", "own_heads": "i32"}
     slots = 1 << (topk - 1).bit_length()
     constants = {"RANKS": 2, "TOPK": topk, "SLOTS": slots, "BLOCK": 1024, "num_warps": 4}
     built = compile_for(
-        capability, scatter_kernel, {**pointers, "width": "i32"}, constants, any_number=loose
+        capability, scatter_kernel, {**pointers, **sizes}, constants, any_number=loose
     )
     assert built.spilled == 0
     assert "st.global.v4.b32" in built.ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("row", "width"), [(800, 400), (800, 800), (384, 192)])
+def test_norms_compile_to_vector_loads_without_spills(capability, row, width):
+    """Queries and keys of 1.6B, and keys of 227M."""
+    from ultramem_megatron.kernels.row_norm.fused import ROWS, row_sizes
+    from ultramem_megatron.kernels.row_norm.triton_kernels import backward_kernel, forward_kernel
+
+    pointers = dict.fromkeys(("x", "gain", "out", "grad", "grad_x"), "*bf16")
+    strides = dict.fromkeys(("by_group", "by_side", "by_part", "by_block"), "i32")
+    types = {**pointers, "partial": "*fp32", **strides}
+    loose = dict.fromkeys(("rows", "parts", "slots", "sides", "group_blocks"), "i32")
+    constants = {"EPS": 1e-5, "CENTRED": True, "TILE": ROWS, **row_sizes(row, width)}
+    for kernel, most in ((forward_kernel, 64), (backward_kernel, 128)):
+        own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        built = compile_for(capability, kernel, own, constants, any_number=loose)
+        assert built.spilled == 0
+        assert built.registers <= most
+        assert "ld.global.v4.b32" in built.ptx
+        assert "st.global.v4.b32" in built.ptx
 
 
 @pytest.mark.parametrize(
