@@ -85,7 +85,7 @@ class FusedCausalConvolution(torch.autograd.Function):
         grad_history = None if history is None else torch.empty_like(history)
         taps = weight.shape[1]
         parts = triton.cdiv((taps - 1) * shift + rows, ROWS)  # of a piece
-        precise = torch.promote_types(x.dtype, torch.float32)
+        precise = torch.float64 if x.dtype == torch.float64 else torch.float32
         partial = x.new_empty(pieces * parts, taps * channels, dtype=precise)
         if partial.numel():
             with torch.cuda.device_of(x):

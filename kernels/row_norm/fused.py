@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ultramem_megatron.kernels.column_sums import column_sums
-from ultramem_megatron.kernels.row_norm.triton_kernels import backward_kernel, forward_kernel
+from ultramem_megatron.kernels.row_norm.triton_kernels import norm_backward_kernel, norm_kernel
 from ultramem_megatron.kernels.side_topk.one_product import ALIGNED
 
 ROWS = 16
@@ -93,7 +93,7 @@ class FusedRowNorm(torch.autograd.Function):
         if out.numel():
             programs = layout.blocks * layout.slots * layout.parts
             with torch.cuda.device_of(x):
-                forward_kernel[(programs,)](x, gain, out, *layout.numbers(), **ctx.constants)
+                norm_kernel[(programs,)](x, gain, out, *layout.numbers(), **ctx.constants)
         return out
 
     @staticmethod
@@ -107,7 +107,7 @@ class FusedRowNorm(torch.autograd.Function):
         programs = layout.blocks * triton.cdiv(layout.rows, ROWS) * layout.parts
         partial = torch.empty(programs, len(gain), dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
-            backward_kernel[(programs,)](
+            norm_backward_kernel[(programs,)](
                 grad.contiguous(),
                 x,
                 gain,

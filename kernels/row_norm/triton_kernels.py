@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["rows", "slots"])
-def forward_kernel(
+def norm_kernel(
     x,
     gain,
     out,
@@ -46,7 +46,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "slots"])
-def backward_kernel(
+def norm_backward_kernel(
     grad,
     x,
     gain,

@@ -18,7 +18,9 @@ def side_topk(
 
     query: (T, Q, S, R, K), of which head i reads query i // ceil(H / Q), or (T, Q, S, 1, K) that
     all ranks read. keys: (H, S, N, R, K), or what `kept_keys` or `normed_keys` give, with
-    num_keys, N. What an implementation has no kernels for (float64; native: float16) PyTorch's own compute.
+    num_keys, N.
+
+    What an implementation has no kernels for (float64; native: float16) PyTorch's own compute.
     """
     num_keys = keys.shape[2] if num_keys is None else num_keys
     chosen = implementation(query.device)

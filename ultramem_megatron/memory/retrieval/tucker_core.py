@@ -60,7 +60,8 @@ class TuckerCores(PreciseBuffers):
 
     def directions(self) -> Tensor:
         """u of the rows and t of the columns, (2, H, R)."""
-        return torch.stack([self.u, self.t]) if self.fixed is None else self.fixed.transpose(0, 1)
+        both = torch.stack([self.u, self.t], 1) if self.fixed is None else self.fixed
+        return both.transpose(0, 1)  # a kernel wants the heads first
 
     def fix(self) -> None:
         """Keep the directions until `train()`, for cores that stay as they are."""
