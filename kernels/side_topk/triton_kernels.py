@@ -8,17 +8,17 @@ strides are.
 import triton
 import triton.language as tl
 
-from ultramem_megatron.kernels.triton_selection import ABSENT, mask_of_largest, ordered_keys
+from ultramem_megatron.kernels.triton_selection import ABSENT, larger, mask_of_largest, ordered_keys
 
 
 @triton.jit
-def _combined_keys(row, rank_stride, direction, index, inside, num_keys, RANKS: tl.constexpr):
-    """Ordered keys of sum_a direction[a] * scores[a, index]; ABSENT outside and beyond the keys."""
+def _combined(row, rank_stride, direction, index, inside, RANKS: tl.constexpr):
+    """sum_a direction[a] * scores[a, index] where `inside`."""
     total = tl.zeros(index.shape, tl.float32)
     for rank in tl.static_range(RANKS):
         scores = tl.load(row + rank * rank_stride + index, mask=inside, other=0.0)
         total += tl.load(direction + rank) * scores.to(tl.float32)
-    return tl.where(inside & (index < num_keys), ordered_keys(total), ABSENT)
+    return total
 
 
 @triton.jit
@@ -57,8 +57,10 @@ def select_kernel(
     chunk = tl.arange(0, CHUNKS)
     index = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     # Masked by the width, which whole vectors divide, not by the number of keys.
-    keys = _combined_keys(row, rank_stride, direction, index, index < width, num_keys, RANKS)
-    best_chunks = mask_of_largest(tl.max(keys, 1), TOPK)
+    total = _combined(row, rank_stride, direction, index, index < width, RANKS)
+    maxima = tl.reduce(tl.where(index < num_keys, total, float("-inf")), 1, larger)
+    keys = tl.where(chunk * CHUNK < num_keys, ordered_keys(maxima), ABSENT)
+    best_chunks = mask_of_largest(keys, TOPK)
     slot = tl.cumsum(best_chunks.to(tl.int32), 0) - 1
     tl.store(indices + slot, chunk.to(tl.int64), mask=best_chunks)  # the output as scratch space
     tl.debug_barrier()
@@ -67,10 +69,9 @@ def select_kernel(
     listed = candidate < TOPK * CHUNK
     chunk_of = tl.load(indices + candidate // CHUNK, mask=listed, other=0).to(tl.int32)
     key_index = chunk_of * CHUNK + candidate % CHUNK
-    inside = listed & (key_index < width)
-    best = mask_of_largest(
-        _combined_keys(row, rank_stride, direction, key_index, inside, num_keys, RANKS), TOPK
-    )
+    inside = listed & (key_index < num_keys)
+    total = _combined(row, rank_stride, direction, key_index, inside, RANKS)
+    best = mask_of_largest(tl.where(inside, ordered_keys(total), ABSENT), TOPK)
     tl.debug_barrier()
     slot = tl.cumsum(best.to(tl.int32), 0) - 1
     tl.store(indices + slot, key_index.to(tl.int64), mask=best)

@@ -17,7 +17,7 @@ _CHECKS = (
     "test_tucker_topk.py",
     "test_causal_convolution.py",
     "test_small_svd.py test_grid_shuffle.py test_rank_one_filter.py test_query_centring.py"
-    " test_row_norm.py test_read_statistics.py",
+    " test_row_norm.py test_read_statistics.py test_paged_attention.py",
 )
 
 
@@ -165,6 +165,29 @@ def test_norms_compile_to_vector_loads_without_spills(capability, row, width):
         assert built.registers <= most
         assert "ld.global.v4.b32" in built.ptx
         assert "st.global.v4.b32" in built.ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("most", [1, 256])
+def test_paged_attention_compiles_without_spills(capability, most):
+    """Two groups of eight heads, and one head a group, of width 128."""
+    import triton.language as tl
+
+    from ultramem_megatron.kernels.paged_attention.triton_kernel import (
+        attention_kernel,
+        attention_sizes,
+    )
+
+    pointers = dict.fromkeys(("query", "keys", "values", "sinks", "out"), "*bf16")
+    pointers |= dict.fromkeys(("starts", "lengths", "blocks"), "*i32")
+    loose = {"blocks_stride": "i32", "scale": "fp32", "heads": "i32", "groups": "i32"}
+    for own_heads in (8, 1):
+        sizes = attention_sizes(own_heads, 128, 128, 256, most)
+        constants = {"BLOCK": 256, "WITH_SINKS": False, "OPERANDS": tl.bfloat16, **sizes}
+        built = compile_for(capability, attention_kernel, pointers, constants, any_number=loose)
+        assert built.spilled == 0
+        assert built.registers <= 255
+        assert "ld.global.v4.b32" in built.ptx or "cp.async.cg" in built.ptx
 
 
 @pytest.mark.parametrize(
