@@ -15,7 +15,7 @@ from torch import Tensor
 from ultramem_megatron.kernels.lookup_reduce.triton_forward import operands
 from ultramem_megatron.kernels.paged_attention.reference import Requests
 
-_ROWS = 64  # queries times heads of a program
+_ROWS = 32  # queries times heads of a program; of twice as many registers would spill
 _KEYS = 64
 
 
@@ -63,10 +63,11 @@ def attention_sizes(own_heads: int, width: int, wide: int, block: int, most: int
     slots = triton.next_power_of_2(own_heads)
     queries = min(max(1, _ROWS // slots), triton.next_power_of_2(most))
     at_once = min(_KEYS, block & -block)  # of one block of the cache
+    queries = max(queries, triton.cdiv(16, slots))
     return {
         "OWN_HEADS": own_heads,
         "HEAD_SLOTS": slots,
-        "QUERIES": max(queries, triton.cdiv(16, slots)),
+        "QUERIES": queries,
         "WIDTH": width,
         "WIDE": wide,
         "BLOCK_K": max(16, triton.next_power_of_2(width)),
