@@ -28,6 +28,7 @@ PATCH_MODULES = (
     "cpu.torch_norms",
     "cpu.latent_attention",
     "cpu.mamba_scan",
+    "cpu.mamba_decoding",
     "cpu.grouped_experts",
     "cpu.shared_storage",
     "cpu.uneven_gather",
@@ -40,6 +41,7 @@ PATCH_MODULES = (
     "defects.first_log_line",
     "defects.recompute_without_engine",
     "defects.latent_positions",
+    "defects.mamba_static_batch",
     # What memory layers need.
     "doors.optimizer_config",
     "doors.optimizer_built",

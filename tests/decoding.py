@@ -63,6 +63,15 @@ HYBRID = {
     "ultramem_query_conv_kernel": 4,
 }
 """No GPT: of kind "hybrid", beside KINDS."""
+MAMBA = {
+    **HYBRID,
+    "hybrid_layer_pattern": "M-*M-/*-",  # heads for later tokens take no part
+    "ultramem_spans": "2:4/5:5",
+    "mamba_state_dim": 6,
+    "mamba_head_dim": 8,
+    "mamba_num_groups": 2,
+}
+"""Likewise, of kind "mamba"."""
 
 
 LOGITS = 16 * torch.finfo(torch.float32).eps
@@ -110,7 +119,7 @@ def random_model(kind: str, layout: Any = None) -> tuple[Any, Any]:
 
 def flags_of(kind: str) -> list[str]:
     """Megatron's flags for the small model of that kind."""
-    return tiny_gpt(**{**_TINY, **(HYBRID if kind == "hybrid" else KINDS[kind])})
+    return tiny_gpt(**{**_TINY, **{"hybrid": HYBRID, "mamba": MAMBA, **KINDS}[kind]})
 
 
 @torch.no_grad()

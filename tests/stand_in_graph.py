@@ -4,6 +4,7 @@ As in a capture, whatever Python decided while recording stays decided, and noth
 tensor's content: reading it on the host, or an operation whose output's size depends on it.
 """
 
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -37,6 +38,7 @@ class StandInGraph(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[tuple[Any, Any, Any, Any]] = []
+        self._scattered: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -46,6 +48,12 @@ class StandInGraph(TorchDispatchMode):
         if func.name() in _READS_ON_HOST or by_mask:
             raise HostReadError(func.name())
         out = func(*args, **kwargs)
+        # Who waits for gloo's scatter copies a part to where it belongs; a replay waits, too.
+        if func.name() == "aten::copy_" and args[0].data_ptr() in self._scattered:
+            self._scattered.remove(args[0].data_ptr())
+            return out
+        if func.name() == "c10d::_reduce_scatter_base_":
+            self._scattered.add(args[0].data_ptr())
         self._calls.append((func, args, kwargs, out))
         return out
 
@@ -101,6 +109,94 @@ class StandInManager(torch.nn.Module):
         graph.replay()
         StandInManager.replayed += 1
         return (out.clone(),)
+
+
+class StandInTrainingManager(torch.nn.Module):
+    """In place of Megatron's CudaGraphManager around a layer or a method of it, in training.
+
+    As Megatron's, it has a pair of graphs for each micro-batch that waits for its backward.
+    """
+
+    recorded = 0
+    replayed = 0
+
+    def __init__(self, config: Any, base_module: Any = None, function_name: str = "") -> None:
+        super().__init__()
+        assert config.cuda_graph_impl == "local"
+        self.runners: list[_TwoGraphs] = []
+        if function_name:
+            self.function = getattr(base_module, function_name)
+            self.parameters_of = base_module.parameters
+            setattr(base_module, function_name, self._run)
+
+    def __call__(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """The whole layer's output, as Megatron asks for it."""
+        from megatron.core.transformer.module import MegatronModule
+
+        self.function = super(MegatronModule, module).__call__
+        self.parameters_of = module.parameters
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.function(*args, **kwargs)
+        leaves = tree_flatten((args, kwargs))[0]
+        given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        runner = next((runner for runner in self.runners if not runner.waits), None)
+        if runner is None:
+            parameters = [p for p in self.parameters_of() if p.requires_grad]
+            runner = _TwoGraphs(self.function, args, kwargs, parameters)
+            self.runners.append(runner)
+            StandInTrainingManager.recorded += 1
+        StandInTrainingManager.replayed += 1
+        outputs = iter(_Replayed.apply(runner, *given, *runner.reached))
+        return tuple(next(outputs) if torch.is_tensor(o) else o for o in runner.outputs)
+
+
+class _TwoGraphs:
+    """A function's graph and that of its backward, on buffers of their own."""
+
+    def __init__(self, function: Any, args: Any, kwargs: Any, parameters: list[Any]) -> None:
+        from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+        def fixed(given: torch.Tensor) -> torch.Tensor:
+            return given.detach().clone().requires_grad_(given.requires_grad)
+
+        args, kwargs = tree_map_only(torch.Tensor, fixed, (args, kwargs))
+        self.inputs = [x for x in tree_flatten((args, kwargs))[0] if torch.is_tensor(x)]
+        # Its fork compares the host's generator, which a capture of a GPU's work does not see.
+        no_fork = patch.object(CudaRNGStatesTracker, "fork", lambda *_: nullcontext())
+        with no_fork, StandInGraph() as self.forward:
+            self.outputs = function(*args, **kwargs)
+        given = [o for o in self.outputs if torch.is_tensor(o)]
+        self.received = [torch.zeros_like(o) for o in given]
+        wanted = [x for x in (*self.inputs, *parameters) if x.requires_grad]
+        with StandInGraph() as self.backward:
+            found = torch.autograd.grad(given, wanted, self.received, allow_unused=True)
+        of = {id(x): gradient for x, gradient in zip(wanted, found, strict=True)}
+        self.reached = [p for p in parameters if of[id(p)] is not None]
+        self.gradients = [of.get(id(x)) for x in (*self.inputs, *self.reached)]
+        self.waits = False
+
+
+class _Replayed(torch.autograd.Function):
+    """Both graphs of a `_TwoGraphs`, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, runner: _TwoGraphs, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.runner, runner.waits = runner, True
+        for fixed, given in zip(runner.inputs, inputs, strict=False):
+            fixed.detach().copy_(given)
+        runner.forward.replay()
+        return tuple(o.detach().clone() for o in runner.outputs if torch.is_tensor(o))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        for fixed, given in zip(ctx.runner.received, gradients, strict=True):
+            fixed.copy_(given)
+        ctx.runner.backward.replay()
+        ctx.runner.waits = False
+        return None, *(None if g is None else g.clone() for g in ctx.runner.gradients)
 
 
 def _decode_attention(

@@ -20,7 +20,8 @@ def test_every_flag_stands_in_the_table_with_its_default() -> None:
     rows = [row for row in _rows("ultramem_megatron/memory/README.md") if row[0].startswith("`--")]
     shown = {row[0].strip("`"): row[2] for row in rows}
     parser = add_ultramem_arguments(argparse.ArgumentParser(add_help=False))
-    flags = {action.option_strings[0]: action.dest for action in parser._actions}
+    listed = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    flags = {action.option_strings[0]: action.dest for action in listed}
     assert set(shown) == set(flags)
     assert len(shown) == len(rows)
     for field in dataclasses.fields(UltraMemConfig):

@@ -177,10 +177,18 @@ def _pretrain_rank(
         if stop.code:
             raise
     if parameters:
-        run.parameters = _collect(trained[0].model, lambda parameter: parameter)
+        run.parameters = _collect(trained[0].model, _up_to_date)
     if on_finish is not None:
         run.finished = on_finish(trained[0])
     return run
+
+
+def _up_to_date(parameter: Any) -> Any:
+    """With --ultramem-row-adam rows that nobody reads are behind."""
+    from ultramem_megatron.kernels.reading import about_to_read_all
+
+    about_to_read_all(parameter)
+    return parameter
 
 
 def make_saving_fast() -> None:

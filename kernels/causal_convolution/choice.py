@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ultramem_megatron.kernels.causal_convolution import native_path
 from ultramem_megatron.kernels.causal_convolution.reference import (
     causal_convolution_reference,
     causal_convolution_step_reference,
@@ -18,11 +19,16 @@ def causal_convolution(
     reach: Tensor | None = None,
     centring: Centring | None = None,
 ) -> Tensor:
-    """Same contract as `causal_convolution_reference`, which CPUs take.
+    """Same contract as `causal_convolution_reference`.
 
-    centring: of the result, by `centred_reference`; on GPUs in passing, rounded once with it.
+    centring: of the result, by `centred_reference`; on GPUs in passing, rounded once with it. What
+    an implementation has no kernels for (native: float16, float64) PyTorch's own compute.
     """
-    if implementation(x.device) != "triton":
+    chosen = implementation(x.device)
+    if chosen == "native" and native_path.serves(x):
+        summed: Tensor = native_path.NativeCausalConvolution.apply(x, weight, history, reach)
+        return _centred(summed, centring)
+    if chosen != "triton":
         return _centred(causal_convolution_reference(x, weight, history, reach), centring)
     from ultramem_megatron.kernels.causal_convolution.fused import (  # needs Triton
         FusedCausalConvolution,
@@ -35,13 +41,16 @@ def causal_convolution(
 def causal_convolution_step(
     x: Tensor, weight: Tensor, history: Tensor, centring: Centring | None = None
 ) -> Tensor:
-    """Same contract as `causal_convolution_step_reference`; on GPUs without a graph one kernel.
+    """Same contract as `causal_convolution_step_reference`; without a graph one kernel.
 
     centring: as of `causal_convolution`; its sums do not change.
     """
-    if implementation(x.device) != "triton" or torch.is_grad_enabled():
-        centring = None if centring is None else centring._replace(sums=None)
-        return _centred(causal_convolution_step_reference(x, weight, history), centring)
+    chosen = implementation(x.device)
+    taken_off = None if centring is None else centring._replace(sums=None)
+    if chosen == "native" and not torch.is_grad_enabled() and native_path.serves(x):
+        return _centred(native_path.step(x, weight, history), taken_off)
+    if chosen != "triton" or torch.is_grad_enabled():
+        return _centred(causal_convolution_step_reference(x, weight, history), taken_off)
     from ultramem_megatron.kernels.causal_convolution.fused import step  # needs Triton
 
     return step(x, weight, history, None if centring is None else centring.mean)

@@ -22,6 +22,7 @@ from ultramem_megatron.kernels.lookup_reduce.autograd import (
     table_gradient,
 )
 from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.kernels.reading import about_to_read
 
 
 def lookup_dot(table: Tensor, rows: Tensor, x: Tensor) -> Tensor:
@@ -32,6 +33,7 @@ def lookup_dot(table: Tensor, rows: Tensor, x: Tensor) -> Tensor:
     chosen = implementation(table.device)
     if chosen == "shapes":
         return lookup_dot_shapes(table, rows, x)
+    about_to_read(table, rows)
     if chosen == "reference":
         return lookup_dot_reference(table, rows, x)
     dots: Tensor = _LookupDot.apply(table, rows, x)

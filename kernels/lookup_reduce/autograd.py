@@ -20,6 +20,7 @@ from ultramem_megatron.kernels.lookup_reduce.main_grad import (
 from ultramem_megatron.kernels.lookup_reduce.reference import lookup_reduce_reference
 from ultramem_megatron.kernels.lookup_reduce.shapes import lookup_reduce_shapes
 from ultramem_megatron.kernels.lookup_reduce.torch_path import RowGradients
+from ultramem_megatron.kernels.reading import about_to_read, is_kept
 
 
 def lookup_reduce(
@@ -34,6 +35,7 @@ def lookup_reduce(
     chosen = implementation(table.device)
     if chosen == "shapes":
         return lookup_reduce_shapes(table, rows, groups, scores, num_groups)
+    about_to_read(table, rows)
     if chosen == "reference":
         return lookup_reduce_reference(table, rows, groups, scores, num_groups)
     pooled: Tensor = _LookupReduce.apply(table, rows, groups, scores, num_groups)
@@ -48,7 +50,8 @@ def lookup_addresses(table: Tensor, addresses: Tensor, scores: Tensor, num_group
     if implementation(table.device) == "triton" and not torch.is_grad_enabled():
         from ultramem_megatron.kernels.lookup_reduce import triton_forward  # needs Triton installed
 
-        if len(addresses) <= triton_forward.FEW_TOKENS and num_groups * len(table) < 2**31:
+        few = len(addresses) <= triton_forward.FEW_TOKENS and num_groups * len(table) < 2**31
+        if few and not is_kept(table):
             return triton_forward.pool(table, addresses, None, scores, num_groups)
     rows, groups = addresses % len(table), addresses // len(table)
     return lookup_reduce(table, rows, groups, scores, num_groups)

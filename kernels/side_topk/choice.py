@@ -55,7 +55,7 @@ def kept_keys(keys: Tensor, queries: int) -> Tensor:
         from ultramem_megatron.kernels.side_topk.one_product import stored
 
         return stored(keys, queries_apart(len(keys), queries))
-    return as_multiplied(keys)
+    return as_multiplied(keys).transpose(2, 3).contiguous().transpose(2, 3)
 
 
 def per_head_and_rank(query: Tensor, heads: int, ranks: int) -> Tensor:

@@ -7,34 +7,35 @@
 
 namespace {
 
-// scores (R, T, N) of one head and side; indices (T, m) and picked (T, R, m) are `stride` and
-// `picked_stride` numbers apart from token to token.
+// scores (P, R, T, N) of P pairs of a head and a side, direction (P, R); indices (T, P, m) and
+// picked (T, P, R, m) are `stride` and `picked_stride` numbers apart from token to token.
 template <class T>
 void select(const T* scores, const float* direction, int64_t* indices, float* picked,
-            int64_t tokens, int64_t ranks, int64_t keys, int64_t topk, int64_t stride,
-            int64_t picked_stride, int threads) {
+            int64_t pairs, int64_t tokens, int64_t ranks, int64_t keys, int64_t topk,
+            int64_t stride, int64_t picked_stride, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Largest largest(keys, topk);
     std::vector<float> sums(keys);
-#pragma omp for
-    for (int64_t t = 0; t < tokens; t++) {
-      float* __restrict sum = sums.data();
-      for (int64_t r = 0; r < ranks; r++) {
-        const T* __restrict row = scores + (r * tokens + t) * keys;
-        const float weight = direction[r];
-        for (int64_t n = 0; n < keys; n++)
-          sum[n] = r == 0 ? to_float(row[n]) * weight : sum[n] + to_float(row[n]) * weight;
+#pragma omp for collapse(2)
+    for (int64_t p = 0; p < pairs; p++)
+      for (int64_t t = 0; t < tokens; t++) {
+        float* __restrict sum = sums.data();
+        for (int64_t r = 0; r < ranks; r++) {
+          const T* __restrict row = scores + ((p * ranks + r) * tokens + t) * keys;
+          const float weight = direction[p * ranks + r];
+          for (int64_t n = 0; n < keys; n++)
+            sum[n] = r == 0 ? to_float(row[n]) * weight : sum[n] + to_float(row[n]) * weight;
+        }
+        int32_t* __restrict key = largest.keys();
+        for (int64_t n = 0; n < keys; n++) key[n] = ordered(sum[n]);
+        int64_t* best = indices + t * stride + p * topk;
+        largest.select(best, false);
+        float* found = picked + t * picked_stride + p * ranks * topk;
+        for (int64_t r = 0; r < ranks; r++)
+          for (int64_t k = 0; k < topk; k++)
+            found[r * topk + k] = to_float(scores[((p * ranks + r) * tokens + t) * keys + best[k]]);
       }
-      int32_t* __restrict key = largest.keys();
-      for (int64_t n = 0; n < keys; n++) key[n] = ordered(sum[n]);
-      int64_t* best = indices + t * stride;
-      largest.select(best, false);
-      for (int64_t r = 0; r < ranks; r++)
-        for (int64_t k = 0; k < topk; k++)
-          picked[t * picked_stride + r * topk + k] =
-              to_float(scores[(r * tokens + t) * keys + best[k]]);
-    }
   }
 }
 
@@ -42,11 +43,11 @@ void select(const T* scores, const float* direction, int64_t* indices, float* pi
 
 #define SELECT(NAME, T)                                                                           \
   extern "C" void side_select_##NAME(const T* scores, const float* direction, int64_t* indices,   \
-                                     float* picked, int64_t tokens, int64_t ranks, int64_t keys,  \
-                                     int64_t topk, int64_t stride, int64_t picked_stride,         \
-                                     int64_t threads) {                                           \
-    select(scores, direction, indices, picked, tokens, ranks, keys, topk, stride, picked_stride,  \
-           static_cast<int>(threads));                                                            \
+                                     float* picked, int64_t pairs, int64_t tokens, int64_t ranks, \
+                                     int64_t keys, int64_t topk, int64_t stride,                  \
+                                     int64_t picked_stride, int64_t threads) {                    \
+    select(scores, direction, indices, picked, pairs, tokens, ranks, keys, topk, stride,          \
+           picked_stride, static_cast<int>(threads));                                             \
   }
 
 SELECT(float32, float)

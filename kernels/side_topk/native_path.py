@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from ultramem_megatron.kernels.native.library import call_native, native_library
 from ultramem_megatron.kernels.precision import as_multiplied
 
-CACHED_SCORES = 2**18
-"""Scores in a buffer, for each thread: 1 MB in float32, the second-level cache of one core."""
+CACHED_BYTES = 2**20
+"""Of scores in a buffer, for each thread: the second-level cache of one core."""
 
 _KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -33,16 +33,14 @@ class NativeSideTopk(torch.autograd.Function):
         tokens, heads, sides, ranks, _ = query.shape
         indices = query.new_empty(tokens, heads, sides, topk, dtype=torch.int64)
         scores = query.new_empty(tokens, heads, sides, ranks, topk, dtype=torch.float32)
-        query_m, keys_m = as_multiplied(query), as_multiplied(keys)
-        for head in range(heads):
-            for side in range(sides):
-                _select(
-                    query_m[:, head, side],
-                    keys_m[head, side],
-                    directions[side, head].float().contiguous(),
-                    indices[:, head, side],
-                    scores[:, head, side],
-                )
+        pairs = heads * sides
+        _select(
+            as_multiplied(query).flatten(1, 2),
+            as_multiplied(keys).flatten(0, 1),
+            directions.float().transpose(0, 1).reshape(pairs, ranks),
+            indices.view(tokens, pairs, topk),
+            scores.view(tokens, pairs, ranks, topk),
+        )
         ctx.save_for_backward(query, keys, indices)
         ctx.mark_non_differentiable(indices)
         return indices, scores
@@ -66,18 +64,39 @@ class NativeSideTopk(torch.autograd.Function):
 
 
 def _select(
-    query: Tensor, keys: Tensor, direction: Tensor, indices: Tensor, scores: Tensor
+    query: Tensor, keys: Tensor, directions: Tensor, indices: Tensor, scores: Tensor
 ) -> None:
-    """One head and side: query (T, R, K), keys (N, R, K); fills (T, m) and (T, R, m)."""
-    tokens, ranks, _ = query.shape
-    num_keys, topk = len(keys), indices.shape[-1]
-    step = max(1, min(tokens, torch.get_num_threads() * CACHED_SCORES // (ranks * num_keys)))
-    by_rank, columns = query.transpose(0, 1), keys.permute(1, 2, 0)
-    name = f"side_select_{_KINDS[query.dtype]}"
-    buffer = query.new_empty(ranks * step * num_keys)
+    """Of P pairs of a head and a side: query (T, P, R, K), keys (P, N, R, K), directions (P, R).
+
+    Fills indices (T, P, m) and scores (T, P, R, m). Few tokens, as in decoding, have one product
+    for all pairs.
+    """
+    tokens, pairs, ranks, _ = query.shape
+    num_keys = keys.shape[1]
+    room = torch.get_num_threads() * CACHED_BYTES // query.element_size() // (ranks * num_keys)
+    together = pairs if tokens * pairs <= room else 1
+    buffer = query.new_empty(together * ranks * min(tokens, max(1, room)) * num_keys)
+    for first in range(0, pairs, together):
+        own = slice(first, first + together)
+        chosen = query[:, own], keys[own], directions[own], indices[:, own], scores[:, own]
+        _select_together(*chosen, buffer)
+
+
+def _select_together(
+    query: Tensor, keys: Tensor, directions: Tensor, indices: Tensor, scores: Tensor, buffer: Tensor
+) -> None:
+    """As `_select`, as many tokens at a time as the buffer has room for."""
+    (tokens, pairs, ranks, _), (_, num_keys, _, _) = query.shape, keys.shape
+    # PyTorch's product in half precision takes ten times as long where rows have gaps.
+    by_rank = query.permute(1, 2, 0, 3).contiguous().flatten(0, 1)
+    columns = keys.transpose(1, 2).contiguous().flatten(0, 1).mT
+    row = pairs * ranks * num_keys
+    step = max(1, len(buffer) // row)
     for start in range(0, tokens, step):
         count = min(step, tokens - start)
-        found = buffer[: ranks * count * num_keys].view(ranks, count, num_keys)
+        found = buffer[: count * row].view(-1, count, num_keys)
         torch.bmm(by_rank[:, start : start + count], columns, out=found)
-        sizes = (count, ranks, num_keys, topk, indices.stride(0), scores.stride(0))
-        call_native(name, found, direction, indices[start:], scores[start:], *sizes)
+        sizes = (pairs, count, ranks, num_keys, indices.shape[-1])
+        strides = (indices.stride(0), scores.stride(0))
+        given = (found, directions, indices[start:], scores[start:])
+        call_native(f"side_select_{_KINDS[query.dtype]}", *given, *sizes, *strides)

@@ -6,7 +6,6 @@ One device (number 0, the CPU), streams that run everything at once, memory figu
 
 import contextlib
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -71,9 +70,9 @@ class HostStream:
 _STREAM = HostStream()
 
 
-@contextlib.contextmanager
-def _ignored_context(*args: Any, **kwargs: Any) -> Iterator[None]:
-    yield
+def _ignored_context(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
+    """As torch's, it may be entered again: DDP does, with several optimizer instances."""
+    return contextlib.nullcontext()
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None: ...

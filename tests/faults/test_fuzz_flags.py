@@ -100,7 +100,7 @@ _SWITCHES = [
     "--ultramem-softmax",
     "--no-ultramem-share-query",
     "--no-ultramem-value-projection",
-    "--ultramem-lazy-adam",
+    "--ultramem-row-adam",
     "--use-distributed-optimizer",
     "--swiglu",
     "--squared-relu",

@@ -113,16 +113,26 @@ def test_a_grid_decodes_what_one_rank_does(saved):
                 assert_close(logits, expected[:, _PREFILL - 1 :], LOGITS, kind)
 
 
-@pytest.mark.long
-def test_a_hybrid_model_decodes_its_full_forward(tmp_path):
-    ((whole, cached, dynamic, without_values),) = (
-        found["hybrid"] for found in run_on_ranks(1, _save, tmp_path, ("hybrid",))
-    )
+@pytest.fixture(scope="module", params=["hybrid", "mamba"])
+def hybrid(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hybrid")
+    kind = request.param
+    return folder, kind, run_on_ranks(1, _save, folder, (kind,))[0][kind]
+
+
+def test_a_hybrid_model_decodes_its_full_forward(hybrid):
+    _, _, (whole, cached, dynamic, without_values) = hybrid
     assert (without_values - whole).norm() > 0.05 * whole.norm()
     wanted = whole[:, _PREFILL - 1 :]
     for name, logits in (("cached", cached), ("dynamic", dynamic)):
         assert_close(logits, wanted, LOGITS, name)
-    for rank in run_on_ranks(2, _load_and_compute, tmp_path, ("hybrid",), _LAYOUTS):
+
+
+@pytest.mark.long
+def test_ranks_that_share_a_hybrid_model_decode_what_one_rank_does(hybrid):
+    folder, kind, (whole, *_) = hybrid
+    wanted = whole[:, _PREFILL - 1 :]
+    for rank in run_on_ranks(2, _load_and_compute, folder, (kind,), _LAYOUTS):
         for (_, layout), (again, cached, dynamic) in rank.items():
             assert_close(again, whole, LOGITS, layout)
             assert_close(cached, wanted, LOGITS, f"{layout}, cached")

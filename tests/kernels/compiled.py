@@ -33,7 +33,7 @@ def compile_for(
 
     types: Triton's name of each argument's type ("*bf16", "i32"), all divisible by 16, as whole
     tensors and sizes of real models are. any_number: those of arguments of which nothing is known.
-    constants: the constexpr arguments, and num_warps.
+    constants: the constexpr arguments, num_warps, and enable_fp_fusion where it is given.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -45,6 +45,8 @@ def compile_for(
     attributes = {(names.index(k),): [["tt.divisibility", 16]] for k in types}
     source = ASTSource(kernel, signature, values, attributes)
     options = {"num_warps": constants.get("num_warps", 4)}
+    if "enable_fp_fusion" in constants:
+        options["enable_fp_fusion"] = constants["enable_fp_fusion"]
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return _assembled(built.asm["ptx"], capability)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close, rounding
+from tests.kernels.compiler import NATIVE, needs_compiler
 from ultramem_megatron.kernels.causal_convolution import (
     causal_convolution,
     causal_convolution_reference,
@@ -29,7 +30,7 @@ SIZES = [
 TRITON = ["triton"] if os.environ.get("TRITON_INTERPRET") else []
 
 
-@pytest.fixture(params=["reference", "torch", *TRITON])
+@pytest.fixture(params=["reference", "torch", NATIVE, *TRITON])
 def forced(request, monkeypatch):
     """Each implementation in turn."""
     monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)
@@ -95,6 +96,22 @@ def test_sums_are_rounded_once(forced, dtype):
         assert_close(out.double(), truth, once + rounding(torch.float32, 140), name)
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("with_history", [True, False])
+def test_native_kernels_sum_in_float32(sizes, with_history, dtype, monkeypatch, nan_filled_empty):
+    """The sizes above again: in float64 PyTorch's own compute."""
+    if not with_history:
+        sizes = (*sizes[:4], 1, sizes[5])
+    monkeypatch.setenv("ULTRAMEM_KERNELS", "native")
+    found = _run(causal_convolution, _case(sizes, dtype, with_history))
+    exact = _run(causal_convolution_reference, _case(sizes, with_history=with_history))
+    bound = torch.finfo(dtype).eps / 2 + rounding(torch.float32, max(sizes[3], sizes[0] * sizes[1]))
+    for out, truth in zip(found, exact, strict=True):
+        assert_close(out.double(), truth, bound)
+
+
 def test_a_document_sees_nothing_of_the_one_before(forced):
     """Not even what is not a number."""
     x, weight, _, _ = _case((6, 1, 3, 4, 1, False), torch.float32, with_history=False)
@@ -128,3 +145,18 @@ def test_steps_equal_the_whole(forced, sequences, channels, taps, graph):
     if graph:
         found, wanted = (torch.autograd.grad(out.sum(), weight)[0] for out in (steps, whole))
         assert_close(found, wanted, rounding(torch.float64, 7 * sequences + 1))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("sequences", "channels", "taps"), [(1, 3, 1), (5, 300, 5), (3, 17, 2), (0, 4, 3)]
+)
+def test_native_steps_equal_the_whole(sequences, channels, taps, dtype, monkeypatch):
+    monkeypatch.setenv("ULTRAMEM_KERNELS", "native")
+    x, weight, history, _ = _case((7, sequences, channels, taps, 1, False), dtype)
+    kept = history.detach()[0].clone()
+    with torch.no_grad():
+        steps = torch.cat([causal_convolution_step(one, weight, kept) for one in x.split(1)])
+        assert torch.equal(steps, causal_convolution(x, weight, history))
+    assert torch.equal(kept, torch.cat([history[0], x])[7:])

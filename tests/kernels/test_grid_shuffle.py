@@ -5,12 +5,13 @@ import os
 import pytest
 import torch
 
+from tests.kernels.compiler import NATIVE, needs_compiler
 from ultramem_megatron.kernels.grid_shuffle import grid_shuffle, grid_shuffle_reference
 
 TRITON = ["triton"] if os.environ.get("TRITON_INTERPRET") else []
 
 
-@pytest.fixture(params=["reference", *TRITON])
+@pytest.fixture(params=["reference", NATIVE, *TRITON])
 def forced(request, monkeypatch):
     """Each implementation in turn."""
     monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)
@@ -47,3 +48,14 @@ def test_sides_whose_square_needs_64_bits(forced):
 def test_no_addresses(forced):
     none = torch.empty(0, 4, dtype=torch.int64)
     assert grid_shuffle(none, _tables(3)).shape == (0, 4)
+
+
+@needs_compiler
+def test_damaged_tables_are_read_within_bounds(monkeypatch):
+    """As PyTorch reads them: modulo the side."""
+    monkeypatch.setenv("ULTRAMEM_KERNELS", "native")
+    tables = torch.tensor([[-1, 2**31 - 1, 9], [-(2**31), 4, 3]], dtype=torch.int32)
+    addresses = torch.arange(9)
+    assert torch.equal(
+        grid_shuffle(addresses, tables), grid_shuffle_reference(addresses, tables.long())
+    )

@@ -13,6 +13,7 @@ from tests.kernels.compiler import needs_compiler
 from tests.kernels.lookup_cases import Sizes, inputs, results
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels import dispatch
+from ultramem_megatron.kernels.causal_convolution import causal_convolution
 from ultramem_megatron.kernels.lookup_dot import lookup_dot
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, native_path
 from ultramem_megatron.kernels.native.library import command, native_library
@@ -21,7 +22,14 @@ from ultramem_megatron.kernels.tucker_topk import tucker_topk
 
 pytestmark = needs_compiler
 
-_OPS = ("lookup_reduce", "lookup_prevalued", "side_topk", "tucker_topk")
+_OPS = (
+    "lookup_reduce",
+    "lookup_prevalued",
+    "side_topk",
+    "tucker_topk",
+    "causal_convolution",
+    "grid_shuffle",
+)
 
 _ASK = """
 import logging, torch
@@ -89,6 +97,9 @@ def _all_ops():
     cores = torch.rand(2, 2, 2, 2).requires_grad_()
     addresses, best = tucker_topk(scores, indices, cores, 90)
     grads = torch.autograd.grad(best.square().sum(), (query, keys, cores))
+    x, weight = torch.randn(70, 2, 600).requires_grad_(), torch.randn(600, 3).requires_grad_()
+    convolved = causal_convolution(x, weight)
+    grads += convolved, *torch.autograd.grad(convolved.square().sum(), (x, weight))
     return [*kernels, indices, scores, addresses, best, *grads]
 
 

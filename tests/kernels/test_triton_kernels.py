@@ -1,6 +1,7 @@
 """Convolution and both top-m in Triton: interpreted, and compiled for GPUs that are not here."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 
 
 _CHECKS = (
+    "test_adam_rows.py",
     "test_side_topk.py",
     "test_tucker_topk.py",
     "test_causal_convolution.py",
@@ -222,3 +224,25 @@ def test_grid_top_m_compiles_without_spills(topk, pairs, capability):
     built = compile_for(capability, kernel, types, constants | sizes, any_number=loose)
     assert built.spilled == 0
     assert built.registers <= 168
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("columns", "warps"), [(64, 1), (1024, 4), (4096, 16)])
+def test_rows_of_adamw_compile_without_spills_and_round_as_written(capability, columns, warps):
+    from ultramem_megatron.kernels.adam_rows.triton_path import adam_rows_kernel
+
+    names = ("values", "means", "squares", "grads", "numbers")
+    types = {**dict.fromkeys(names, "*fp32"), "copies": "*bf16", "rows": "*i64", "current": "*i32"}
+    constants = {"SLOTS": 1024, "COLUMNS": columns, "HAS_GRAD": True, "HAS_COPY": True}
+    constants |= {"num_warps": warps, "enable_fp_fusion": False}
+    loose = {"count": "i32", "width": "i32"}
+    built = compile_for(capability, adam_rows_kernel, types, constants, any_number=loose)
+    assert built.spilled == 0
+    assert built.registers <= 128
+    assert "sqrt.rn.f32" in built.ptx
+    assert "div.rn.f32" in built.ptx
+    # Each number: three a step without gradient, five in one with it.
+    each = columns // (32 * warps)
+    one, two = (len(re.findall(rf"fma\.rn\.{t}\s", built.ptx)) for t in ("f32", "f32x2"))
+    assert one + 2 * two == 8 * each
+    assert not re.search(r"\.(ftz|approx|full)\.", built.ptx)

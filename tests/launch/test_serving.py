@@ -25,8 +25,8 @@ from tests.launch.served import (
     VLLM,
     export,
     greedy,
-    own_modules,
     prompts,
+    vllm_environment,
 )
 from tests.ranks import run_on_ranks
 
@@ -74,12 +74,14 @@ def server(folder: Path) -> Iterator[_Server]:
     words += ["--model", str(folder / "hf"), "--served-model-name", "memories"]
     words += ["--host", "127.0.0.1", "--port", str(port), "--trust-remote-code"]
     words += ["--model-impl", "transformers", "--dtype", "float32", "--enforce-eager"]
-    own = {"VLLM_CPU_KVCACHE_SPACE": "1", **own_modules(folder)}
-    own |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            words, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True
+            words,
+            env=vllm_environment(folder),
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         try:
             answering, end = _Server(f"http://127.0.0.1:{port}"), time.monotonic() + _START

@@ -22,7 +22,7 @@ _LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 _OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adam": {},
-    "lazy adam": {"ultramem_lazy_adam": True},
+    "row adam": {"ultramem_row_adam": True},
     "distributed": {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True},
     "distributed by ranks": {"use_distributed_optimizer": True},
     "adam bf16": {"bf16": True},

@@ -100,12 +100,26 @@ def _run(plan: Plan, source: Path, files: Sequence[str], store: Store, reasons: 
 
 
 def _again(plan: Plan, file: str, results: list[Result], reasons: Reasons) -> list[Result]:
-    """Failures that are ours, each tried alone: one can be what a test before it left behind."""
-    for failure in ours(results, reasons)[:_RERUN]:
-        if "::" in failure.test and len(results) > 1:
-            (alone,) = run_file(plan, file, [failure.test]) or [failure]
-            results = [alone if r.test == failure.test else r for r in results]
+    """Failures that are ours, tried without the others, then each alone.
+
+    One can be what a test before it left behind.
+    """
+    left = _failures(results, reasons)
+    if 1 < len(left) < len(results):
+        results = _replaced(results, run_file(plan, file, left))
+    for test in _failures(results, reasons)[:_RERUN]:
+        if len(results) > 1:
+            results = _replaced(results, run_file(plan, file, [test]))
     return results
+
+
+def _failures(results: list[Result], reasons: Reasons) -> list[str]:
+    return [result.test for result in ours(results, reasons) if "::" in result.test]
+
+
+def _replaced(results: list[Result], again: list[Result]) -> list[Result]:
+    of = {result.test: result for result in again}
+    return [of.get(result.test, result) for result in results]
 
 
 def _report(results: list[Result], reasons: Reasons) -> int:

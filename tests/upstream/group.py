@@ -176,6 +176,8 @@ def _rank_main(plan: Plan, file: str, rank: int, recorder: Recorder, port: int) 
         GLOO_SOCKET_IFNAME="lo",
     )
     sandbox.enter(plan.sandbox)
+    if recorder.wanted is not None:
+        sandbox.start_distributed()
     base = plan.sandbox / "tmp" / f"rank{rank}"
     options = ["-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-p", "no:xdist"]
     options += ["-p", "no:hypothesispytest", "--basetemp", str(base), "-o", "addopts=", "-v", "-rN"]

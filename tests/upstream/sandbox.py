@@ -4,6 +4,7 @@ Nothing is written into the checkout, into the user's home or into the system's 
 temporary files; /opt/data, which upstream's tests fetch from the network, stays as it is.
 """
 
+import importlib
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from packaging.version import Version
 
@@ -70,6 +72,12 @@ def enter(sandbox: Path) -> None:
         PYTHONPATH=os.pathsep.join([str(sandbox), str(ROOT)]),
     )
     _no_download()
+
+
+def start_distributed() -> None:
+    """As upstream's tests before those that are left would have done; after `enter`."""
+    utilities: Any = importlib.import_module("tests.unit_tests.test_utilities")
+    utilities.Utils.initialize_distributed()
 
 
 def _no_download() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tests import ROOT
 from tests.ranks import run_on_ranks
+from tests.upstream import __main__ as command
 from tests.upstream import sandbox
 from tests.upstream.reasons import REASONS, Reasons
 from tests.upstream.results import Result, Store, ours, shares, stops
@@ -39,7 +40,15 @@ def test_hangs():
 async def test_last(tmp_path): assert tmp_path.exists()
 def test_dies():
     if rank: os._exit(9)
-def test_after(): pass
+def test_after():
+    from tests.unit_tests.test_utilities import Utils
+    assert Utils.started
+"""
+UTILITIES = """
+class Utils:
+    started = False
+    @staticmethod
+    def initialize_distributed(): Utils.started = True
 """
 
 
@@ -95,6 +104,23 @@ def test_a_missing_checkout_is_refused(tmp_path: Path):
         sandbox.checkout(str(tmp_path))
 
 
+def test_what_another_test_left_behind_is_tried_without_it(monkeypatch: pytest.MonkeyPatch):
+    """All of them at once: there may be more than are tried alone."""
+    calls: list[list[str]] = []
+
+    def run_file(_plan: object, _file: str, wanted: list[str]) -> list[Result]:
+        calls.append(wanted)
+        return [Result(test, "passed") for test in wanted]
+
+    monkeypatch.setattr(command, "run_file", run_file)
+    tests = ["a.py::first", *(f"a.py::t{number}" for number in range(30))]
+    results = [Result(tests[0], "passed"), *(Result(test, "failed", "E: x") for test in tests[1:])]
+    again = command._again(None, "a.py", results, Reasons([]))  # type: ignore[arg-type]  # no plan
+    assert calls == [tests[1:]]
+    assert {result.outcome for result in again} == {"passed"}
+    assert [result.test for result in again] == tests
+
+
 def _run(folder: Path) -> list[tuple[str, str, str]]:
     from tests.upstream import group
 
@@ -113,6 +139,7 @@ def test_ranks_that_hang_or_die_are_ended_and_the_next_test_runs(tmp_path: Path)
         folder.mkdir(parents=True)
     (scripts / "download_unit_tests_dataset.py").touch()
     (tests / "test_two.py").write_text(TESTS_OF_TWO_RANKS)
+    (tests / "test_utilities.py").write_text(UTILITIES)
     assert run_on_ranks(1, _run, tmp_path)[0] == [
         ("test_first", "passed", ""),
         ("test_waits_for_a_rank_that_failed", "failed", "AssertionError"),

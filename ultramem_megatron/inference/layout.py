@@ -118,6 +118,9 @@ def describe_machine(args: Namespace, local_layers: bool) -> None:
     has_engine = importlib.util.find_spec("transformer_engine") is not None and has_cuda()
     if local_layers or not has_engine:
         args.transformer_impl, args.moe_grouped_gemm = "local", False
+    # Checkpoints hold what was trained in fp8 or fp4 in half precision too.
+    args.fp8 = args.fp4 = None
+    args.fp8_param_gather = args.fp4_param_gather = False
     # Whatever part of training was captured, decoding is not.
     args.cuda_graph_impl, args.inference_cuda_graph_scope = "none", "none"
     args.cuda_graph_modules = []

@@ -130,6 +130,7 @@ def build_model(
     requests that decode together; for dynamic batching. Raises UltraMemError.
     """
     from ultramem_megatron.megatron.flags.arguments import config_from_args
+    from ultramem_megatron.megatron.hybrid.refusals import refuse_pattern
 
     if args.hybrid_layer_pattern is not None and cuda_graphs:
         raise UltraMemError(
@@ -138,6 +139,7 @@ def build_model(
     ultramem = config_from_args(args)
     tables = describe_ranks(args, ultramem, layout)
     describe_machine(args, local_layers)
+    refuse_pattern(args, ultramem)
     if cuda_graphs:
         check_cuda_graphs(args, tables)
         args.cuda_graph_impl, args.inference_cuda_graph_scope = "local", "block"

@@ -44,7 +44,6 @@ def generate(loaded: LoadedModel, prompts: Sequence[str], options: argparse.Name
     Raises UltraMemError if a prompt is empty or with its continuation exceeds the trained length,
     more picks are asked for than there are ids, or the ids stand for no text.
     """
-    _check_layers(loaded)
     _check_top_k(loaded, options.top_k)
     length = _check_lengths(loaded, prompts, options.tokens)
     require_text(loaded)
@@ -59,7 +58,6 @@ def continue_tokens(
     Neither the prompt nor the end-of-document token is in them. As `generate`, by the static
     engine; a prompt has one token at least, and fits into the model's positions with what follows.
     """
-    _check_layers(loaded)
     length = max(map(len, prompts)) + options.tokens
     return _on_replicas(loaded, prompts, lambda own: _decode_tokens(loaded, own, length, options))
 
@@ -149,15 +147,6 @@ def _sampling(options: argparse.Namespace) -> Any:
         top_p=0.0 if options.top_p == 1 or options.top_k else options.top_p,
         num_tokens_to_generate=options.tokens,
     )
-
-
-def _check_layers(loaded: LoadedModel) -> None:
-    pattern = loaded.args.hybrid_layer_pattern or ""
-    if "M" in pattern:
-        raise UltraMemError(
-            f"--hybrid-layer-pattern {pattern}: decoding with Mamba layers ('M') is not there yet. "
-            f"`ultramem evaluate --data` reads whole texts."
-        )
 
 
 def _check_top_k(loaded: LoadedModel, top_k: int) -> None:

@@ -16,7 +16,7 @@ from ultramem_megatron.megatron.metrics import (
     console_line,
     tensorboard_tag,
 )
-from ultramem_megatron.megatron.optimizer.lazy_adam import make_lazy
+from ultramem_megatron.megatron.optimizer.row_adam import visit_touched_rows
 from ultramem_megatron.megatron.optimizer.train_rows import move_touched_rows
 from ultramem_megatron.megatron.optimizer.value_learning_rate import (
     ValueLearningRateScheduler,
@@ -25,6 +25,7 @@ from ultramem_megatron.megatron.optimizer.value_learning_rate import (
 )
 from ultramem_megatron.megatron.table_log import TableLog
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.layer import memory_layers
 from ultramem_megatron.memory.size import memory_size, training_flops
 from ultramem_megatron.memory.tables.value_table import is_value_table
 from ultramem_megatron.patches.doors import (
@@ -66,7 +67,7 @@ class MemoryHooks:
             (training_log.after, self.report),
             (optimizer_config.overrides, self.overrides),
             (optimizer_config.schedulers, self.make_scheduler),
-            (optimizer_built.after, self.make_lazy),
+            (optimizer_built.after, self.visit_rows),
             (flops.more, self.flops),
             (footprint.more, self.footprint),
         )
@@ -152,14 +153,16 @@ class MemoryHooks:
             print_rank_0(warning)
         return self.scheduler
 
-    def make_lazy(self, optimizer: Any, model_chunks: list[Any]) -> None:
-        """With --ultramem-lazy-adam rows of value tables without gradient are left alone.
+    def visit_rows(self, optimizer: Any, model_chunks: list[Any]) -> None:
+        """With --ultramem-row-adam AdamW visits the rows of value tables that are read.
 
-        So they are with --ultramem-train-rows, which clears the gradients of most.
+        With --ultramem-train-rows, which clears the gradients of most, others are left alone.
         """
-        if not (self.ultramem.lazy_adam or self.moves_few_rows):
+        layers = [layer for chunk in model_chunks for layer in memory_layers(chunk)]
+        if self.ultramem.row_adam:
+            visit_touched_rows(optimizer, layers)
+        if not self.moves_few_rows:
             return
-        make = move_touched_rows if self.moves_few_rows else make_lazy
         # Half precision trains a float32 copy of each parameter.
         tables = [
             getattr(parameter, "main_param", parameter)
@@ -169,7 +172,7 @@ class MemoryHooks:
         ]
         for single in getattr(optimizer, "chained_optimizers", [optimizer]):
             if tables and single.optimizer is not None:
-                make(single.optimizer, tables)
+                move_touched_rows(single.optimizer, tables)
 
     def flops(self, tokens: int) -> int:
         """Of forward and backward through all memories, less the MLPs that they replace."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ultramem_megatron.kernels.reading import about_to_read_all
 from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.spans import Span
 from ultramem_megatron.memory.tables.value_table import value_tables
@@ -95,8 +96,9 @@ class _Watched:
             for layer in self.steps.layers.values()
             for values in value_tables(layer).values()
         ]
-        for table, part in _trained_parts(self.single, {id(table): table for table in tables}):
+        for table, part in trained_parts(self.single, {id(table): table for table in tables}):
             if part.grad is not None:
+                about_to_read_all(table)
                 # In host memory: beside a table there may be no room for its like.
                 copy = part.detach().to("cpu", copy=True)
                 self.before.append((table, part, copy, _square(part.grad)))
@@ -104,6 +106,7 @@ class _Watched:
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         for table, part, before, gradient in self.before:
+            about_to_read_all(table)
             sums = torch.zeros(4, dtype=torch.float64, device=part.device)
             sums[0], sums[3] = gradient, part.numel()
             pieces = (whole.flatten().split(_AT_ONCE) for whole in (part, before))
@@ -119,7 +122,7 @@ def _square(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=torch.float64).square()
 
 
-def _trained_parts(single: Any, tables: Mapping[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def trained_parts(single: Any, tables: Mapping[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Each table, and what the optimizer trains of it: float32, with a gradient."""
     if hasattr(single, "shard_fp32_groups"):  # the distributed optimizer
         models = chain(*single.model_fp32_groups, *single.model_float16_groups)

@@ -1,5 +1,6 @@
-"""Memory layers added to a trained dense GPT: its weights, and memories without effect at first.
+"""Memory layers added to a trained dense model: its weights, and memories that do nothing at first.
 
+It is a GPT or a HybridModel; a HybridModel with memories may start from a GPT of the same layers.
 The dense checkpoint is read by Megatron's own distributed loading, so it may come from any parallel
 layout. A memory starts with a zero value projection (without one, with zero values): step 0 gives
 the dense model's loss. Its first gradient reaches the projection, the next one the values, too.
@@ -17,6 +18,12 @@ from torch.distributed.checkpoint import FileSystemReader
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.checkpoint.design import differing_flags
 from ultramem_megatron.megatron.checkpoint.folder import checkpoint_folder, stored_args
+from ultramem_megatron.megatron.checkpoint.gpt_layers import (
+    has_key_for_each_layer,
+    is_hybrid,
+    point_at_gpt,
+    read_as_gpt,
+)
 from ultramem_megatron.megatron.checkpoint.source import holds_checkpoint
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.memory.config import flag
@@ -55,9 +62,9 @@ def _refuse_misfit(args: Namespace, folder: str) -> None:
     if config_from_args(dense) is not None:
         raise UltraMemError(
             f"{UPCYCLE_FLAG} {args.ultramem_upcycle}: this checkpoint has memory layers already. "
-            f"Continue it with --load, or give one of a dense GPT."
+            f"Continue it with --load, or give one of a dense model."
         )
-    differences = differing_flags(args, dense)
+    differences = differing_flags(read_as_gpt(args, dense), dense)
     if differences:
         raise UltraMemError(
             f"{UPCYCLE_FLAG} {args.ultramem_upcycle}: the dense model is another one: "
@@ -72,8 +79,9 @@ def start_from_dense(chunks: list[nn.Module], folder: str) -> None:
     UltraMemError if a weight is missing in the checkpoint.
     """
     silence(layer for chunk in chunks for layer in memory_layers(chunk))
+    of_gpt = not is_hybrid(stored_args(folder))
     for chunk in chunks:
-        _load_dense_weights(chunk, folder)
+        _load_dense_weights(chunk, folder, of_gpt)
 
 
 @torch.no_grad()
@@ -85,15 +93,17 @@ def silence(layers: Iterable[UltraMemLayer]) -> None:
         last.weight.zero_()
 
 
-def _load_dense_weights(chunk: nn.Module, folder: str) -> None:
+def _load_dense_weights(chunk: nn.Module, folder: str, of_gpt: bool) -> None:
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
 
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    per_layer = any(key.startswith("decoder.layers.0.") for key in stored)
-    with _without_memories(chunk), _layer_keys(chunk, per_layer):
+    with _without_memories(chunk), _layer_keys(chunk, has_key_for_each_layer(stored)):
         state = chunk.sharded_state_dict(metadata=groups)  # type: ignore[operator]  # Megatron's, untyped
+        if of_gpt and isinstance(chunk, HybridModel):
+            point_at_gpt(state, chunk.hybrid_layer_pattern, stored)
         wanted = {
             t.key for t in nested_values(state) if isinstance(t, dist_checkpointing.ShardedTensor)
         }

@@ -113,8 +113,8 @@ class UltraMemConfig:
     """The table's learning rate itself, at every step (Memory+); 0: as the two above say."""
     value_wd_mult: float = 1.0
     """The table's weight decay is this multiple of the matrices'; 0 is none."""
-    lazy_adam: bool = False
-    """Adam leaves rows of the tables without gradient alone (lazy_adam.py)."""
+    row_adam: bool = False
+    """AdamW visits the rows of a table that are read, with the results of AdamW (row_adam.py)."""
     seed: int = 1234
     """Of the initial values; they depend on it, the layer number and the sizes, nothing else."""
 

@@ -17,9 +17,12 @@ BENCHMARKS = {
     "kernels": "lookup, selections and a whole layer, each way of computing them",
     "training": "tokens per second of dense, MoE, product keys and UltraMem",
     "decode": "latency and weight bytes of a decode step (figures 1b, 1c, 6c and 7)",
+    "serving": "latency and throughput of vLLM, dense and UltraMem",
     "overlap": "exchanges between ranks with and without --ultramem-overlap",
     "recipes": "every case of the matrix of Megatron's flags, with memories and without",
+    "optimizer": "AdamW on the rows that a step reads beside AdamW on all",
     "checkpoint": "seconds and bytes of saving and loading a table, in the background too",
+    "data": "seconds and memory of preparing text, beside Megatron's own script",
     "fit": "steps on 1, 2 and 4 ranks of a CPU beside what plan --fit predicts",
     "scale": "what a rank of 64 to 16,384 costs before its first step, without that world",
 }

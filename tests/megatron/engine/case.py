@@ -12,6 +12,14 @@ from unittest.mock import patch
 from tests.megatron.engine import stand_in
 from tests.ranks import free_port
 
+_RECIPES = [
+    ("fp8", "hybrid", "delayed"),
+    ("fp8", "hybrid", "tensorwise"),
+    ("fp8", "e4m3", "blockwise"),
+    ("fp8", "e4m3", "mxfp8"),
+    ("fp4", "e2m1", "nvfp4"),
+]
+
 
 def main(folder, version):
     """What the models are made of, how they are named, and whether one loads the other."""
@@ -26,6 +34,7 @@ def main(folder, version):
             {p.device.type for name, p in _model("meta").named_parameters() if ".memory." in name}
         ),
         "differ after upcycling": _upcycled(dense, memory, groups),
+        "recipes": {" ".join(recipe): _of_recipe(*recipe) for recipe in _RECIPES},
     }
     print(json.dumps(report))
 
@@ -44,7 +53,7 @@ def _groups():
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-def _model(device="cpu", with_memories=True):
+def _model(device="cpu", with_memories=True, **settings):
     import torch
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -60,6 +69,7 @@ def _model(device="cpu", with_memories=True):
         use_cpu_initialization=device == "cpu",
         init_model_with_meta_device=device == "meta",
         hetereogenous_dist_checkpoint=True,
+        **settings,
     )
     spec = get_gpt_layer_with_transformer_engine_spec()
     if with_memories:
@@ -67,6 +77,27 @@ def _model(device="cpu", with_memories=True):
     # Its constructors ask for CUDA.
     with torch.device(device), patch.object(torch.cuda, "is_available", lambda: True):
         return GPTModel(config, spec, VOCABULARY, LENGTH, position_embedding_type="rope")
+
+
+def _of_recipe(bits, numbers, recipe):
+    """Of a model whose weights are kept in low precision: what is, and what memories are."""
+    import torch
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    low = {bits: numbers, f"{bits}_recipe": recipe, f"{bits}_param": True}
+    model = _model("meta", bf16=True, params_dtype=torch.bfloat16, **low)
+    engines = {
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, TransformerEngineBaseModule) and part.primary_weights_in_fp8
+    }
+    memories = [layer.memory for layer in model.decoder.layers if getattr(layer, "memory", None)]
+    return {
+        "in low precision": sorted({name.rpartition(".")[2] for name in engines}),
+        "in a memory": sorted(name for name in engines if ".memory." in name),
+        "dtypes of memories": sorted({str(p.dtype) for m in memories for p in m.parameters()}),
+        "kinds of parameters": sorted({type(p).__name__ for m in memories for p in m.parameters()}),
+    }
 
 
 def _kinds(layer):

@@ -69,3 +69,14 @@ def test_a_dense_checkpoint_is_upcycled(built):
 
 def test_memories_are_built_without_numbers(built):
     assert built["meta"] == ["meta"]
+
+
+def test_in_fp8_and_fp4_recipes_memories_are_built_of_bf16(built):
+    """Weights are made on no device: here is nothing that could quantise them."""
+    assert len(built["recipes"]) == 5
+    for recipe, found in built["recipes"].items():
+        linear = {"linear_fc1", "linear_fc2", "linear_proj", "linear_qkv"}
+        assert linear <= set(found["in low precision"]), recipe
+        assert found["in a memory"] == [], recipe
+        assert found["dtypes of memories"] == ["torch.bfloat16"], recipe
+        assert found["kinds of parameters"] == ["Parameter"], recipe

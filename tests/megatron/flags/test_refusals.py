@@ -39,7 +39,7 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
             "must divide the 1 ranks",
         ),
         (1, {"eval_interval": None}, "--eval-interval is None; Megatron counts by it"),
-        (1, {"cuda_graph_impl": "local"}, "cuda"),
+        (1, {"cuda_graph_impl": "local"}, "--cuda-graph-impl local: torch sees no GPU here"),
         (1, {"optimizer": "muon", "fp16": True}, "--optimizer muon does not train in --fp16"),
         (
             1,
@@ -48,7 +48,8 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
         ),
         (1, {"optimizer": "dist_muon"}, "dist_muon. trains in bf16 only"),
         (1, {"optimizer": "adaptive_muon"}, "adaptive_muon: Megatron builds it for emerging"),
-        (1, {"optimizer": "muon", "ultramem_lazy_adam": True}, "--optimizer muon cannot be comb"),
+        (1, {"optimizer": "muon", "ultramem_row_adam": True}, "--optimizer muon cannot be comb"),
+        (1, {"ultramem_lazy_adam": True}, "--ultramem-lazy-adam is gone.* Use --ultramem-row-adam"),
         (1, {"dataloader_type": "external"}, "--dataloader-type external is for scripts"),
         (1, {"use_torch_fsdp2": True}, "--use-torch-fsdp2 cannot be combined with memory layers"),
         (
@@ -57,9 +58,13 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
             "2 ranks that share a value table .the default.. Add --ultramem-parallel-size 1",
         ),
         (
-            1,
-            {"ultramem_lazy_adam": True, "use_distributed_optimizer": True},
-            "--use-distributed-optimizer cannot be combined",
+            2,
+            {
+                "ultramem_row_adam": True,
+                "use_distributed_optimizer": True,
+                "ultramem_parallel_size": 1,
+            },
+            "here 2 ranks hold the same part of a table",
         ),
         (2, {"context_parallel_size": 2, "window_size": "8,0"}, "--window-size .* needs Transform"),
     ],
@@ -85,21 +90,21 @@ def test_the_command_prints_one_message_and_no_traceback():
     assert done.stderr.count("error: --ultramem-heads is 3") == 1
 
 
-_DESIGN = UltraMemConfig(spans=(), num_keys=4, key_dim=4, value_dim=4, lazy_adam=True)
+_DESIGN = UltraMemConfig(spans=(), num_keys=4, key_dim=4, value_dim=4, row_adam=True)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "flag"),
     [
-        ("cuda_graph_impl", "local", "--cuda-graph-impl local"),
+        ("cuda_graph_impl", "transformer_engine", "--cuda-graph-impl transformer_engine"),
+        ("cuda_graph_impl", "full_iteration", "--cuda-graph-impl full_iteration"),
         ("overlap_moe_expert_parallel_comm", True, "--overlap-moe-expert-parallel-comm"),
         ("use_megatron_fsdp", True, "--use-megatron-fsdp"),
         ("use_torch_fsdp2", True, "--use-torch-fsdp2"),
         ("freeze_all_layers", True, "--freeze-all-layers"),
         ("inprocess_restart", True, "--inprocess-restart"),
         ("non_persistent_ckpt_type", "local", "--non-persistent-ckpt-type local"),
-        ("fp4", "e2m1", "--fp4-format e2m1"),
-        ("fp8", "e4m3", "--fp8-format e4m3"),
+        ("kitchen_config_file", "recipe.yaml", "--kitchen-config-file recipe.yaml"),
     ],
 )
 def test_a_flag_and_the_field_of_that_name_are_refused_for_one_reason(name, value, flag):
@@ -124,7 +129,7 @@ def test_a_flag_and_the_field_of_that_name_are_refused_for_one_reason(name, valu
     ],
 )
 def test_the_convolution_is_refused_where_it_cannot_know_of_documents(changes, message):
-    design = dataclasses.replace(_DESIGN, query_conv_kernel=3, lazy_adam=False)
+    design = dataclasses.replace(_DESIGN, query_conv_kernel=3, row_adam=False)
     given = {**_OTHERS, "reset_attention_mask": "sft" not in changes}
     with pytest.raises(UltraMemError, match=message):
         refuse_unsupported_flags(Namespace(**{**given, **changes}), design)
@@ -132,6 +137,9 @@ def test_the_convolution_is_refused_where_it_cannot_know_of_documents(changes, m
 
 
 _OTHERS = {
+    "cuda_graph_impl": "none",
+    "ultramem_overlap": False,
+    "hybrid_layer_pattern": None,
     "pipeline_model_parallel_size": 2,
     "virtual_pipeline_model_parallel_size": None,
     "create_attention_mask_in_dataloader": True,
@@ -146,6 +154,27 @@ _OTHERS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "flag"),
+    [
+        ("ultramem_overlap", True, "--ultramem-overlap: a graph would hold the parts of a memory"),
+        ("hybrid_layer_pattern", "*-*-", "memories in a HybridModel (*-*-)"),
+    ],
+)
+def test_graphs_of_layers_are_refused_where_memories_would_get_into_them(name, value, flag):
+    given = {**_OTHERS, "cuda_graph_impl": "local"}
+    refuse_unsupported_flags(Namespace(**given), _DESIGN)
+    with pytest.raises(UltraMemError) as refused:
+        refuse_unsupported_flags(Namespace(**{**given, name: value}), _DESIGN)
+    assert str(refused.value).startswith(f"--cuda-graph-impl local cannot be combined with {flag}")
+
+
+def test_a_config_with_graphs_and_overlap_is_refused():
+    refuse_unsupported_settings({"cuda_graph_impl": "local", "memory_overlap": False})
+    with pytest.raises(UltraMemError, match=r"=local cannot .* memory_overlap"):
+        refuse_unsupported_settings({"cuda_graph_impl": "local", "memory_overlap": True})
+
+
 @pytest.mark.parametrize("name", ["ckpt_format", "ckpt_convert_format"])
 def test_other_formats_of_checkpoints_are_refused(name):
     with pytest.raises(UltraMemError, match="the format torch cannot hold memory layers"):
@@ -155,8 +184,8 @@ def test_other_formats_of_checkpoints_are_refused(name):
 def test_nothing_is_refused_that_is_off_or_without_memories():
     off = {"cuda_graph_impl": "none", "use_torch_fsdp2": False, "fp8": None}
     refuse_unsupported_settings(off)
-    refuse_unsupported_flags(Namespace(**off, **_OTHERS), _DESIGN)
-    refuse_unsupported_flags(Namespace(fp8="e4m3"), None)
+    refuse_unsupported_flags(Namespace(**{**_OTHERS, **off}), _DESIGN)
+    refuse_unsupported_flags(Namespace(cuda_graph_impl="local"), None)
 
 
 def test_weights_made_on_the_cpu_are_refused_beside_a_gpu(monkeypatch):

@@ -49,6 +49,7 @@ _SLIPS = {
         {"dataloader_inter_document_masking": True},
         "--dataloader-inter-document-masking needs --transformer-impl transformer_engine",
     ),
+    "fp8": ({"fp8_format": "hybrid", "bf16": True}, "--fp8-format needs Transformer Engine, which"),
     "activations": ({"save_activations_interval": 1}, "-interval needs Transformer Engine, which"),
     "no norm": ({"qk_l2_norm": True}, "--qk-l2-norm does nothing in Megatron's own dense layers"),
     "recomputed biases": (

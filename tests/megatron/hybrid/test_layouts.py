@@ -93,6 +93,27 @@ def test_half_precision_follows_float32(start, precision):
     assert losses == pytest.approx(expected.losses, rel=torch.finfo(torch.bfloat16).eps / 2)
 
 
+_LATER = {**_HYBRID, "hybrid_layer_pattern": "M-*-/*M/*M", "ultramem_spans": "2:3/4:4"}
+
+
+@pytest.fixture(scope="module")
+def later(tmp_path_factory):
+    return _Start(tmp_path_factory.mktemp("later"), **_LATER)
+
+
+@_long
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        pytest.param(2, {**_SP, **_NUMBER}, id="TP2 SP number"),
+        pytest.param(2, {**_PP, "hybrid_layer_pattern": "M-|*-/*M/*M"}, id="PP2 crossing"),
+        pytest.param(2, {**_RECOMPUTE, "recompute_num_layers": 1, **_DIMENSION}, id="DP2"),
+    ],
+)
+def test_layout_with_heads_for_later_tokens_trains_like_one_rank(later, world_size, layout):
+    _check(later, world_size, **layout)
+
+
 _EXPERTS = {
     **_HYBRID,
     "hybrid_layer_pattern": "*EM-*E",

@@ -76,6 +76,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(plain):
 def _in_gpt(name):
     """The name that a parameter of a `*-*-...` pattern has in the GPT."""
     name = name.replace("final_norm", "final_layernorm")
+    name = re.sub(r"mtp_model_layer\.layers\.\d+", "mtp_model_layer", name)
     return re.sub(r"(?<=decoder\.layers\.)\d+", lambda found: str(int(found[0]) // 2), name)
 
 
@@ -101,10 +102,13 @@ def _fill_by_name():
     training.train = filled
 
 
-def test_a_pattern_of_attention_and_mlps_is_the_gpt():
+@pytest.mark.parametrize("later", [0, 2])
+def test_a_pattern_of_attention_and_mlps_is_the_gpt(later):
+    """later: heads for tokens after the next."""
     same = {**_MEMORY, "ultramem_value_expansion": 1}  # no shuffle, which is of the layer number
-    gpt = {"num_layers": 4, "ultramem_spans": "2:3/4:4"}
-    hybrid = {"num_layers": None, "hybrid_layer_pattern": "*-" * 4, "ultramem_spans": "4:6/8:8"}
+    gpt = {"num_layers": 4, "ultramem_spans": "2:3/4:4", "mtp_num_layers": later or None}
+    pattern = "*-" * 4 + "/*-" * later
+    hybrid = {"num_layers": None, "hybrid_layer_pattern": pattern, "ultramem_spans": "4:6/8:8"}
     runs = [
         run_pretrain(
             1, tiny_gpt(**same, **flags), gradients_at=1, parameters=True, before=_fill_by_name

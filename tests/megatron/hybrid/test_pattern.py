@@ -49,11 +49,10 @@ def _flags(pattern, spans="2:3", **changes):
         (_flags("*-*-", "1:2"), r"layer 1 of .* is '\*' \(attention\), but .* start it at .* 2, 4"),
         (_flags("M-M-", "3:4"), r"layer 3 of .* is 'M' \(Mamba\)"),
         (_flags("M*M*", "2:2"), "there is none, so it can have no memories"),
-        (_flags("*-*-/*-"), "heads for later tokens"),
-        (_flags("*-*-", ultramem_overlap=True), "--ultramem-overlap cannot be combined with"),
         (_flags("+-+-", mla_down_proj_fusion=True), "--mla-down-proj-fusion cannot be combined"),
         (_flags("*E*E"), "Add --num-experts"),
         (_flags("*-*-*-", pipeline_model_parallel_size=2), r"for example \*-\*\|-\*-"),
+        (_flags("*-*-/*-", pipeline_model_parallel_size=2), r"for example \*-\|\*-/\*-\."),
         (_flags("*-G-", transformer_impl="local"), r"a gated delta net \('G'\) needs"),
         (_flags("+-+-", transformer_impl="local"), r"latent attention \('\+'\) needs"),
         (
@@ -67,7 +66,6 @@ def _flags(pattern, spans="2:3", **changes):
             _flags("M-M-", "2:3", mamba_num_groups=2, tensor_model_parallel_size=4),
             r"-groups 2: not divisible by --tensor-model-parallel-size 4",
         ),
-        (_flags("*-*-/*-", transformer_impl="local"), r"multi-token prediction \('/'\)"),
     ],
 )
 def test_what_a_pattern_cannot_have_is_refused(flags, message):
@@ -129,3 +127,4 @@ def test_a_layout_is_advised_as_a_pattern():
     assert layout_flag(crossed) == "--hybrid-layer-pattern"
     assert suggest_layout(spans, crossed, 2) == "*-M|-*-"
     assert suggest_layout(spans, crossed, 4) is None
+    assert suggest_layout(spans, _config("*-|M-*-/*-", 2), 2) == "*-M|-*-/*-"

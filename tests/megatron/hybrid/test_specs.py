@@ -20,6 +20,10 @@ _PATTERN = "-*M|ME-"
 
 @pytest.fixture
 def stack(monkeypatch):
+    return _stack(monkeypatch)
+
+
+def _stack(monkeypatch, overlap=False):
     monkeypatch.setattr(provider, "TEColumnParallelLinear", "column")
     monkeypatch.setattr(provider, "TENorm", "norm")
     config = SimpleNamespace(
@@ -27,12 +31,15 @@ def stack(monkeypatch):
         pipeline_model_parallel_size=2,
         virtual_pipeline_model_parallel_size=None,
         pipeline_model_parallel_layout=None,
+        recompute_granularity=None,
     )
     keep_pattern(config, _PATTERN)
     design = UltraMemConfig(
         spans=(Span(1, 4), Span(5, 5)), num_keys=8, key_dim=16, value_dim=16, topk=4
     )
-    return stack_with_memory(hybrid_stack_spec, design, config, "dimension", None).submodules
+    spec = stack_with_memory(hybrid_stack_spec, design, config, "dimension", None, overlap)
+    assert spec.submodules is hybrid_stack_spec.submodules  # of heads for later tokens
+    return spec.params["stack"].submodules
 
 
 def _layers(kind):
@@ -51,6 +58,20 @@ def test_each_layer_has_its_own_role(stack):
     assert by_number[3].module is by_number[4].module is PassingMambaLayer
     reading = {n for n, layer in by_number.items() if getattr(layer.submodules, "memory", None)}
     assert reading == {1, 5}
+
+
+def test_a_branch_ends_with_its_stage_and_its_result_travels_on(monkeypatch):
+    stack = _stack(monkeypatch, overlap=True)
+    roles = {
+        number: layer.params["role"]
+        for kind in (stack.mlp_layer, stack.attention_layer, stack.mamba_layer)
+        for number, layer in _layers(kind).items()
+        if number < 5
+    }
+    assert {number: role.branch_end for number, role in roles.items()} == dict.fromkeys(roles, 3)
+    assert len({id(role.under_way) for role in roles.values()}) == 1
+    assert {n for n, role in roles.items() if role.packs} == {3}
+    assert {n for n, role in roles.items() if role.unpacks} == {4}
 
 
 def test_a_fused_norm_is_taken_out_where_a_memory_reads(stack):

@@ -90,6 +90,11 @@ def _train(world_size, overlap, layout):
     ],
 )
 def test_overlap_changes_no_bit(world_size, layout):
+    assert_no_bit_changes(world_size, layout)
+
+
+def assert_no_bit_changes(world_size, layout):
+    """Between a run with the flag and one without."""
     expected, found = (_train(world_size, overlap, layout) for overlap in (False, True))
     assert found.losses == expected.losses
     assert found.grad_norms == expected.grad_norms

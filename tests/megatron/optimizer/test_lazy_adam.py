@@ -4,9 +4,6 @@ import pytest
 import torch
 
 from tests.closeness import assert_close, rounding
-from tests.training_runs import tiny_gpt
-from tests.whole_model import assert_same_training, train, whole
-from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.optimizer import lazy_rows
 from ultramem_megatron.megatron.optimizer.lazy_adam import make_lazy
 
@@ -64,41 +61,3 @@ def test_a_row_with_gradient_moves_as_under_adamw_and_the_others_not_at_all():
         assert_close(found[[1, 4]], adamw.state[dense[0]][name][[1, 4]], 2 * _STEP)
     assert not torch.equal(dense[0][other], values[other])
     assert torch.equal(lazy[1], dense[1])
-
-
-def test_another_optimizer_is_refused():
-    table = torch.zeros(2, 2, requires_grad=True)
-    with pytest.raises(UltraMemError, match=r"works with PyTorch's AdamW; .* is SGD"):
-        make_lazy(torch.optim.SGD([table], lr=1.0), [table])
-
-
-def _flags(**changes):
-    return tiny_gpt(
-        ultramem_spans="1:2",
-        ultramem_num_keys=23,
-        ultramem_topk=2,
-        ultramem_value_dim=16,
-        ultramem_parallel_size=2,
-        disable_bias_linear=True,
-        **{"weight_decay": 0.0, **changes},
-    )
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_the_first_step_of_a_training_run_is_adams(bf16):
-    runs = [
-        train(2, _flags(train_iters=1, bf16=bf16, ultramem_lazy_adam=lazy))
-        for lazy in (True, False)
-    ]
-    assert_same_training(*runs, rounding(torch.float32, 8))
-
-
-def test_in_training_rows_that_no_token_reads_stay():
-    run = train(2, _flags(ultramem_lazy_adam=True, weight_decay=0.5), initial_parameters=True)
-    dense = train(2, _flags(weight_decay=0.5))
-    (before,) = whole(run, "initial_parameters", "values.weight").values()
-    (after,) = whole(run, "parameters", "values.weight").values()
-    (decayed,) = whole(dense, "parameters", "values.weight").values()
-    same = (before == after).all(1)
-    assert 0 < int(same.sum()) < len(before)
-    assert not (before == decayed).all(1).any()

@@ -11,14 +11,14 @@ _LONG = pytest.mark.long
 _DISTRIBUTED = {"use_distributed_optimizer": True}
 _KINDS = {
     "adam": {},
-    "lazy": {"ultramem_lazy_adam": True, "bf16": True},
+    "rows": {"ultramem_row_adam": True, "bf16": True},
     "fp16": {"fp16": True, "initial_loss_scale": 4096},
     "distributed": {**_DISTRIBUTED, "bf16": True},
     "distributed float32": _DISTRIBUTED,
     "reshardable": {**_DISTRIBUTED, "dist_ckpt_optim_fully_reshardable": True},
     "muon": {"optimizer": "muon", "bf16": True},
 }
-_QUICK = ("lazy",)
+_QUICK = ("rows",)
 
 
 def _groups(optimizer):

@@ -109,6 +109,10 @@ def test_allowed_cuts():
     assert suggest_layout(_SPANS, _config(1), 7) is None
 
 
+def test_an_advised_layout_has_the_heads_for_later_tokens():
+    assert suggest_layout(_SPANS, _config(1, mtp_num_layers=2), 2) == "Et*5|t*7mmL"
+
+
 def test_fullest_stage():
     assert most_on_one_stage([span.start for span in _SPANS], _config(2, layout="Et*5|t*7L")) == 2
     assert most_on_one_stage([span.start for span in _SPANS], _config(1)) == 3

@@ -84,7 +84,10 @@ def test_torch_cuda_answers_like_one_device_that_never_lags(on_cpu: None) -> Non
     assert torch.cuda.current_device() == 0
     assert torch.cuda.device_count() == 1
     stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True)
-    with torch.cuda.stream(stream):
+    context = torch.cuda.stream(stream)
+    with context:
+        pass
+    with context:  # Megatron's DDP enters one twice with several optimizer instances
         event.record()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.current_stream().wait_event(event)

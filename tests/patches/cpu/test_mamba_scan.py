@@ -7,6 +7,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from tests.closeness import assert_close, rounding
 from ultramem_megatron.patches.cpu.mamba_scan import (
     GroupedRMSNorm,
+    from_states,
     selective_scan,
     split_conv1d_scan,
 )
@@ -31,8 +32,27 @@ def test_chunks_compute_the_recurrence():
     step, decay = torch.rand(_BATCH, _LENGTH, _HEADS, **like), -torch.rand(_HEADS, **like)
     expected = _recurrence(x, step, decay, b, c)
     for chunk in (1, 8, 128):
-        found = selective_scan(x, step, decay, b, c, chunk)
+        found, _ = selective_scan(x, step, decay, b, c, chunk)
         assert_close(found, expected, rounding(torch.float64, _LENGTH * _STATES), f"chunk {chunk}")
+
+
+def test_pieces_go_on_from_the_states_of_those_before():
+    torch.manual_seed(0)
+    inner, channels = _HEADS * _WIDTH, _HEADS * _WIDTH + 2 * _GROUPS * _STATES
+    zxbcdt = torch.randn(_BATCH, _LENGTH, inner + channels + _HEADS)
+    weights = (
+        torch.randn(channels, 4),
+        torch.randn(channels),
+        torch.randn(_HEADS),
+        -torch.rand(_HEADS),
+        torch.randn(_HEADS),
+    )
+    whole, _ = from_states(zxbcdt, weights, 8, _WIDTH, _GROUPS, None)
+    found, states = [], None
+    for piece in zxbcdt.split([2, 1, 1, 10, 1, 6], 1):
+        y, states = from_states(piece, weights, 8, _WIDTH, _GROUPS, states)
+        found.append(y)
+    assert_close(torch.cat(found, 1), whole, rounding(torch.float32, 256, condition=8))
 
 
 def _mixer():

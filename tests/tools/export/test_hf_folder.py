@@ -68,6 +68,16 @@ def test_nothing_is_overwritten(tmp_path):
         ("config.json", lambda b: b.replace(b'"pooled"', b'"new"'), r"memory\.values is 'new'"),
         (
             "config.json",
+            lambda b: b.replace(b'"layer_pattern": null', b'"layer_pattern": "*G"'),
+            r"layer_pattern is 'G'; this model knows \*, -, E, M",
+        ),
+        (
+            "config.json",
+            lambda b: b.replace(b'"layer_pattern": null', b'"layer_pattern": "*-*"'),
+            r"layer_pattern \*-\* has not 2 layers",
+        ),
+        (
+            "config.json",
             lambda b: b.replace(b'"spans": "1:2"', b'"spans": "1:9"'),
             r"config\.json does not describe a model: .*leaves the model",
         ),
@@ -127,3 +137,38 @@ def test_caches_in_pages_are_refused_with_a_convolution():
     model = UltraMemGPTForCausalLM(config)
     with pytest.raises(ValueError, match=r"query_conv_kernel is 3: caches in pages"):
         model(torch.zeros(1, 3, dtype=torch.int64), read_index=[])
+    with pytest.raises(ValueError, match=r"query_conv_kernel is 3: caches of a fixed size"):
+        model.generate(torch.tensor([[3, 1]]), cache_implementation="static", max_new_tokens=2)
+    model.config._attn_implementation = "sglang"
+    with pytest.raises(ValueError, match="SGLang"):
+        model(torch.zeros(1, 3, dtype=torch.int64))
+
+
+@pytest.fixture
+def mamba():
+    sizes = {"num_heads": 4, "head_dim": 8, "num_groups": 2, "state_dim": 4}
+    changes = {f"mamba_{name}": size for name, size in sizes.items()}
+    plain = _plain()
+    config = dataclasses.replace(plain.config, pattern="M*", ultramem=None, **changes)
+    return UltraMemGPTForCausalLM(hf_config(config)).eval()
+
+
+def test_what_a_state_of_mamba_cannot_follow_is_refused(mamba):
+    with pytest.raises(ValueError, match=r"layer_pattern is M\*: caches in pages"):
+        mamba(torch.zeros(1, 3, dtype=torch.int64), read_index=[])
+    with pytest.raises(ValueError, match=r"layer_pattern is M\*: caches of a fixed size"):
+        mamba.generate(torch.tensor([[3, 1]]), cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"layer_pattern is M\*: .* know no ends of texts"):
+        mamba(torch.zeros(1, 4, dtype=torch.int64), position_ids=torch.tensor([[0, 1, 0, 1]]))
+    cache = mamba(torch.zeros(1, 3, dtype=torch.int64), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot be taken back"):
+        cache.crop(-1)
+
+
+def test_a_new_mamba_starts_as_its_authors_do(mamba):
+    mixer = mamba.model.layers[0].mamba
+    step = torch.nn.functional.softplus(mixer.dt_bias)
+    assert 1e-3 <= step.min() < step.max() <= 1e-1
+    assert 1 <= mixer.A_log.exp().min() < mixer.A_log.exp().max() <= 16
+    assert mixer.conv1d_weight.abs().max() <= 0.5
+    assert mixer.D.eq(1).all()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 import pytest
 import torch
@@ -64,6 +65,31 @@ def test_left_on_disk_no_page_but_those_of_its_rows_comes(tmp_path, kind):
         of_row = (tensor.data_ptr() % page + rows * tensor[0].nbytes) // page
         now = model.table_pages()[name][0]
         assert 0 < now <= before[name][0] + len(of_row.unique()), name
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="madvise and mincore are Linux's")
+def test_rows_come_while_the_layers_of_a_span_compute(tmp_path):
+    save_hf(_plain(num_keys=1024, value_dim=16), tmp_path / "hf", HFTokenizer(), "card")
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        expected = UltraMemGPTForCausalLM.from_pretrained(tmp_path / "hf")(ids).logits
+    forget(tmp_path / "hf/model.safetensors")
+    model = UltraMemGPTForCausalLM.from_pretrained(tmp_path / "hf", table_memory="disk")
+    (name,) = model.table_tensors()
+    at_start, seen = model.table_pages()[name][0], []
+
+    def wait(memory, _, later):
+        assert callable(later), "nothing was read yet"
+        end = time.monotonic() + 20
+        while model.table_pages()[name][0] == at_start and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        seen.append(model.table_pages()[name][0])
+
+    model.model.layers[0].memory.register_forward_hook(wait)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+    assert seen == [model.table_pages()[name][0]] > [at_start]
 
 
 def test_what_cannot_be_left_on_disk_is_refused(tmp_path):

@@ -22,6 +22,10 @@ _REFUSED = {
         {"num_experts": 4, "moe_router_score_function": "sigmoid", "moe_layer_freq": 2},
         "biases in experts, --moe-layer-freq, --moe-router-score-function sigmoid",
     ),
+    "hybrid": (
+        {"hybrid_layer_pattern": "E-E", "num_layers": None, "num_experts": 4},
+        "a --hybrid-layer-pattern with neither attention nor Mamba, biases in experts",
+    ),
     "squared": ({"squared_relu": True}, "an activation other than GELU and SwiGLU"),
 }
 
@@ -126,6 +130,11 @@ def _damaged(exported, tmp_path, file, change):
             "config.json",
             lambda b: b.replace(b'"num_layers": 4', b'"num_layers": 3'),
             r"does not fit config\.json: layers\.3\..* is not expected",
+        ),
+        (
+            "config.json",
+            lambda b: b.replace(b'"pattern": null', b'"pattern": "*-*"'),
+            r"does not describe a model: the pattern \*-\* has not 4 layers",
         ),
         (
             "config.json",

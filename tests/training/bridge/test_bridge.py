@@ -160,9 +160,15 @@ def _refused(changes):
     return ""
 
 
-def test_what_cannot_be_combined_is_refused():
-    (message,) = run_on_ranks(1, _refused, {"fp8": "hybrid"})
-    assert "fp8=hybrid cannot be combined with memory layers" in message
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("cuda_graph_impl", "full_iteration", "cannot be combined with memory layers"),
+        ("fp8", "hybrid", "fp8=hybrid needs Transformer Engine"),
+    ],
+)
+def test_what_cannot_be_combined_or_is_missing_is_refused(setting, value, message):
+    assert message in run_on_ranks(1, _refused, {setting: value})[0]
 
 
 def _recipe():

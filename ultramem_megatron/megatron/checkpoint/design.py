@@ -6,11 +6,12 @@ from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.checkpoint.folder import NoFlagsError, is_torch_dist, stored_args
+from ultramem_megatron.megatron.checkpoint.gpt_layers import read_as_gpt
 from ultramem_megatron.megatron.checkpoint.source import Source
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 
-_RESUMABLE = {"value_lr_decay", "lazy_adam", "aux_loss_weight", "aux_loss_margin", "init", "seed"}
+_RESUMABLE = {"value_lr_decay", "row_adam", "aux_loss_weight", "aux_loss_margin", "init", "seed"}
 """Fields that a resumed run may change: they shape neither tensors nor what is read from them."""
 
 
@@ -96,6 +97,8 @@ def check_design(source: Source, args: Namespace, ultramem: UltraMemConfig | Non
     except NoFlagsError:
         return
     _refuse_other_memories(source, config_from_args(stored), ultramem)
+    if ultramem is None:  # Megatron loads a GPT as a HybridModel, but not its memories
+        args = read_as_gpt(args, stored)
     differences = differing_flags(args, stored)
     if differences:
         raise UltraMemError(

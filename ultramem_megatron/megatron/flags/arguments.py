@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.flags.row_adam_flags import refuse_lazy_adam
 from ultramem_megatron.megatron.pipeline.pattern import readable_layers
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.initialization import INITIALISATIONS
@@ -65,11 +66,12 @@ _SWITCH_HELP = {
     "projection_bias": "Projections of queries and values, and gates, have a bias.",
     "relu_scores": "ReLU of the scores.",
     "softmax": "Softmax over each head's scores, as product-key memories have it.",
-    "lazy_adam": "Adam updates only the rows of value tables that have a gradient: for small "
-    "batches and fine-tuning.",
+    "row_adam": "AdamW visits only the rows of value tables that a step reads; a row makes the "
+    "steps it has missed when it is read, so every result is that of AdamW on all rows. For large "
+    "tables of which a step reads a few hundredths or less.",
 }
 
-_TRAINING = (*_NUMBER_HELP, "lazy_adam")
+_TRAINING = (*_NUMBER_HELP, "row_adam")
 """Of these, what shapes no tensor and nothing that is read from one."""
 GROUPS = "UltraMem memory layers: "
 """How the titles of our groups begin, in Megatron's --help."""
@@ -108,6 +110,7 @@ def add_ultramem_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser.add_argument_group(f"{GROUPS}their design"),
         parser.add_argument_group(f"{GROUPS}their training"),
     )
+    refuse_lazy_adam(parser)
     _add_table_arguments(parser.add_argument_group(f"{GROUPS}their tables on many ranks"))
     _add_log_arguments(parser.add_argument_group(f"{GROUPS}in TensorBoard and W&B"))
     _add_start_arguments(parser.add_argument_group(f"{GROUPS}from a trained model"))

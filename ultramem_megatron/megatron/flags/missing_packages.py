@@ -6,8 +6,9 @@ it has built the model.
 
 import importlib.util
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -15,7 +16,9 @@ from packaging.version import Version
 from ultramem_megatron.errors import UltraMemError
 
 _OWN_OPTIMIZERS = ("adam", "sgd")
-_OF_TRANSFORMER_ENGINE = {
+_LOW_PRECISION = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
+"""Without Transformer Engine Megatron ignores them."""
+_OF_TRANSFORMER_ENGINE = _LOW_PRECISION | {
     "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
     "optimizer_cpu_offload": "--optimizer-cpu-offload",
     "save_activations_interval": "--save-activations-interval",
@@ -24,7 +27,7 @@ _OF_TRANSFORMER_ENGINE = {
     "delay_wgrad_compute": "--delay-wgrad-compute",
 }
 """Whatever the layers are made of."""
-_OF_ITS_LAYERS = {
+_OF_ITS_LAYERS = _LOW_PRECISION | {
     "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
     "sft": "--sft",
     "qk_clip": "--qk-clip",
@@ -39,8 +42,22 @@ def refuse_missing_packages(args: Namespace) -> None:
         raise UltraMemError(message)
 
 
+def refuse_low_precision(settings: Mapping[str, Any]) -> None:
+    """Raise UltraMemError for fp8 or fp4 in a config, where nothing computes in them."""
+    for name in _LOW_PRECISION:
+        if settings.get(name) is not None and not _has("transformer_engine"):
+            raise UltraMemError(
+                f"{name}={settings[name]} needs Transformer Engine, which is not installed. Leave "
+                f"it out."
+            )
+
+
 def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def _of_engine(args: Namespace) -> Iterator[str]:
@@ -118,7 +135,9 @@ def _emerging_version() -> Version:
 
 
 def _others(args: Namespace) -> Iterator[str]:
-    if args.distributed_backend == "nccl" and not torch.cuda.is_available():
+    if args.cuda_graph_impl != "none" and not _has_gpu():
+        yield f"--cuda-graph-impl {args.cuda_graph_impl}: torch sees no GPU here. Drop the flag."
+    if args.distributed_backend == "nccl" and not _has_gpu():
         yield "--distributed-backend nccl: torch sees no GPU here. Use --distributed-backend gloo."
     if args.num_experts and args.moe_token_dispatcher_type == "flex" and not _has("deep_ep"):
         yield (
@@ -126,7 +145,7 @@ def _others(args: Namespace) -> Iterator[str]:
             "Use alltoall."
         )
     for name in ("async_save", "ckpt_fully_parallel_load"):
-        if getattr(args, name) and not torch.cuda.is_available():
+        if getattr(args, name) and not _has_gpu():
             yield (
                 f"--{name.replace('_', '-')}: Megatron does it through CUDA, and torch sees no GPU "
                 f"here. Drop the flag."

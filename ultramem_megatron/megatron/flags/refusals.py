@@ -1,23 +1,22 @@
 """Every setting of Megatron's that is refused before anything is built, and why."""
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.flags.missing_packages import refuse_low_precision
+from ultramem_megatron.megatron.flags.row_adam_flags import refuse_row_adam
 from ultramem_megatron.megatron.flags.train_rows_flags import refuse_train_rows
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.placement import placements
 
 _MEMORIES_REFUSE = {
-    "cuda_graph_impl": "graphs capture a layer without its memory branch",
     "overlap_moe_expert_parallel_comm": "its schedule does not call the layer's forward",
     "use_megatron_fsdp": "value tables need Megatron's DDP, also with its distributed optimizer",
     "use_torch_fsdp2": "value tables need Megatron's DDP, also with its distributed optimizer",
-    "fp8": "memory layers compute in fp32, fp16 or bf16",
-    "fp4": "memory layers compute in fp32, fp16 or bf16",
     "kitchen_config_file": "memory layers compute in fp32, fp16 or bf16",
     "freeze_all_layers": "Megatron's model builders freeze nothing, and all weights would be "
     "trained (--ultramem-train-only memory freezes all but the memories)",
@@ -29,6 +28,12 @@ _MEMORIES_REFUSE = {
     "apply_residual_connection_post_layernorm": "nothing in Megatron reads it any more",
 }
 """By the name that it has in Megatron's parsed flags and in its configs."""
+_GRAPHS_REFUSED = {
+    "transformer_engine": "its graphs hold a layer without its memory branch (local leaves it "
+    "beside them)",
+    "full_iteration": "a graph of a whole step would hold exchanges of tables that the host takes "
+    "part in (local leaves them beside its graphs)",
+}
 _TRAIN_REFUSES = (
     "apply_residual_connection_post_layernorm",
     "freeze_all_layers",
@@ -42,20 +47,18 @@ _TRAIN_REFUSES = (
 _PACKED = ("dataloader_inter_document_masking", "sft")
 """Flags whose sequences hold several documents side by side."""
 _OFF = (None, False, "none")
-_FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}  # the others are named as what they set
 
 
 def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -> None:
     """Raise UltraMemError for Megatron flags that memory layers cannot honour."""
     if ultramem is None:
         return
-    for name, reason in _MEMORIES_REFUSE.items():
-        value = getattr(args, name, None)
-        if value not in _OFF:
-            given = _flag(name) if value is True else f"{_flag(name)} {value}"
-            raise UltraMemError(
-                f"{given} cannot be combined with memory layers: {reason}. Drop the flag."
-            )
+    for name, value, reason in _refused(vars(args)):
+        given = _flag(name) if value is True else f"{_flag(name)} {value}"
+        raise UltraMemError(
+            f"{given} cannot be combined with memory layers: {reason}. Drop the flag."
+        )
+    _check_graphs(args)
     other = args.ckpt_convert_format or args.ckpt_format
     if other != "torch_dist":
         raise UltraMemError(
@@ -73,17 +76,34 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
         )
     _check_sgd(args)
     refuse_train_rows(args, ultramem)
+    refuse_row_adam(args, ultramem)
     if ultramem.query_conv_kernel > 1:
         _check_documents(args, f"{flag('query_conv_kernel')} {ultramem.query_conv_kernel}")
-    if ultramem.lazy_adam and args.optimizer != "adam":
+
+
+def _refused(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Name, value and reason of what no memory can be combined with."""
+    for name, reason in _MEMORIES_REFUSE.items():
+        if settings.get(name) not in _OFF:
+            yield name, settings[name], reason
+    graphs = settings.get("cuda_graph_impl")
+    if graphs in _GRAPHS_REFUSED:
+        yield "cuda_graph_impl", graphs, _GRAPHS_REFUSED[graphs]
+
+
+def _check_graphs(args: Namespace) -> None:
+    """Graphs hold layers; what memories compute may not get into them."""
+    if args.cuda_graph_impl != "local":
+        return
+    if args.ultramem_overlap:
         raise UltraMemError(
-            f"--optimizer {args.optimizer} cannot be combined with {flag('lazy_adam')}, which is a "
-            f"form of adam. Drop one of the two."
+            "--cuda-graph-impl local cannot be combined with --ultramem-overlap: a graph would "
+            "hold the parts of a memory that run beside its layer. Drop one of the two."
         )
-    if ultramem.lazy_adam and args.use_distributed_optimizer:
+    if args.hybrid_layer_pattern is not None:
         raise UltraMemError(
-            f"--use-distributed-optimizer cannot be combined with {flag('lazy_adam')}: it cuts "
-            f"tables into pieces that are no rows. Drop one of the two."
+            f"--cuda-graph-impl local cannot be combined with memories in a HybridModel "
+            f"({args.hybrid_layer_pattern}): nothing of it has been tried. Drop the flag."
         )
 
 
@@ -149,12 +169,16 @@ def _check_log_tables_interval(args: Namespace) -> None:
 
 def refuse_unsupported_settings(settings: Mapping[str, Any]) -> None:
     """As `refuse_unsupported_flags`, of settings by name where they are fields and not flags."""
-    for name, reason in _MEMORIES_REFUSE.items():
-        value = settings.get(name)
-        if value not in _OFF:
-            raise UltraMemError(
-                f"{name}={value} cannot be combined with memory layers: {reason}. Leave it out."
-            )
+    for name, value, reason in _refused(settings):
+        raise UltraMemError(
+            f"{name}={value} cannot be combined with memory layers: {reason}. Leave it out."
+        )
+    if settings.get("cuda_graph_impl") == "local" and settings.get("memory_overlap"):
+        raise UltraMemError(
+            "cuda_graph_impl=local cannot be combined with memory_overlap: a graph would hold the "
+            "parts of a memory that run beside its layer. Leave out one of the two."
+        )
+    refuse_low_precision(settings)
 
 
 def refuse_other_tasks(args: Namespace) -> None:
@@ -191,4 +215,4 @@ def require_eval_interval(args: Namespace) -> None:
 
 
 def _flag(name: str) -> str:
-    return _FLAGS.get(name, "--" + name.replace("_", "-"))
+    return "--" + name.replace("_", "-")

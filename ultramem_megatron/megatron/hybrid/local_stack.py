@@ -14,6 +14,11 @@ from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSub
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -37,7 +42,7 @@ class LocalHybridStack(HybridStack):
 
 
 def local_stack_spec(config: TransformerConfig) -> ModuleSpec:
-    """The spec of the stack: attention, MLPs, experts where there are any, and Mamba."""
+    """The spec of the stack: attention, MLPs, experts where there are any, Mamba, later tokens."""
     whole = get_gpt_layer_local_submodules(
         qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
@@ -52,6 +57,7 @@ def local_stack_spec(config: TransformerConfig) -> ModuleSpec:
             attention_layer=ModuleSpec(TransformerLayer, submodules=_half(whole, _OF_ATTENTION)),
             mlp_layer=ModuleSpec(MLPLayer, submodules=_half(whole, _OF_MLP)),
             mamba_layer=_mamba(config),
+            mtp_block_spec=_later_tokens(),
             **experts,
         ),
     )
@@ -82,6 +88,15 @@ def _mamba(config: TransformerConfig) -> ModuleSpec:
             # Transformer Engine's layers fuse the norm into in_proj.
             sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
         ),
+    )
+
+
+def _later_tokens() -> ModuleSpec:
+    """Of heads for later tokens, whose inner layers are the stack's own kinds."""
+    layer = get_mtp_layer_spec(None, use_transformer_engine=False)
+    return ModuleSpec(
+        MultiTokenPredictionBlock,
+        submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer]),
     )
 
 

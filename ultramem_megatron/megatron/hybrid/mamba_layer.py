@@ -28,10 +28,19 @@ class PassingMambaLayer(MambaLayer):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(S, B, D), or (S, B, 2D) where the layer unpacks, to the same, (S, B, 2D) if it packs."""
-        pending = None
+        pending, under_way = None, self.role.under_way
         if self.role.unpacks:
             hidden_states, pending = self.role.unpack(hidden_states, self.layer_number)
+        branch = None if under_way is None else under_way.take()
+        if branch is not None:
+            branch.go_on()
         output: Tensor = super().forward(hidden_states, *args, **kwargs)
+        if branch is not None and under_way is not None:
+            if self.layer_number == self.role.branch_end:
+                pending = branch.join()
+            else:
+                branch.go_on()
+                under_way.put(branch)
         if pending is not None and self.role.ends_at(self.layer_number):
             output, pending = output + pending, None
         if self.role.packs:

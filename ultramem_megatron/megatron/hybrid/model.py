@@ -41,6 +41,7 @@ class UltraMemHybridModelBuilder(MemoryModelBuilder, HybridModelBuilder):
                 config.transformer,
                 config.table_partition,
                 config.table_node_size,
+                overlap=config.memory_overlap,
             )
         return super().build_model(*args, **kwargs)
 

@@ -8,7 +8,13 @@ import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.pipeline.pattern import FLAG, READABLE, readable_layers, stages
+from ultramem_megatron.megatron.pipeline.pattern import (
+    FLAG,
+    READABLE,
+    heads,
+    readable_layers,
+    stages,
+)
 from ultramem_megatron.memory.config import UltraMemConfig
 
 _NAMES = {
@@ -81,11 +87,6 @@ def _check_local(given: str, pattern: str) -> None:
                 f"{given}: {_NAMES[symbol]} ({symbol!r}) needs --transformer-impl "
                 f"transformer_engine. Leave it out, or install Transformer Engine."
             )
-    if Symbols.MTP_SEPARATOR in pattern:
-        raise UltraMemError(
-            f"{given}: multi-token prediction ('/') of a HybridModel needs --transformer-impl "
-            f"transformer_engine. Leave out what follows the '/'."
-        )
     has_kernels = importlib.util.find_spec("mamba_ssm") is not None
     if Symbols.MAMBA in pattern and torch.cuda.is_available() and not has_kernels:
         raise UltraMemError(
@@ -95,20 +96,10 @@ def _check_local(given: str, pattern: str) -> None:
 
 def _check_memories(args: Namespace, given: str, ultramem: UltraMemConfig) -> None:
     layers = "".join(stages(args.hybrid_layer_pattern))
-    if Symbols.MTP_SEPARATOR in args.hybrid_layer_pattern:
-        raise UltraMemError(
-            f"{given} cannot be combined with memory layers: its heads for later tokens ('/') are "
-            f"built from the same layers. Leave out what follows the '/'."
-        )
     if args.mla_down_proj_fusion:
         raise UltraMemError(
             f"--mla-down-proj-fusion cannot be combined with memory layers and {given}: it looks "
             f"for latent attention in one spec of all its layers. Drop the flag."
-        )
-    if args.ultramem_overlap:
-        raise UltraMemError(
-            f"--ultramem-overlap cannot be combined with {given}: a HybridModel hands on tensors "
-            f"alone. Drop the flag."
         )
     for span in ultramem.spans:
         symbol = layers[span.start - 1]
@@ -128,6 +119,8 @@ def _readable(pattern: str) -> str:
 
 
 def _cut(pattern: str, parts: int) -> str:
-    """The pattern with a | after every equal part of it."""
-    size = -(-len(pattern) // parts)
-    return "|".join(pattern[at : at + size] for at in range(0, len(pattern), size))
+    """The pattern with a | after every equal part of its layers."""
+    layers = "".join(stages(pattern))
+    size = -(-len(layers) // parts)
+    cut = "|".join(layers[at : at + size] for at in range(0, len(layers), size))
+    return cut + heads(pattern)

@@ -70,7 +70,7 @@ def with_memory(
     for number, layer in enumerate(layers, start=offset + 1):
         role = _role(number, offset, len(layers), ultramem, config)
         if overlap:
-            role = _overlapped(role, config)
+            role = overlapped(role, config)
         with_memories.append(with_role(layer, memories.get(number), role))
     final_norm = spec.layer_norm if isinstance(spec, TransformerBlockSubmodules) else LayerNormImpl
     return TransformerBlockSubmodules(layer_specs=with_memories, layer_norm=final_norm)
@@ -110,7 +110,8 @@ def _role(
     )
 
 
-def _overlapped(role: LayerRole, config: TransformerConfig) -> LayerRole:
+def overlapped(role: LayerRole, config: TransformerConfig) -> LayerRole:
+    """The role with the end of its span's branch, if that runs beside any layer."""
     if role.span is None or branch_end(role.span, config) == role.span.start:
         return role
     return dataclasses.replace(role, branch_end=branch_end(role.span, config))

@@ -38,6 +38,26 @@ class UltraMemTransformerLayerSubmodules(TransformerLayerSubmodules):
     memory: ModuleSpec | None = None
 
 
+class BranchUnderWay:
+    """Hands a branch from layer to layer where a model's stack hands on tensors alone.
+
+    One for each span. The layers that it runs beside follow each other in one process, in forward
+    and in what is computed again, so that nothing comes in between.
+    """
+
+    def __init__(self) -> None:
+        self._branch: Branch | None = None
+
+    def put(self, branch: Branch) -> None:
+        """For the next layer."""
+        self._branch = branch
+
+    def take(self) -> Branch | None:
+        """What the layer before has put, if it has."""
+        branch, self._branch = self._branch, None
+        return branch
+
+
 @dataclass(frozen=True)
 class LayerRole:
     """What a layer has to do with pending results.
@@ -46,13 +66,15 @@ class LayerRole:
     tensor, hidden states and result side by side: as the first or last of a pipeline stage where
     results cross stages, and within a HybridModel's spans.
     branch_end: the memory computes beside the layers up to this one (see branch.py); None: it is
-    done before the next layer starts.
+    done before the next layer starts. under_way: where the branch goes from layer to layer; None:
+    with the context.
     """
 
     span: Span | None = None
     unpacks: bool = False
     packs: bool = False
     branch_end: int | None = None
+    under_way: BranchUnderWay | None = None
 
     def beside_branch(self, layer_number: int) -> bool:
         """Whether the memory of the span, read in an earlier layer, still computes beside it."""
@@ -125,6 +147,25 @@ class MemoryLayerMixin:
             self._add, self.mlp_bda = self.mlp_bda, _pass_residual
             self.recompute_mlp = False
 
+    def create_mcore_cudagraph_manager(self, config: TransformerConfig) -> None:
+        """Let CUDA graphs hold Megatron's layer alone: memories and pending results stay beside it.
+
+        Called by Megatron's constructor with --cuda-graph-impl local. Where it would capture the
+        layer's `forward`, `_layer_alone` is captured.
+        """
+        from megatron.core.transformer import cuda_graphs
+
+        super().create_mcore_cudagraph_manager(config)  # type: ignore[misc]  # TransformerLayer's, too
+        if hasattr(self, "cudagraph_manager"):
+            del self.cudagraph_manager
+            self.layer_graphs = cuda_graphs.CudaGraphManager(config, self, "_layer_alone")
+
+    def _layer_alone(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Output of Megatron's layer, and what its memory is to read: all that a graph holds."""
+        output, _ = super().forward(*args, context=None, **kwargs)  # type: ignore[misc]  # TransformerLayer's, too
+        memory_input, self._memory_input = self._memory_input, None
+        return output, memory_input
+
     def _keep_memory_input(self, _norm: nn.Module, _inputs: object, output: Any) -> None:
         # Norms with a fused residual return (output, residual).
         self._memory_input = output[0] if isinstance(output, tuple) else output
@@ -148,14 +189,23 @@ class MemoryLayerMixin:
         """
         if self.role.unpacks:
             hidden_states, context = self.role.unpack(hidden_states, self.layer_number)
+        if self.role.under_way is not None:
+            context = self.role.under_way.take() or context
         self._branch = context if isinstance(context, Branch) else None
-        output, _ = super().forward(hidden_states, *args, context=None, **kwargs)  # type: ignore[misc]  # TransformerLayer's, too
+        layer = self._layer_alone
+        if kwargs.get("inference_context") is not None or torch.is_inference_mode_enabled():
+            layer = functools.partial(MemoryLayerMixin._layer_alone, self)  # not from its graph
+        output, memory_input = layer(hidden_states, *args, **kwargs)
         if self.memory is not None:
-            context = self._read_memory(args[0] if args else kwargs.get("attention_mask"), kwargs)
+            mask = args[0] if args else kwargs.get("attention_mask")
+            context = self._read_memory(memory_input, mask, kwargs)
         elif self._branch is not None:
             context, self._branch = self._end_of_layer(self._branch), None
         if self.role.ends_at(self.layer_number):
             output, context = self._added(output, context), None
+        if self.role.under_way is not None and isinstance(context, Branch):
+            self.role.under_way.put(context)
+            context = None
         if self.role.packs:
             assert not isinstance(context, Branch), "a branch ends with its pipeline stage"
             output, context = self.role.pack(output, context), None
@@ -176,9 +226,10 @@ class MemoryLayerMixin:
         branch.go_on()
         return branch
 
-    def _read_memory(self, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | Branch:
+    def _read_memory(
+        self, memory_input: Tensor | None, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor | Branch:
         assert self.memory is not None
-        memory_input, self._memory_input = self._memory_input, None
         assert memory_input is not None, "the pre-MLP norm did not run"
         if self.training:
             # Once per optimizer step would do; with unchanged cores repeating it changes nothing.

@@ -1,10 +1,9 @@
 """Lazy Adam for value tables: rows whose gradient is zero keep their values and moments.
 
-Dense Adam moves every row at every step, by its momentum and by weight decay, and so reads and
-writes the whole table and its moments. With small batches or in fine-tuning few rows are read; then
-a step may leave the rest alone. A row that has a gradient is updated exactly as AdamW updates it
-from the same state, with the bias correction of the step's number; rows that always have one train
-as under dense Adam. Others differ: no momentum carries on, nothing decays in between.
+Dense Adam moves every row at every step, by its momentum and by weight decay. Fine-tuning of few
+rows (train_rows.py) leaves the rest alone. A row that has a gradient is updated exactly as AdamW
+updates it from the same state, with the bias correction of the step's number. Others differ: no
+momentum carries on, nothing decays in between.
 
 N table rows, V value dim.
 """
@@ -16,22 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.optimizer.lazy_rows import touched_rows, update_instead
 
 
-def make_lazy(optimizer: torch.optim.Optimizer, tables: Sequence[Tensor]) -> None:
+def make_lazy(optimizer: torch.optim.AdamW, tables: Sequence[Tensor]) -> None:
     """From now on `optimizer.step()` updates only rows (N, V) of `tables` that have a gradient.
 
-    The state has the form of AdamW's, so checkpoints of both fit each other. Raises UltraMemError
-    for another optimizer.
+    The state has the form of AdamW's, so checkpoints of both fit each other.
     """
-    if not isinstance(optimizer, torch.optim.AdamW):
-        raise UltraMemError(
-            f"--ultramem-lazy-adam works with PyTorch's AdamW; the optimizer here is "
-            f"{type(optimizer).__name__} (Megatron takes Transformer Engine's or Apex's where they "
-            f"are installed). Drop the flag: dense Adam trains every table."
-        )
     update_instead(optimizer, tables, _update)
 
 

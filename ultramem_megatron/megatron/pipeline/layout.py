@@ -159,8 +159,8 @@ def suggest_layout(
 ) -> str | None:
     """The most even layout in which no span crosses, in Megatron's notation; None if there is none.
 
-    With spans 3:5/6:8/9:11, 12 layers and 2 chunks: "Et*5|t*7L". Of a HybridModel: its pattern,
-    with a | at the end of each chunk.
+    With spans 3:5/6:8/9:11, 12 layers and 2 chunks: "Et*5|t*7L"; heads for later tokens last. Of a
+    HybridModel: its pattern, with a | at the end of each chunk.
     """
     sizes = even_sizes(spans, config.num_layers, num_chunks)
     if sizes is None:
@@ -168,8 +168,10 @@ def suggest_layout(
     symbols = pattern.kept_stages(config)
     if symbols is not None:
         layers = iter("".join(symbols))
-        return "|".join("".join(itertools.islice(layers, size)) for size in sizes)
-    return "E" + "|".join(f"t*{size}" if size > 1 else "t" for size in sizes) + "L"
+        parts = ("".join(itertools.islice(layers, size)) for size in sizes)
+        return "|".join(parts) + pattern.kept_heads(config)
+    heads = "m" * (getattr(config, "mtp_num_layers", None) or 0)
+    return "E" + "|".join(f"t*{size}" if size > 1 else "t" for size in sizes) + heads + "L"
 
 
 def even_sizes(spans: tuple[Span, ...], num_layers: int, num_chunks: int) -> tuple[int, ...] | None:

@@ -83,7 +83,10 @@ def _config_from(fields: dict[str, Any]) -> PlainConfig:
     if ultramem is not None:
         spans = parse_spans(ultramem["spans"], fields["num_layers"])
         ultramem = UltraMemConfig(**{**ultramem, "spans": spans})
-    return PlainConfig(**{**fields, "ultramem": ultramem})
+    config = PlainConfig(**{**fields, "ultramem": ultramem})
+    if config.pattern is not None and len(config.pattern) != config.num_layers:
+        raise TypeError(f"the pattern {config.pattern} has not {config.num_layers} layers")
+    return config
 
 
 def _stored(model: PlainGPT) -> dict[str, Tensor]:

@@ -36,6 +36,11 @@ _SAME = {
     "qk_norm": "qk_norm",
     "positions": "position_embedding",
     "tied_embeddings": "tie_word_embeddings",
+    "pattern": "layer_pattern",
+    "mamba_num_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+    "mamba_num_groups": "mamba_num_groups",
+    "mamba_state_dim": "mamba_state_dim",
     "router_float32": "router_float32",
 }
 """Fields of PlainConfig that transformers' configuration has under another name, or the same."""
@@ -53,6 +58,8 @@ _LAYER_NAMES = (
     ("attention.proj.", "self_attn.o_proj."),
     ("attention.query_norm.", "self_attn.q_norm."),
     ("attention.key_norm.", "self_attn.k_norm."),
+    ("mamba_norm.", "input_layernorm."),
+    ("mamba.", "mamba."),
     ("mlp_norm.", "post_attention_layernorm."),
     ("mlp.router.", "mlp.gate."),
     ("memory.values.", "memory.reading."),

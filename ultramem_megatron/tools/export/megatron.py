@@ -1,4 +1,4 @@
-"""Between a Megatron GPT in one process and a PlainGPT: what it is, names, and the same logits."""
+"""Between a model of Megatron's and a PlainGPT: what it is, names, and the same logits."""
 
 import dataclasses
 import math
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.pipeline.pattern import ATTENTION, EXPERTS, MAMBA, MLP, stages
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.tools.export.plain_model import Dtype, PlainConfig, PlainGPT
 
@@ -20,6 +21,7 @@ _NAMES = (
     ("embedding.word_embeddings.", "embedding."),
     ("embedding.position_embeddings.", "position_embedding."),
     ("decoder.final_layernorm.", "final_norm."),
+    ("decoder.final_norm.", "final_norm."),
     ("output_layer.", "output."),
 )
 _LAYER_NAMES = (
@@ -29,6 +31,8 @@ _LAYER_NAMES = (
     ("self_attention.q_layernorm.", "attention.query_norm."),
     ("self_attention.k_layernorm.", "attention.key_norm."),
     ("pre_mlp_layernorm.", "mlp_norm."),
+    ("norm.", "mamba_norm."),
+    ("mixer.", "mamba."),
     ("mlp.linear_fc1.", "mlp.up."),
     ("mlp.linear_fc2.", "mlp.down."),
     ("mlp.router.", "mlp.router."),
@@ -40,6 +44,7 @@ _DTYPES: dict[torch.dtype, Dtype] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+_LAYERS = (ATTENTION, MAMBA, MLP, EXPERTS)
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Difference of logits, relative in norm, that rounding in other orders explains in any model."""
 _MOST = 0.5
@@ -69,10 +74,30 @@ def plain_config(args: Namespace, config: Any, ultramem: UltraMemConfig | None) 
         rotary_base=float(args.rotary_base),
         rotary_percent=args.rotary_percent,
         tied_embeddings=not args.untie_embeddings_and_output_weights,
+        pattern=_pattern(args),
+        **_mamba(args, config),
         **_experts(config),
         dtype=_DTYPES[config.params_dtype],
         ultramem=ultramem,
     )
+
+
+def _pattern(args: Namespace) -> str | None:
+    """What each layer of a HybridModel is; where stages end is left out."""
+    pattern = args.hybrid_layer_pattern
+    return None if pattern is None else "".join(stages(pattern))
+
+
+def _mamba(args: Namespace, config: Any) -> dict[str, Any]:
+    if MAMBA not in (_pattern(args) or ""):
+        return {}
+    inner = 2 * config.hidden_size  # as MambaMixer
+    return {
+        "mamba_num_heads": config.mamba_num_heads or inner // config.mamba_head_dim,
+        "mamba_head_dim": config.mamba_head_dim,
+        "mamba_num_groups": config.mamba_num_groups,
+        "mamba_state_dim": config.mamba_state_dim,
+    }
 
 
 def _experts(config: Any) -> dict[str, Any]:
@@ -91,7 +116,10 @@ def _refuse(args: Namespace, config: Any) -> None:
     """Raise UltraMemError for what a PlainGPT has not."""
     activation = (config.gated_linear_unit, config.activation_func)
     refused = {
-        "--hybrid-layer-pattern": args.hybrid_layer_pattern is not None,
+        f"{_symbols(args)} in --hybrid-layer-pattern": bool(_symbols(args)),
+        "a --hybrid-layer-pattern with neither attention nor Mamba": not (
+            {ATTENTION, MAMBA} & set(_pattern(args) or ATTENTION)
+        ),
         "--multi-latent-attention": config.multi_latent_attention,
         "--mtp-num-layers": bool(config.mtp_num_layers),
         "--experimental-attention-variant": config.experimental_attention_variant is not None,
@@ -122,6 +150,11 @@ def _refuse(args: Namespace, config: Any) -> None:
             f"a GELU or SwiGLU MLP or top-k experts of that kind, LayerNorm or RMSNorm, and memory "
             f"layers. Keep its checkpoint."
         )
+
+
+def _symbols(args: Namespace) -> str:
+    """Those of layers that a PlainGPT has not."""
+    return ", ".join(sorted(set(_pattern(args) or "") - set(_LAYERS)))
 
 
 def _refused_experts(config: Any) -> dict[str, bool]:
@@ -251,7 +284,9 @@ def flags_of(config: PlainConfig) -> list[str]:
     flags: dict[str, Any] = {
         "vocab-size": config.vocab_size,
         "make-vocab-size-divisible-by": math.gcd(config.vocab_size, 128),  # no more padding
-        "num-layers": config.num_layers,
+        # An = before a pattern, which may begin with a -.
+        f"hybrid-layer-pattern={config.pattern}": config.pattern is not None,
+        "num-layers": config.pattern is None and config.num_layers,
         "hidden-size": config.hidden_size,
         "ffn-hidden-size": config.ffn_hidden_size,
         "num-attention-heads": config.num_attention_heads,
@@ -273,6 +308,13 @@ def flags_of(config: PlainConfig) -> list[str]:
     }
     if config.num_query_groups != config.num_attention_heads:
         flags |= {"group-query-attention": True, "num-query-groups": config.num_query_groups}
+    if config.mamba_num_heads:
+        flags |= {
+            "mamba-num-heads": config.mamba_num_heads,
+            "mamba-head-dim": config.mamba_head_dim,
+            "mamba-num-groups": config.mamba_num_groups,
+            "mamba-state-dim": config.mamba_state_dim,
+        }
     if config.num_experts:
         flags |= {
             "num-experts": config.num_experts,

@@ -28,7 +28,7 @@ from transformers import {imports}
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True){tokenizer}
 ```
 
-`trust_remote_code=True` runs the eight `*_ultramem.py` files of this folder: read them first. They
+`trust_remote_code=True` runs the nine `*_ultramem.py` files of this folder: read them first. They
 need torch and transformers (5.9 or later) only.
 """
 _TOKENIZER = "\ntokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)"
@@ -109,7 +109,9 @@ def _settings(config: PlainConfig) -> str:
     if memory is not None and config.ultramem is not None:
         spans = "/".join(map(str, config.ultramem.spans))
         fields |= {f"memory: {name}": value for name, value in {**memory, "spans": spans}.items()}
-    unused = () if config.num_experts else ("expert", "router")
+    unused: tuple[str, ...] = () if config.num_experts else ("expert", "router")
+    if not config.mamba_num_heads:
+        unused += ("mamba",)
     shown = {
         name: value
         for name, value in fields.items()

@@ -1,5 +1,7 @@
 """A GPT with memories or experts in plain PyTorch: what an exported model computes, no Megatron.
 
+Or a HybridModel, whose layers are each one part of a GPT's.
+
 No dropout, no parallelism, no KV cache: one forward pass over whole sequences. Parameters keep
 Megatron's shapes; where a shape needs explaining, the code that reads it does.
 
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.megatron.pipeline.pattern import ATTENTION, EXPERTS, MAMBA, MLP, READABLE
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.modules import Linear
@@ -21,6 +24,7 @@ from ultramem_megatron.memory.placement import Placement, placements
 from ultramem_megatron.memory.spans import Span
 from ultramem_megatron.memory.values import VALUES
 from ultramem_megatron.memory.values.contract import Site
+from ultramem_megatron.tools.export.plain_mamba import PlainMamba
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -52,8 +56,15 @@ class PlainConfig:
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
     tied_embeddings: bool = False
+    pattern: str | None = None
+    """Of a HybridModel: each layer is attention (*), MLP (-), experts (E) or Mamba (M)."""
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
+    mamba_num_groups: int = 0
+    """Groups of heads that share what a state is written and read with."""
+    mamba_state_dim: int = 0
     num_experts: int | None = None
-    """In place of every layer's MLP; None: no experts."""
+    """In place of every layer's MLP, of a HybridModel in its layers E; None: no experts."""
     expert_topk: int = 2
     expert_ffn_hidden_size: int | None = None
     router_pre_softmax: bool = False
@@ -61,6 +72,12 @@ class PlainConfig:
     router_float32: bool = False
     dtype: Dtype = "float32"
     ultramem: UltraMemConfig | None = None
+
+    def parts(self, number: int) -> str:
+        """What layer `number`, counted from 1, consists of, in the pattern's symbols."""
+        if self.pattern is not None:
+            return self.pattern[number - 1]
+        return ATTENTION + (EXPERTS if self.num_experts else MLP)
 
 
 class PlainGPT(nn.Module):
@@ -94,19 +111,37 @@ class PlainGPT(nn.Module):
 
 
 class PlainLayer(nn.Module):
-    """Attention and MLP; a memory reads what the MLP reads and is added at its span's end."""
+    """Attention and MLP, or one of them, or Mamba; and memories.
+
+    A memory reads what the MLP reads, and is added at its span's end.
+    """
 
     def __init__(self, config: PlainConfig, number: int, values: dict[int, nn.Module]) -> None:
         """number: counted from 1. values: of memories before, by number of their tables."""
         super().__init__()
-        self.attention_norm = _norm(config, config.hidden_size)
-        self.attention = PlainAttention(config)
-        self.mlp_norm = _norm(config, config.hidden_size)
+        parts = config.parts(number)
+        self.attends = ATTENTION in parts
+        if self.attends:
+            self.attention_norm = _norm(config, config.hidden_size)
+            self.attention = PlainAttention(config)
+        self.scans = MAMBA in parts
+        if self.scans:
+            self.mamba_norm = _norm(config, config.hidden_size)
+            self.mamba = PlainMamba(
+                config.hidden_size,
+                heads=config.mamba_num_heads,
+                head_dim=config.mamba_head_dim,
+                groups=config.mamba_num_groups,
+                state_dim=config.mamba_state_dim,
+            )
+        self.feeds = parts[-1] in READABLE
+        if self.feeds:
+            self.mlp_norm = _norm(config, config.hidden_size)
         spans: tuple[Span, ...] = config.ultramem.spans if config.ultramem else ()
         replaced = config.ultramem is not None and config.ultramem.replace_mlp
         self.mlp: nn.Module | None = None
-        if not (replaced and number in {span.start for span in spans}):
-            self.mlp = PlainExperts(config) if config.num_experts else PlainMLP(config)
+        if self.feeds and not (replaced and number in {span.start for span in spans}):
+            self.mlp = PlainExperts(config) if parts[-1] == EXPERTS else PlainMLP(config)
         self.ends_span = number in {span.end for span in spans}
         self.memory: UltraMemLayer | None = None
         places = placements(config.ultramem) if config.ultramem else ()
@@ -118,13 +153,17 @@ class PlainLayer(nn.Module):
         self, hidden: Tensor, pending: Tensor | None, rotation: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden (B, S, D); pending: result of a memory that has not been added yet, or None."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotation)
-        normed = self.mlp_norm(hidden)
-        if self.mlp is not None:
-            hidden = hidden + self.mlp(normed)
-        if self.memory is not None:
-            # The convolution of the queries runs over the first axis.
-            pending = self.memory(normed.transpose(0, 1)).transpose(0, 1)
+        if self.attends:
+            hidden = hidden + self.attention(self.attention_norm(hidden), rotation)
+        if self.scans:
+            hidden = hidden + self.mamba(self.mamba_norm(hidden))
+        if self.feeds:
+            normed = self.mlp_norm(hidden)
+            if self.mlp is not None:
+                hidden = hidden + self.mlp(normed)
+            if self.memory is not None:
+                # The convolution of the queries runs over the first axis.
+                pending = self.memory(normed.transpose(0, 1)).transpose(0, 1)
         if not self.ends_span:
             return hidden, pending
         assert pending is not None

@@ -7,7 +7,8 @@
     ultramem plan ultramem-1.6b-x12 --fit --gpus 64 --memory 80   # which layout?
 
 All of Megatron's flags and ours may follow; they override the preset's. Nothing is trained, no
-memory is taken: the model is built without storage, for each rank that differs.
+memory is taken: the model is built without storage, for each rank that differs. --fp8-format and
+--fp4-format are planned as bf16.
 
 --fit looks for the layouts that fit and sorts them by a model of the step's time: FLOPs, bytes and
 bandwidths as given, nothing measured. Trust its order more than its seconds. Flags of a layout are

@@ -120,6 +120,8 @@ def _without_transformer_engine(args: Namespace) -> None:
     # These need Transformer Engine, and change neither sizes nor what is kept or sent.
     args.moe_grouped_gemm = args.tp_comm_overlap = False
     args.ultramem_overlap = False  # sends the same at other times
+    args.fp8 = args.fp4 = None  # planned as the bf16 they stand beside
+    args.fp8_param_gather = args.fp4_param_gather = False
 
 
 @contextlib.contextmanager

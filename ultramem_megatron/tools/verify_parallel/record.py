@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ultramem_megatron.errors import exit_on_user_error
+from ultramem_megatron.kernels.reading import about_to_read_all
 from ultramem_megatron.tools.verify_parallel.whole_model import pieces
 from ultramem_megatron.training.pretrain import main
 
@@ -76,6 +77,9 @@ class Recorder:
 
     def save(self, folder: Path) -> None:
         """Write this rank's file."""
+        for chunk in self.model:
+            for parameter in chunk.parameters():
+                about_to_read_all(parameter)
         where = {name: asdict(piece) for name, piece in pieces(self.model).items()}
         content = {
             "steps": self.steps,

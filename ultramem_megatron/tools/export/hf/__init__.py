@@ -7,11 +7,13 @@ own modules too, so that an export is written and read back without running a fo
 SOURCES = (
     "configuration_ultramem.py",
     "layers_ultramem.py",
+    "mamba_ultramem.py",
     "mapped_ultramem.py",
     "memory_ultramem.py",
     "modeling_ultramem.py",
     "quantized_ultramem.py",
     "retrieval_ultramem.py",
+    "served_ultramem.py",
     "values_ultramem.py",
 )
 """The files that are copied."""

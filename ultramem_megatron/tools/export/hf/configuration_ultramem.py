@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 RETRIEVALS = ("tdqkr", "pkm")
 VALUES = ("pooled", "prevalued", "gated")
+LAYERS = ("*", "-", "E", "M")
 FORMATS = ("int8", "fp8")
 TABLE_MEMORIES = ("host", "disk")
 _FIRST_VERSION: dict[str, Any] = {
@@ -29,9 +30,12 @@ class UltraMemGPTConfig(PreTrainedConfig):
     """Sizes and choices of an UltraMemGPTModel. Words of transformers, of `memory` the paper's.
 
     normalization: "LayerNorm" or "RMSNorm". position_embedding: "rope", "learned_absolute" or
-    "none". qk_norm: norms of every head's query and key. num_experts: in place of every layer's
-    MLP, 0 for none. norm_topk_prob: a token's experts' weights sum to 1. router_float32: experts
-    are chosen in float32.
+    "none". qk_norm: norms of every head's query and key. layer_pattern: what each layer is, one
+    symbol each: attention (*), MLP (-), experts (E) or Mamba (M, arXiv 2405.21060, with heads,
+    groups of heads that share inputs, and states); None: each is attention and an MLP.
+    num_experts: in place of every layer's MLP, with a pattern in its layers E; 0 for none.
+    norm_topk_prob: a token's experts' weights sum to 1. router_float32: experts are chosen in
+    float32.
 
     memory: None, or the settings of the memory layers (arXiv 2411.12364), all alike: spans
     "3:5/6:8" (read in layer 3, added after layer 5, counted from 1), num_keys n, key_dim,
@@ -79,6 +83,11 @@ class UltraMemGPTConfig(PreTrainedConfig):
     qk_norm: bool = False
     position_embedding: str = "rope"
     rope_parameters: dict[str, Any] | None = None
+    layer_pattern: str | None = None
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
+    mamba_num_groups: int = 0
+    mamba_state_dim: int = 0
     tie_word_embeddings: bool = False
     num_experts: int = 0
     num_experts_per_tok: int = 0
@@ -122,9 +131,29 @@ class UltraMemGPTConfig(PreTrainedConfig):
             "table_memory": (self.table_memory, TABLE_MEMORIES),
             "rope_type": ((self.rope_parameters or {}).get("rope_type", "default"), ("default",)),
         }
+        for symbol in sorted(set(self.layer_pattern or "") - {*LAYERS}):
+            known["layer_pattern"] = (symbol, LAYERS)
         for name, (given, allowed) in known.items():
             if given not in allowed:
                 raise ValueError(f"{name} is {given!r}; this model knows {', '.join(allowed)}.")
+        if len(self.layer_pattern or "") not in (0, self.num_hidden_layers):
+            raise ValueError(
+                f"layer_pattern {self.layer_pattern} has not {self.num_hidden_layers} layers."
+            )
+
+    def parts(self, number: int) -> str:
+        """What layer `number`, counted from 1, consists of, in the pattern's symbols."""
+        if self.layer_pattern is not None:
+            return self.layer_pattern[number - 1]
+        return "*E" if self.num_experts else "*-"
+
+    def cache_place(self, layer_idx: int) -> int:
+        """Where a cache has a layer: those with attention come first, whose length it goes by."""
+        kinds = [self.parts(number) for number in range(1, self.num_hidden_layers + 1)]
+        if "*" in kinds[layer_idx]:
+            return sum("*" in kind for kind in kinds[:layer_idx])
+        first = sum("*" in kind for kind in kinds)
+        return first + sum("M" in kind for kind in kinds[:layer_idx])
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:

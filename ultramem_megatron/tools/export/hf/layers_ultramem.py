@@ -1,4 +1,4 @@
-"""The layers of an UltraMem GPT: attention, MLP or experts, and memories beside them.
+"""The layers of an UltraMem GPT: attention or Mamba, MLP or experts, and memories beside them.
 
 B batch, S sequence, D hidden, K head dim.
 """
@@ -15,7 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ultramem import UltraMemGPTConfig
-from .memory_ultramem import UltraMemMemory
+from .mamba_ultramem import UltraMemMamba
+from .memory_ultramem import Pending, UltraMemMemory
 from .values_ultramem import UltraMemTables
 
 
@@ -159,18 +160,29 @@ class UltraMemExperts(nn.Module):
 
 
 class UltraMemDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP; a memory reads what the MLP reads and is added at its span's end."""
+    """Attention and MLP, or one of them, or Mamba; and memories.
+
+    A memory reads what the MLP reads, and is added at its span's end.
+    """
 
     def __init__(self, config: UltraMemGPTConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = UltraMemAttention(config, layer_idx)
+        parts = config.parts(layer_idx + 1)
+        self.attends, self.scans, self.feeds = "*" in parts, "M" in parts, parts[-1] in "-E"
+        if self.attends:
+            self.self_attn = UltraMemAttention(config, config.cache_place(layer_idx))
+        if self.scans:
+            self.mamba = UltraMemMamba(config, config.cache_place(layer_idx))
+        if self.attends or self.scans:
+            self.input_layernorm = norm(config, config.hidden_size)
         starts = [start for start, _ in config.spans]
         self.mlp: nn.Module | None = None
-        if not ((config.memory or {}).get("replace_mlp") and layer_idx + 1 in starts):
-            dense = not config.num_experts
-            self.mlp = _mlp(config, config.intermediate_size) if dense else UltraMemExperts(config)
-        self.input_layernorm = norm(config, config.hidden_size)
-        self.post_attention_layernorm = norm(config, config.hidden_size)
+        if self.feeds:
+            if not ((config.memory or {}).get("replace_mlp") and layer_idx + 1 in starts):
+                dense = parts[-1] == "-"
+                width = config.intermediate_size
+                self.mlp = _mlp(config, width) if dense else UltraMemExperts(config)
+            self.post_attention_layernorm = norm(config, config.hidden_size)
         self.ends_span = layer_idx + 1 in [end for _, end in config.spans]
         self.memory: UltraMemMemory | None = None
         if config.memory is not None and layer_idx + 1 in starts:
@@ -183,6 +195,7 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
                 config.value_quantization,
                 first_value=first_value,
                 shared=config.shared_tables > 0,
+                on_disk=config.table_memory == "disk",
             )
             # Inputs of the convolution are kept in the cache, behind the layers' keys.
             self.cache_idx = config.num_hidden_layers + number
@@ -190,7 +203,7 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        pending: Tensor | None = None,
+        pending: Pending | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -198,34 +211,39 @@ class UltraMemDecoderLayer(GradientCheckpointingLayer):
         real: Tensor | None = None,
         tables: Sequence[UltraMemTables] = (),
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Pending | None]:
         """pending: result of a memory not added yet. real: (B, S), False for padding.
 
         tables: those that memories share.
         """
-        mixed, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        hidden_states = hidden_states + mixed
-        normed = self.post_attention_layernorm(hidden_states)
-        if self.mlp is not None:
-            hidden_states = hidden_states + self.mlp(normed)
-        if self.memory is not None:
-            before = None
-            if self.memory.history:
-                normed, before = self._history(normed, past_key_values, real)
-            shared = tables[self.table] if tables else None
-            pending = self.memory(normed, before, position_ids, real, tables=shared)
+        if self.attends:
+            mixed, _ = self.self_attn(
+                hidden_states=self.input_layernorm(hidden_states),
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            hidden_states = hidden_states + mixed
+        if self.scans:
+            normed = self.input_layernorm(hidden_states)
+            hidden_states = hidden_states + self.mamba(normed, past_key_values, real)
+        if self.feeds:
+            normed = self.post_attention_layernorm(hidden_states)
+            if self.mlp is not None:
+                hidden_states = hidden_states + self.mlp(normed)
+            if self.memory is not None:
+                before = None
+                if self.memory.history:
+                    normed, before = self._history(normed, past_key_values, real)
+                shared = tables[self.table] if tables else None
+                pending = self.memory(normed, before, position_ids, real, tables=shared)
         if not self.ends_span:
             return hidden_states, pending
         if pending is None:
             raise ValueError("A memory's span crosses a cut of the model: pipelines cannot run it.")
-        return hidden_states + pending, None
+        return hidden_states + (pending() if callable(pending) else pending), None
 
     def _history(
         self, x: Tensor, cache: Cache | None, real: Tensor | None

@@ -5,6 +5,7 @@ m top-m, P = H*m picks of a token, C cores.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,8 @@ from .retrieval_ultramem import (
 )
 from .values_ultramem import KINDS, UltraMemTables
 
+Pending = Tensor | Callable[[], Tensor]
+"""What a memory adds, or a call that reads it."""
 _MOMENTUM = 0.9
 
 
@@ -140,8 +143,12 @@ class UltraMemMemory(nn.Module):
         *,
         first_value: int = 0,
         shared: bool = False,
+        on_disk: bool = False,
     ) -> None:
-        """first_value: its first row in the tables. shared: those are others' too, and not here."""
+        """first_value: its first row in the tables. shared: those are others' too, and not here.
+
+        on_disk: so are the tables, until their rows are read.
+        """
         super().__init__()
         self.softmax, self.relu = memory["softmax"], memory["relu_scores"]
         self.history = max(memory["query_conv_kernel"] - 1, 0)
@@ -153,7 +160,7 @@ class UltraMemMemory(nn.Module):
         )
         scattered = memory["key_expansion"] > 1 or self.window != memory["num_keys"] ** 2
         self.shuffle = Shuffle(self.side) if scattered else None
-        self.first_value = first_value
+        self.first_value, self.on_disk = first_value, on_disk
         self.per_head = memory["values_per_head"]
         self.number = self.rows * (memory["heads"] if self.per_head else 1)
         self.grouped = memory["value_expansion"] > 1
@@ -173,16 +180,24 @@ class UltraMemMemory(nn.Module):
         positions: Tensor,
         real: Tensor | None,
         tables: UltraMemTables | None = None,
-    ) -> Tensor:
-        """before: (B, history, D) inputs of the tokens before x, None: there are none."""
+    ) -> Pending:
+        """before: (B, history, D) inputs of the tokens before x, None: there are none.
+
+        With tables on disk, what is returned reads them when it is called, later: their rows come
+        meanwhile.
+        """
         if self.training and torch.is_grad_enabled():
             self._follow_weights()
         query, inputs = self.query(x, before, positions, real), x.flatten(0, 1)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._look_up(query, inputs, tables).view(x.shape)
+            return self.read(*self._found(query), inputs, tables).view(x.shape)
         at_once = self.reading.at_once
-        parts = zip(query.split(at_once), inputs.split(at_once), strict=True)
-        return torch.cat([self._look_up(q, part, tables) for q, part in parts]).view(x.shape)
+        parts = list(zip(query.split(at_once), inputs.split(at_once), strict=True))
+        if self.on_disk:
+            later = [(*self._bring(q, tables), part) for q, part in parts]
+            return lambda: torch.cat([self.read(*asked, tables) for asked in later]).view(x.shape)
+        read = [self.read(*self._found(q), part, tables) for q, part in parts]
+        return torch.cat(read).view(x.shape)
 
     def locate(self, row: Tensor, column: Tensor) -> Tensor:
         """Addresses (T, P) of the tables, group * N + row, for pairs of keys (T, H, m)."""
@@ -221,9 +236,19 @@ class UltraMemMemory(nn.Module):
         """A loss on parameters alone; None: there is none."""
         return self.retrieval.penalty()
 
-    def _look_up(self, query: Tensor, x: Tensor, tables: UltraMemTables | None) -> Tensor:
+    def _found(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Addresses (T, P) and weights (T, P, C)."""
         row, column, scores = self.retrieval(query)
-        return self.read(self.locate(row, column), self.weights(scores), x, tables)
+        return self.locate(row, column), self.weights(scores)
+
+    def _bring(self, query: Tensor, tables: UltraMemTables | None) -> tuple[Tensor, Tensor]:
+        """As _found; their rows are on the way then."""
+        addresses, weights = self._found(query)
+        held = self if tables is None else tables
+        for table in (held.pre_values, held.values):
+            if table is not None:
+                table.bring(addresses)
+        return addresses, weights
 
     def _follow_weights(self) -> None:
         """Once after every optimizer step: the filter follows the cores, the mean the queries."""

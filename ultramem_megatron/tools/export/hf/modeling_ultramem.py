@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -19,10 +19,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ultramem import UltraMemGPTConfig
 from .layers_ultramem import UltraMemAttention, UltraMemDecoderLayer, UltraMemRouter, norm
+from .mamba_ultramem import UltraMemMamba
 from .mapped_ultramem import leave_on_disk, pages_in_memory
-from .memory_ultramem import QueryConvolution, QueryMean, Shuffle, UltraMemMemory
+from .memory_ultramem import Pending, QueryConvolution, QueryMean, Shuffle, UltraMemMemory
 from .quantized_ultramem import QuantizedTable
 from .retrieval_ultramem import Cores, Keys
+from .served_ultramem import serve_tables
 from .values_ultramem import UltraMemTables, ValueTable
 
 
@@ -78,6 +80,8 @@ class UltraMemPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=module.key_dim**-0.5)
         elif isinstance(module, (ValueTable, UltraMemRouter)):
             init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, UltraMemMamba):
+            module.initialize(init)
         elif isinstance(module, Cores):
             init.normal_(module.weight)
             loaded = getattr(module.weight, "_is_hf_initialized", False)
@@ -107,6 +111,8 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
             UltraMemTables(config.memory or {}, config.value_quantization)
             for _ in range(config.shared_tables)
         )
+        if config._attn_implementation == "vllm":
+            serve_tables(self, config.table_memory)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -125,13 +131,14 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
         """input_ids (B, S) or inputs_embeds (B, S, D); attention_mask (B, M), 0 for padding."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give one of input_ids and inputs_embeds.")
-        self._refuse_foreign_caches(kwargs)
+        self._refuse_foreign_caches(past_key_values, kwargs)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         padding = (
             attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         )
+        self._refuse_packed_texts(position_ids, padding)
         if position_ids is None:
             position_ids = _positions(hidden, padding, past_key_values)
         mask = create_causal_mask(
@@ -145,7 +152,7 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
             hidden = hidden + self.embed_positions(position_ids)
         rotation = _rotation(self.config, position_ids, hidden)
         real = None if padding is None else padding[:, -hidden.shape[1] :].bool()
-        pending: Tensor | None = None
+        pending: Pending | None = None
         for layer in self.layers:
             hidden, pending = layer(
                 hidden,
@@ -160,14 +167,39 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
             )
         return BaseModelOutputWithPast(self.norm(hidden), past_key_values)
 
-    def _refuse_foreign_caches(self, kwargs: dict[str, Any]) -> None:
-        """Raise ValueError where nobody keeps what the query convolution sees of the past."""
+    def _refuse_foreign_caches(self, cache: Cache | None, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError where nobody keeps what convolutions and Mamba see of the past."""
         taps = (self.config.memory or {}).get("query_conv_kernel", 0)
-        foreign = self.config._attn_implementation == "vllm" or "read_index" in kwargs
-        if taps > 1 and foreign:
+        engines = ("vllm", "sglang")
+        if self.config._attn_implementation in engines or "read_index" in kwargs:
+            foreign = "in pages (vLLM, SGLang, generate_batch)"
+        elif cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers):
+            foreign = "of a fixed size (static)"
+        else:
+            return
+        if self._has_mamba:
             raise ValueError(
-                f"memory.query_conv_kernel is {taps}: caches in pages (vLLM, generate_batch) keep "
-                f"no inputs of the convolution. Use `generate`, which keeps them."
+                f"layer_pattern is {self.config.layer_pattern}: caches {foreign} keep no state of "
+                f"Mamba layers. Use `generate` with its own cache, which keeps it."
+            )
+        if taps > 1:
+            raise ValueError(
+                f"memory.query_conv_kernel is {taps}: caches {foreign} keep no inputs of the "
+                f"convolution. Use `generate` with its own cache, which keeps them."
+            )
+
+    @property
+    def _has_mamba(self) -> bool:
+        return "M" in (self.config.layer_pattern or "")
+
+    def _refuse_packed_texts(self, position_ids: Tensor | None, padding: Tensor | None) -> None:
+        """Raise ValueError for texts one behind another in a row: Mamba would read on."""
+        if not self._has_mamba or position_ids is None or padding is not None:
+            return
+        if (position_ids[:, 1:] < position_ids[:, :-1]).any():
+            raise ValueError(
+                f"layer_pattern is {self.config.layer_pattern}: Mamba layers know no ends of "
+                f"texts within a row. Give each text a row of its own, with an attention_mask."
             )
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .mapped_ultramem import bring
 from .retrieval_ultramem import Float32Buffers, precise
 
 FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -43,6 +44,11 @@ class QuantizedTable(Float32Buffers):
         weighted = values.view(-1, cores, width // cores) * scores.float().flatten(0, 1)[..., None]
         sums = values.new_zeros(tokens * self.expansion, cores, width // cores)
         return sums.index_add(0, bags, weighted).view(tokens, self.expansion * width)
+
+    def bring(self, addresses: Tensor) -> None:
+        """Have the rows of virtual addresses fetched, where the table is on disk."""
+        for part in (self.codes, self.scales):
+            bring(part, addresses % len(self.codes))
 
     def read(self, rows: Tensor) -> Tensor:
         """Values (R, V), float32, of rows (R,)."""

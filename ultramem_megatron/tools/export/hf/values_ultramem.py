@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_ultramem import table_rows
+from .mapped_ultramem import bring
 from .quantized_ultramem import QuantizedPreValues, QuantizedTable, products
 
 
@@ -41,6 +42,10 @@ class ValueTable(nn.Module):
             per_sample_weights=scores.flatten()[order].to(self.weight.dtype),
         )
         return sums.view(tokens, self.expansion * width)
+
+    def bring(self, addresses: Tensor) -> None:
+        """Have the rows of virtual addresses fetched, where the table is on disk."""
+        bring(self.weight, addresses % len(self.weight))
 
 
 class PreValueTable(ValueTable):
