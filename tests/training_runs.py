@@ -260,5 +260,10 @@ def _collect(model: list[Any], of: Callable[[Any], Any]) -> dict[str, Any]:
         for name, parameter in chunk.named_parameters():
             value = of(parameter)
             if value is not None:
-                found[prefix + name] = value.detach().clone()
+                found[prefix + name] = _whole(value.detach()).clone()
     return found
+
+
+def _whole(tensor: Any) -> Any:
+    """A shard of FSDP2's with those of the other ranks; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -14,12 +14,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.training import print_rank_0
+from megatron.training import get_args, print_rank_0
 from megatron.training.models.base import ModelBuilder, ModelConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
 from ultramem_megatron.megatron import hooks
 from ultramem_megatron.megatron.background_reads import read_background
+from ultramem_megatron.megatron.fsdp2 import refuse_uneven_shards
 from ultramem_megatron.megatron.layer.feed_forward import (
     feed_forward_std,
     mlp_parameters,
@@ -112,6 +113,8 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
         check_agreement((config.ultramem, tables, parts, config.memory_overlap))
         models: list[Any] = super().build_distributed_models(pg_collection, *args, **kwargs)
         hooks.hang_for_every_model()
+        if kwargs.get("use_torch_fsdp2") and _has_checkpoints():
+            refuse_uneven_shards(models)
         if config.ultramem is not None:
             if spans_cross_stages(config.ultramem.spans, config.transformer):
                 widen_pipeline_tensors(models)
@@ -209,6 +212,11 @@ class UltraMemGPTModelBuilder(MemoryModelBuilder, GPTModelBuilder):
         super().__init__(model_config)
         if model_config.ultramem is not None:
             self._model_config.transformer_layer_spec = _spec_with_memory(model_config)
+
+
+def _has_checkpoints() -> bool:
+    args = get_args()
+    return bool(args.save or args.load or args.pretrained_checkpoint)
 
 
 def _refuse_non_finite_weights(model: Any, _incompatible: object) -> None:

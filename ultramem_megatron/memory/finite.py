@@ -16,9 +16,11 @@ def refuse_non_finite(
 ) -> None:
     """Raise NonFiniteError for the first tensor that is not finite.
 
-    owner: whose, in the message. advice: what its reader can do.
+    owner: whose, in the message. advice: what its reader can do. Of a DTensor this rank's shard is
+    searched.
     """
-    for name, weight in named:
+    for name, given in named:
+        weight: Tensor = given.to_local() if hasattr(given, "to_local") else given
         # The sum needs no memory of the weight's size; where it overflows, the numbers decide.
         if weight.is_meta or bool(torch.isfinite(weight.sum(dtype=torch.float32))):
             continue

@@ -51,7 +51,13 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
         (1, {"optimizer": "muon", "ultramem_row_adam": True}, "--optimizer muon cannot be comb"),
         (1, {"ultramem_lazy_adam": True}, "--ultramem-lazy-adam is gone.* Use --ultramem-row-adam"),
         (1, {"dataloader_type": "external"}, "--dataloader-type external is for scripts"),
-        (1, {"use_torch_fsdp2": True}, "--use-torch-fsdp2 cannot be combined with memory layers"),
+        (1, {"use_megatron_fsdp": True, "ckpt_format": "fsdp_dtensor"}, "or torch's FSDP2"),
+        (
+            1,
+            {"use_torch_fsdp2": True, "ultramem_overlap": True},
+            "--ultramem-overlap cannot be combined with --use-torch-fsdp2",
+        ),
+        (2, {"use_torch_fsdp2": True, "pipeline_model_parallel_size": 2}, "with pipeline paral"),
         (
             2,
             {"use_tp_pp_dp_mapping": True},
@@ -100,7 +106,6 @@ _DESIGN = UltraMemConfig(spans=(), num_keys=4, key_dim=4, value_dim=4, row_adam=
         ("cuda_graph_impl", "full_iteration", "--cuda-graph-impl full_iteration"),
         ("overlap_moe_expert_parallel_comm", True, "--overlap-moe-expert-parallel-comm"),
         ("use_megatron_fsdp", True, "--use-megatron-fsdp"),
-        ("use_torch_fsdp2", True, "--use-torch-fsdp2"),
         ("freeze_all_layers", True, "--freeze-all-layers"),
         ("inprocess_restart", True, "--inprocess-restart"),
         ("non_persistent_ckpt_type", "local", "--non-persistent-ckpt-type local"),
@@ -149,6 +154,7 @@ _OTHERS = {
     "reset_attention_mask": False,
     "optimizer": "adam",
     "use_distributed_optimizer": False,
+    "use_torch_fsdp2": False,
     "ckpt_format": "torch_dist",
     "ckpt_convert_format": None,
 }
@@ -175,6 +181,22 @@ def test_a_config_with_graphs_and_overlap_is_refused():
         refuse_unsupported_settings({"cuda_graph_impl": "local", "memory_overlap": True})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hybrid_layer_pattern": "M-*-"}, "with Mamba layers"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl cannot be combined with --use-torch"),
+        ({"ultramem_train_rows": 8}, "--ultramem-train-rows cannot be combined with --use-torch"),
+    ],
+)
+def test_what_needs_other_weights_than_shards_is_refused(changes, message):
+    design = dataclasses.replace(_DESIGN, row_adam=False)
+    with pytest.raises(UltraMemError, match=message):
+        refuse_unsupported_flags(
+            Namespace(**{**_OTHERS, "use_torch_fsdp2": True, **changes}), design
+        )
+
+
 @pytest.mark.parametrize("name", ["ckpt_format", "ckpt_convert_format"])
 def test_other_formats_of_checkpoints_are_refused(name):
     with pytest.raises(UltraMemError, match="the format torch cannot hold memory layers"):
@@ -182,7 +204,7 @@ def test_other_formats_of_checkpoints_are_refused(name):
 
 
 def test_nothing_is_refused_that_is_off_or_without_memories():
-    off = {"cuda_graph_impl": "none", "use_torch_fsdp2": False, "fp8": None}
+    off = {"cuda_graph_impl": "none", "use_megatron_fsdp": False, "fp8": None}
     refuse_unsupported_settings(off)
     refuse_unsupported_flags(Namespace(**{**_OTHERS, **off}), _DESIGN)
     refuse_unsupported_flags(Namespace(cuda_graph_impl="local"), None)

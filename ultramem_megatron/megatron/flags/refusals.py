@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.megatron.flags.fsdp2_flags import refuse_beside_fsdp2
 from ultramem_megatron.megatron.flags.missing_packages import refuse_low_precision
 from ultramem_megatron.megatron.flags.row_adam_flags import refuse_row_adam
 from ultramem_megatron.megatron.flags.train_rows_flags import refuse_train_rows
@@ -15,8 +16,7 @@ from ultramem_megatron.memory.placement import placements
 
 _MEMORIES_REFUSE = {
     "overlap_moe_expert_parallel_comm": "its schedule does not call the layer's forward",
-    "use_megatron_fsdp": "value tables need Megatron's DDP, also with its distributed optimizer",
-    "use_torch_fsdp2": "value tables need Megatron's DDP, also with its distributed optimizer",
+    "use_megatron_fsdp": "value tables need Megatron's DDP or torch's FSDP2 (--use-torch-fsdp2)",
     "kitchen_config_file": "memory layers compute in fp32, fp16 or bf16",
     "freeze_all_layers": "Megatron's model builders freeze nothing, and all weights would be "
     "trained (--ultramem-train-only memory freezes all but the memories)",
@@ -75,6 +75,7 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
             f"one of the two."
         )
     _check_sgd(args)
+    refuse_beside_fsdp2(args)
     refuse_train_rows(args, ultramem)
     refuse_row_adam(args, ultramem)
     if ultramem.query_conv_kernel > 1:

@@ -19,6 +19,7 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ultramem_megatron.communication.branch import Branch
 from ultramem_megatron.communication.pausing import Pausing, run
@@ -28,6 +29,7 @@ from ultramem_megatron.megatron.checkpoint.shared_tables import (
     shared_key,
     stored_place,
 )
+from ultramem_megatron.megatron.fsdp2 import even_dim, stored_shard
 from ultramem_megatron.megatron.layer.document_reach import masked_reach, packed_reach
 from ultramem_megatron.megatron.layer.feed_forward import feed_forward_std, residual_branches
 from ultramem_megatron.megatron.layer.query_history import (
@@ -44,6 +46,7 @@ from ultramem_megatron.memory.placement import Placement
 from ultramem_megatron.memory.tables.value_table import ValueTable, value_tables
 from ultramem_megatron.memory.values import VALUES
 from ultramem_megatron.memory.values.contract import Site
+from ultramem_megatron.patches.doors.fsdp2_units import SHARD_DIM
 
 
 class Surroundings(NamedTuple):
@@ -127,12 +130,13 @@ class TransformerMemory(UltraMemLayer):
         if groups is not None and shares_tokens and owns_tables:
             for table in value_tables(self).values():
                 table.share_tokens(self.tensor_group)
-        self._tag_parameters()
+        self._tag_parameters(pg_collection.dp_cp.size())
 
-    def _tag_parameters(self) -> None:
-        """Tell Megatron how each parameter's gradient is to be reduced, and its rate scaled."""
+    def _tag_parameters(self, data_ranks: int) -> None:
+        """Tell Megatron how each parameter is to be reduced, its rate scaled, and it cut."""
         keep_base_rate(self)
         for parameter in self.parameters():
+            setattr(parameter, SHARD_DIM, even_dim(parameter.shape, data_ranks))
             # Seen by each tensor-parallel rank with other tokens: summed over them.
             parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]  # Megatron's tag
         if self.groups is None:
@@ -216,16 +220,20 @@ class TransformerMemory(UltraMemLayer):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
-        """For distributed checkpoints: the table by its part, everything else replicated."""
+        """For distributed checkpoints: the table by its part, all else whole or by its shard."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
+        own = self.state_dict(keep_vars=True)
+        shards = {name: own.pop(name) for name in list(own) if isinstance(own[name], DTensor)}
         state: ShardedStateDict = make_sharded_tensors_for_checkpoint(
-            self.state_dict(keep_vars=True),
+            own,
             prefix,
             {},
             sharded_offsets,
             tp_group=self.tensor_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
+        for name, parameter in shards.items():
+            state[prefix + name] = stored_shard(prefix + name, parameter, self.tensor_group.rank())
         if self.groups is not None:
             assert not sharded_offsets, "layers with memory are not homogeneous"
             place = stored_place(self.config, self.table_number)

@@ -6,14 +6,17 @@ and before they are clipped: neither micro-batches, nor data-parallel ranks, nor
 change its weight, and the loss scale of fp16 is applied to it as to all others.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
+from torch.distributed.fsdp import FSDPModule
 
 from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.megatron.fsdp2 import gathered, like, units
 from ultramem_megatron.memory.layer import UltraMemLayer, memory_layers
 
 
@@ -35,23 +38,36 @@ def finalize_then_auxiliary_loss(
     finalize(model, *args, **kwargs)
     loss_scale = _loss_scale(get_model_config(model[0]))
     for chunk in model:
-        add_auxiliary_gradients(memory_layers(chunk), loss_scale)
+        add_auxiliary_gradients(memory_layers(chunk), loss_scale, units(chunk))
         for layer in memory_layers(chunk):
             layer.end_batch()
 
 
-def add_auxiliary_gradients(layers: Iterable[UltraMemLayer], loss_scale: float) -> None:
-    """Add loss_scale * d(auxiliary loss)/d(parameter) to each main_grad (or grad)."""
+def add_auxiliary_gradients(
+    layers: Iterable[UltraMemLayer],
+    loss_scale: float,
+    units: Mapping[UltraMemLayer, FSDPModule] = MappingProxyType({}),
+) -> None:
+    """Add loss_scale * d(auxiliary loss)/d(parameter) to each main_grad (or grad).
+
+    units: of FSDP2, of those layers whose weights are in shards.
+    """
     for layer in layers:
-        with torch.enable_grad():
-            loss = layer.auxiliary_loss()
-        if loss is None or not loss.requires_grad:
-            continue
-        trained = [p for p in layer.retrieval.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            if gradient is not None:
-                _add(parameter, at_least_float32(gradient) * loss_scale)
+        with gathered(units.get(layer)):
+            gradients = _gradients(layer)
+        for name, gradient in gradients.items():
+            _add(layer.retrieval.get_parameter(name), at_least_float32(gradient) * loss_scale)
+
+
+def _gradients(layer: UltraMemLayer) -> dict[str, torch.Tensor]:
+    """Of the auxiliary loss, by the names of the retrieval's parameters that it moves."""
+    with torch.enable_grad():
+        loss = layer.auxiliary_loss()
+    if loss is None or not loss.requires_grad:
+        return {}
+    trained = {n: p for n, p in layer.retrieval.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return {n: g for n, g in zip(trained, gradients, strict=True) if g is not None}
 
 
 def _add(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
@@ -61,7 +77,7 @@ def _add(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
             parameter.grad = torch.zeros_like(parameter)
         target = parameter.grad
     # Scaled before the cast: too large a loss scale must show as infinity, and skip the step.
-    target.add_(gradient.to(target.dtype))
+    target.add_(like(parameter, gradient.to(target.dtype)))
 
 
 def _loss_scale(config: Any) -> float:

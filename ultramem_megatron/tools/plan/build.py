@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags import machine_flags
 from ultramem_megatron.megatron.flags.layout_flags import lay_on_one_rank
 from ultramem_megatron.megatron.flags.parse import parse_words
@@ -73,6 +74,11 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
     from ultramem_megatron.megatron.pipeline.layout import check_pipeline, check_shared_tables
 
     args = _parse_only(words)
+    if args.use_torch_fsdp2 or args.use_megatron_fsdp:
+        raise UltraMemError(
+            "--use-torch-fsdp2, --use-megatron-fsdp: a plan counts weights that are whole on every "
+            "data-parallel rank. Drop the flag; --use-distributed-optimizer comes nearest."
+        )
     _without_transformer_engine(args)
     args.rank, args.world_size = 0, world_size or 1
     if world_size is None:
