@@ -68,7 +68,7 @@ _SWITCH_HELP = {
     "softmax": "Softmax over each head's scores, as product-key memories have it.",
     "row_adam": "AdamW visits only the rows of value tables that a step reads; a row makes the "
     "steps it has missed when it is read, so every result is that of AdamW on all rows. For large "
-    "tables of which a step reads a few hundredths or less.",
+    "tables of which a step reads a hundredth or less.",
 }
 
 _TRAINING = (*_NUMBER_HELP, "row_adam")
