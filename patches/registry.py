@@ -34,6 +34,7 @@ PATCH_MODULES = (
     "cpu.uneven_gather",
     # Every machine, where the defect exists.
     "cpu.jit_warmup",
+    "cpu.paged_attention",
     "defects.dataset_helpers",
     "defects.dataset_cache",
     "defects.help_text",

@@ -1,4 +1,7 @@
-"""Causal convolution on GPUs: one kernel forward, one backward. Letters as in reference.py."""
+"""Causal convolution on GPUs: one kernel forward, which centres in passing, one backward.
+
+Letters as in reference.py. Sums over rows (of the result, of the weight's gradient) are one more.
+"""
 
 from typing import Any
 
@@ -13,7 +16,9 @@ from ultramem_megatron.kernels.causal_convolution.triton_kernels import (
     forward_kernel,
     step_kernel,
 )
-from ultramem_megatron.kernels.precision import at_least_float32
+from ultramem_megatron.kernels.column_sums import column_sums
+from ultramem_megatron.kernels.query_centring import Centring
+from ultramem_megatron.kernels.query_centring.triton_kernels import add_parts
 
 FORWARD = {"BLOCK_R": 8, "BLOCK_D": 256, "num_warps": 4}
 """Rows of a time step and sequence, and channels, of a program: 16 bytes a thread and load."""
@@ -33,8 +38,14 @@ class FusedCausalConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, history: Tensor | None, reach: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        history: Tensor | None,
+        reach: Tensor | None,
+        centring: Centring | None,
     ) -> Tensor:
+        mean, sums = (None, None) if centring is None else centring
         x = x.contiguous()
         history = None if history is None else history.to(x.dtype).contiguous()
         reach = None if reach is None else reach.contiguous()
@@ -42,32 +53,40 @@ class FusedCausalConvolution(torch.autograd.Function):
         out = torch.empty_like(x)
         pieces, shift, rows, channels = _sizes(x, history)
         if out.numel():
-            blocks = triton.cdiv(rows, FORWARD["BLOCK_R"])
+            parts = pieces * triton.cdiv(rows, FORWARD["BLOCK_R"])
+            partial = out if sums is None else sums.new_empty(parts, channels)
             with torch.cuda.device_of(x):
-                forward_kernel[(pieces * blocks, triton.cdiv(channels, FORWARD["BLOCK_D"]))](
+                forward_kernel[(parts, triton.cdiv(channels, FORWARD["BLOCK_D"]))](
                     x,
                     weight.contiguous(),
                     x if history is None else history,
                     x if reach is None else reach,
+                    x if mean is None else mean,
                     out,
+                    partial,
                     rows,
                     shift,
                     channels,
+                    WITH_MEAN=mean is not None,
+                    WITH_SUMS=sums is not None,
                     **_kinds(x, weight, history, reach),
                     **FORWARD,
                 )
+                if sums is not None:
+                    add_parts(partial, sums, len(x) * x.shape[1])
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, history, reach = ctx.saved_tensors
         pieces, shift, rows, channels = _sizes(x, history)
         grad_x = torch.empty_like(x)
         grad_history = None if history is None else torch.empty_like(history)
         taps = weight.shape[1]
         parts = triton.cdiv((taps - 1) * shift + rows, ROWS)  # of a piece
-        partial = at_least_float32(x.new_empty(0)).new_empty(pieces * parts, taps, channels)
+        precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+        partial = x.new_empty(pieces * parts, taps * channels, dtype=precise)
         if partial.numel():
             with torch.cuda.device_of(x):
                 backward_kernel[(pieces * parts, triton.cdiv(channels, BACKWARD["BLOCK_D"]))](
@@ -88,12 +107,14 @@ class FusedCausalConvolution(torch.autograd.Function):
                     **_kinds(x, weight, history, reach),
                     **BACKWARD,
                 )
-        grad_weight = partial.sum(0).t().to(weight.dtype)
-        return grad_x, grad_weight, grad_history, None
+                grad_weight = column_sums(partial, weight.dtype, taps)
+        else:
+            grad_weight = torch.zeros_like(weight)
+        return grad_x, grad_weight, grad_history, None, None
 
 
-def step(x: Tensor, weight: Tensor, history: Tensor) -> Tensor:
-    """Same contract as `causal_convolution_step_reference`, without a graph."""
+def step(x: Tensor, weight: Tensor, history: Tensor, mean: Tensor | None) -> Tensor:
+    """Same contract as `causal_convolution_step_reference`, without a graph, less a mean (D,)."""
     assert history.is_contiguous(), "written in place"
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _, rows, channels = x.shape
@@ -104,9 +125,11 @@ def step(x: Tensor, weight: Tensor, history: Tensor) -> Tensor:
                 x.contiguous(),
                 weight.contiguous(),
                 history,
+                x if mean is None else mean,
                 out,
                 rows,
                 channels,
+                WITH_MEAN=mean is not None,
                 TAPS=weight.shape[1],
                 PRECISE=tl.float64 if x.dtype == torch.float64 else tl.float32,
                 **STEP,

@@ -16,18 +16,25 @@ def forward_kernel(
     weight,
     history,
     reach,
+    mean,
     out,
+    partial,
     rows,
     shift,
     channels,
     TAPS: tl.constexpr,
     WITH_HISTORY: tl.constexpr,
     WITH_REACH: tl.constexpr,
+    WITH_MEAN: tl.constexpr,
+    WITH_SUMS: tl.constexpr,
     PRECISE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (L * blocks of a piece's rows, blocks of channels)."""
+    """Grid (L * blocks of a piece's rows, blocks of channels); sums of each block's (., D).
+
+    mean (D,) is taken off the result, but not off what is summed.
+    """
     blocks = tl.cdiv(rows, BLOCK_R)
     piece = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -51,6 +58,11 @@ def forward_kernel(
             x_rd += tl.load(history + start[:, None] + channel[None, :], before, 0)
         weight_d = tl.load(weight + channel * TAPS + tap, in_channels, 0)
         sum_rd += x_rd.to(PRECISE) * weight_d.to(PRECISE)[None, :]
+    if WITH_SUMS:  # rows beyond the last are zero
+        part = partial + tl.program_id(0).to(tl.int64) * channels
+        tl.store(part + channel, tl.sum(sum_rd, 0), in_channels)
+    if WITH_MEAN:
+        sum_rd -= tl.load(mean + channel, in_channels, 0).to(PRECISE)[None, :]
     target = out + ((piece * rows + row) * channels)[:, None] + channel[None, :]
     tl.store(target, sum_rd, (row < rows)[:, None] & in_channels[None, :])
 
@@ -60,9 +72,11 @@ def step_kernel(
     x,
     weight,
     history,
+    mean,
     out,
     rows,
     channels,
+    WITH_MEAN: tl.constexpr,
     TAPS: tl.constexpr,
     PRECISE: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -85,6 +99,8 @@ def step_kernel(
             tl.store(history + (tap - 1) * position + at, x_rd, inside)
         weight_d = tl.load(weight + channel * TAPS + tap, channel < channels, 0)
         sum_rd += x_rd.to(PRECISE) * weight_d.to(PRECISE)[None, :]
+    if WITH_MEAN:
+        sum_rd -= tl.load(mean + channel, channel < channels, 0).to(PRECISE)[None, :]
     tl.store(out + at, sum_rd, inside)
 
 

@@ -16,22 +16,25 @@ def side_topk(
 ) -> tuple[Tensor, Tensor]:
     """Indices (T, H, S, m) and scores (T, H, S, R, m); see `side_topk_reference`.
 
-    num_keys: N, where `keys` are `kept_keys` and may have more. What an implementation has no
-    kernels for (float64; native: float16) PyTorch's own compute.
+    query: (T, Q, S, R, K), of which head i reads query i // ceil(H / Q), or (T, Q, S, 1, K) that
+    all ranks read. keys: (H, S, N, R, K), or what `kept_keys` or `normed_keys` give, with
+    num_keys, N.
+
+    What an implementation has no kernels for (float64; native: float16) PyTorch's own compute.
     """
     num_keys = keys.shape[2] if num_keys is None else num_keys
     chosen = implementation(query.device)
     if chosen == "triton" and query.dtype != torch.float64:
         from ultramem_megatron.kernels.side_topk.fused import FusedSideTopk  # needs Triton
-        from ultramem_megatron.kernels.side_topk.one_product import best_keys
+        from ultramem_megatron.kernels.side_topk.one_product import stored
 
-        if not torch.is_grad_enabled():
-            found = best_keys(query, keys, directions, topk, num_keys)
-            if found is not None:
-                return found
-        fused: tuple[Tensor, Tensor] = FusedSideTopk.apply(query, keys, directions, topk, num_keys)
+        heads = len(keys) if keys.dim() == 5 else keys.shape[0] * keys.shape[3]
+        if query.shape[1] != queries_apart(heads, query.shape[1]):
+            query = per_head_and_rank(query, heads, query.shape[3])
+        rows = stored(keys, query.shape[1]) if keys.dim() == 5 else keys
+        fused: tuple[Tensor, Tensor] = FusedSideTopk.apply(query, rows, directions, topk, num_keys)
         return fused
-    keys = keys[:, :, :num_keys]
+    query = per_head_and_rank(query, keys.shape[0], keys.shape[3])
     if chosen == "shapes":
         return side_topk_shapes(query, keys, topk)
     if chosen == "reference":
@@ -43,13 +46,29 @@ def side_topk(
     return indices, scores
 
 
-def kept_keys(keys: Tensor, shared: bool) -> Tensor:
-    """Keys (H, S, N, R, K) as each call would convert them; on some devices with more rows.
+def kept_keys(keys: Tensor, queries: int) -> Tensor:
+    """Keys (H, S, N, R, K) as each call would convert them, or as products on GPUs take them.
 
-    shared: all heads read one query.
+    queries: Q, as of `side_topk`.
     """
-    if implementation(keys.device) == "triton":
-        from ultramem_megatron.kernels.side_topk.one_product import stored_for_one_product
+    if implementation(keys.device) == "triton" and keys.dtype != torch.float64:
+        from ultramem_megatron.kernels.side_topk.one_product import stored
 
-        return stored_for_one_product(keys, shared)
+        return stored(keys, queries_apart(len(keys), queries))
     return as_multiplied(keys).transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def per_head_and_rank(query: Tensor, heads: int, ranks: int) -> Tensor:
+    """(T, H, S, R, K) of a query as `side_topk` takes it; a view where each serves one, or one all.
+
+    Of an odd number of heads the last has its query alone.
+    """
+    tokens, queries, sides, _, width = query.shape
+    each = -(-heads // queries)
+    shape = (tokens, queries, each, sides, ranks, width)
+    return query.unsqueeze(2).expand(shape).flatten(1, 2)[:, :heads]
+
+
+def queries_apart(heads: int, queries: int) -> int:
+    """Of how many queries products are made: as many as there are, or one for each head."""
+    return queries if heads % queries == 0 else heads

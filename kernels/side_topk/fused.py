@@ -1,76 +1,61 @@
-"""Side top-m on GPUs: matrix products, then one Triton kernel from their output to the picks.
+"""Side top-m on GPUs: a matrix product, then one Triton kernel from its output to the picks.
 
-Products and kernels are several times faster where the rows of the scores start at multiples of 16
-bytes, so keys get rows of zeros up to a multiple of 64; the selection passes over their scores.
-
-Letters as in reference.py; P = H*S pairs of head and side, A = N, aligned. Neither pass copies the
-scores.
+Letters as in one_product.py. Neither pass copies the scores, nor a query that several heads read.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ultramem_megatron.kernels.side_topk.one_product import Products, products
 from ultramem_megatron.kernels.side_topk.triton_kernels import scatter_kernel, select_kernel
-
-_ALIGNED = 64
 
 SCORES_PER_WARP = 2048
 """64 scores per thread: what fits in registers beside the bisection (tests compile it)."""
 
 
 class FusedSideTopk(torch.autograd.Function):
-    """Same contract as `side_topk_reference`, for float32, bfloat16 and float16."""
+    """As `side_topk`, of a query (T, G, S, L, K) and keys as rows (G, S, R, H/G, A, K)."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, keys: Tensor, directions: Tensor, topk: int, num_keys: int
+        ctx: Any, query: Tensor, rows: Tensor, directions: Tensor, topk: int, num_keys: int
     ) -> tuple[Tensor, Tensor]:
-        """Keys beyond `num_keys` are zeros that `aligned` put there."""
-        ctx.given_keys = keys.shape[2]
-        keys = aligned(keys)
-        query_p, keys_p = _by_pair(query, keys)
-        scores = _scores(query_p, keys_p).unflatten(1, query.shape[1:3])
-        indices, picked = select(scores, num_keys, directions, topk)
-        ctx.save_for_backward(query, keys, indices)
+        """Rows beyond `num_keys` are zeros. For float32, bfloat16 and float16."""
+        sizes = products(query, rows)
+        scores = torch.bmm(_by_slice(query), _by_product(rows, sizes).mT)
+        indices, picked = select(scores, sizes, num_keys, directions, topk)
+        ctx.save_for_backward(query, rows, indices)
         ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
         return indices, picked
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, _: Tensor, grad_picked: Tensor
+        ctx: Any, _: Tensor | None, grad_picked: Tensor
     ) -> tuple[Tensor, Tensor, None, None, None]:
-        query, keys, indices = ctx.saved_tensors
-        query_p, keys_p = _by_pair(query, keys)
-        grad = _scattered(grad_picked.contiguous(), indices, keys)  # (R, P, T, A)
-        grad_query = torch.matmul(grad, keys_p).permute(2, 1, 0, 3).reshape(query.shape)
-        grad_keys = torch.matmul(grad.mT, query_p).permute(1, 2, 0, 3).reshape(keys.shape)
-        return grad_query, grad_keys[:, :, : ctx.given_keys], None, None, None
+        query, rows, indices = ctx.saved_tensors
+        sizes = products(query, rows)
+        grad = _scattered(grad_picked.contiguous(), indices, sizes, rows.dtype)
+        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        torch.bmm(grad, _by_product(rows, sizes), out=_by_slice(grad_query))
+        grad_rows = torch.bmm(grad.mT, _by_slice(query)).view_as(rows)
+        return grad_query, grad_rows, None, None, None
 
 
-def aligned(keys: Tensor) -> Tensor:
-    """Keys (H, S, N, R, K) with rows of zeros up to a multiple of 64: (H, S, A, R, K)."""
-    missing = -keys.shape[2] % _ALIGNED
-    return F.pad(keys, (0, 0, 0, 0, 0, missing)) if missing else keys
+def _by_slice(query: Tensor) -> Tensor:
+    """Query (G*S*L, T, K), a view of a contiguous one."""
+    return query.flatten(1, 3).transpose(0, 1)
 
 
-def _by_pair(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Query (R, P, T, K) and keys (R, P, A, K); views, but for a query that serves some heads."""
-    return query.flatten(1, 2).permute(2, 1, 0, 3), keys.flatten(0, 1).permute(2, 0, 1, 3)
-
-
-def _scores(query_p: Tensor, keys_p: Tensor) -> Tensor:
-    """(R, P, T, A): one batched product per rank, which takes the strides as they are."""
-    ranks, pairs, tokens, _ = query_p.shape
-    scores = query_p.new_empty(ranks, pairs, tokens, keys_p.shape[2])
-    for rank in range(ranks):
-        torch.bmm(query_p[rank], keys_p[rank].mT, out=scores[rank])
-    return scores
+def _by_product(rows: Tensor, sizes: Products) -> Tensor:
+    """Keys (G*S*L, R/L * H/G * A, K)."""
+    batch = sizes.queries * sizes.sides * sizes.slices
+    return rows.view(batch, -1, rows.shape[-1])
 
 
 def select_sizes(num_keys: int, topk: int) -> dict[str, int]:
@@ -84,53 +69,56 @@ def select_sizes(num_keys: int, topk: int) -> dict[str, int]:
     return {"CHUNK": chunk, "CHUNKS": chunks, "CANDIDATES": candidates, "num_warps": warps}
 
 
-def select(scores: Tensor, num_keys: int, directions: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+def select(
+    scores: Tensor, sizes: Products, num_keys: int, directions: Tensor, topk: int
+) -> tuple[Tensor, Tensor]:
     """Indices (T, H, S, m) and scores (T, H, S, R, m) of the best keys.
 
-    scores: (R, H, S, T, A), any strides but the last's; those beyond `num_keys` do not count.
-    directions: (S, H, R), of any dtype; for nothing where (H, S, R) is contiguous in float32.
+    scores: contiguous, of these sizes; those beyond `num_keys` do not count. directions: (S, H, R),
+    of any dtype; for nothing where (H, S, R) is contiguous in float32.
     """
-    ranks, heads, sides, tokens, width = scores.shape
-    indices = torch.empty(tokens, heads, sides, topk, dtype=torch.int64, device=scores.device)
-    picked = torch.empty(tokens, heads, sides, ranks, topk, device=scores.device)
-    by_rank, by_head, by_side, by_token, _ = scores.stride()
-    if tokens:
-        select_kernel[(tokens * heads * sides,)](
-            scores,
-            directions.float().transpose(0, 1).contiguous(),
-            indices,
-            picked,
-            by_rank,
-            by_head,
-            by_side,
-            by_token,
-            num_keys,
-            width,
-            heads,
-            RANKS=ranks,
-            TOPK=topk,
-            **select_sizes(num_keys, topk),
-        )
+    outer = (sizes.tokens, sizes.heads, sizes.sides)
+    indices = torch.empty(*outer, topk, dtype=torch.int64, device=scores.device)
+    picked = torch.empty(*outer, sizes.ranks, topk, device=scores.device)
+    if sizes.tokens:
+        with torch.cuda.device_of(scores):
+            select_kernel[(sizes.tokens * sizes.heads * sizes.sides,)](
+                scores,
+                directions.float().transpose(0, 1).contiguous(),
+                indices,
+                picked,
+                *sizes.strides(),
+                num_keys,
+                sizes.width,
+                sizes.heads,
+                sizes.own_heads,
+                RANKS=sizes.ranks,
+                TOPK=topk,
+                **select_sizes(num_keys, topk),
+            )
     return indices, picked
 
 
-def _scattered(grad_picked: Tensor, indices: Tensor, keys: Tensor) -> Tensor:
-    """Gradient of the scores, (R, P, T, A) in the dtype of the keys (H, S, A, R, K)."""
-    tokens, heads, sides, ranks, topk = grad_picked.shape
-    width = keys.shape[2]
-    grad = keys.new_empty(ranks, heads * sides, tokens, width)
-    if tokens:
-        scatter_kernel[(tokens * heads * sides,)](
-            grad_picked,
-            indices,
-            grad,
-            tokens,
-            width,
-            heads * sides,
-            RANKS=ranks,
-            TOPK=topk,
-            SLOTS=triton.next_power_of_2(topk),
-            BLOCK=1024,
-            num_warps=4,
-        )
+def _scattered(grad_picked: Tensor, indices: Tensor, sizes: Products, dtype: torch.dtype) -> Tensor:
+    """Gradient of the scores, (G*S*L, T, R/L * H/G * A)."""
+    topk = indices.shape[-1]
+    batch = sizes.queries * sizes.sides * sizes.slices
+    inner = sizes.ranks // sizes.slices * sizes.own_heads * sizes.width
+    grad = torch.empty(batch, sizes.tokens, inner, dtype=dtype, device=indices.device)
+    if sizes.tokens:
+        with torch.cuda.device_of(grad):
+            scatter_kernel[(sizes.tokens * sizes.heads * sizes.sides,)](
+                grad_picked,
+                indices,
+                grad,
+                *sizes.strides(),
+                sizes.width,
+                sizes.heads,
+                sizes.own_heads,
+                RANKS=sizes.ranks,
+                TOPK=topk,
+                SLOTS=triton.next_power_of_2(topk),
+                BLOCK=1024,
+                num_warps=4,
+            )
     return grad

@@ -1,44 +1,54 @@
-"""Side top-m on GPUs for weights that stay, as in decoding: one product, nothing copied.
+"""Keys as all scores come out of one batched product: nothing copied, nothing added up after.
 
-With few tokens a product for each rank, and copies of a query that several heads read, cost
-more in launches than in work. Keys are kept so that all scores come out of one batched product:
-those that read the same numbers of a query beside each other.
+Keys that read the same numbers of a query lie beside each other, with rows of zeros up to a
+multiple of 64: products and kernels are several times faster where rows of scores start at
+multiples of 16 bytes, and the selection passes over the scores of zeros.
 
-Letters as in reference.py; A = N, aligned. G groups of heads, each with a query of its own: 1 or H.
-L query slices that each have products of their own: R, or 1 where all ranks read the same.
+Letters as in reference.py; A = N, aligned. G queries, each of H/G heads. L slices of a query that
+have products of their own: R, or 1 where all ranks read the same.
 """
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 
-from ultramem_megatron.kernels.side_topk.fused import aligned, select
+ALIGNED = 64
 
 
-def stored_for_one_product(keys: Tensor, shared: bool) -> Tensor:
-    """The keys (H, S, N, R, K), aligned, as a view (H, S, A, R, K) of (G, S, R, H/G, A, K).
+class Products(NamedTuple):
+    """Sizes of the scores (G, S, L, T, R/L, H/G, A), as products leave them: (G*S*L, T, ...)."""
 
-    shared: all heads read one query.
-    """
-    groups = 1 if shared else len(keys)
-    stored = aligned(keys).unflatten(0, (groups, -1)).permute(0, 2, 4, 1, 3, 5).contiguous()
-    return stored.permute(0, 3, 1, 4, 2, 5).flatten(0, 1)
+    tokens: int
+    queries: int
+    sides: int
+    slices: int
+    ranks: int
+    own_heads: int
+    width: int
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.queries * self.own_heads
+
+    def strides(self) -> tuple[int, int, int, int, int]:
+        """In scores: from rank to rank, query to query, one's head to the next, side and token."""
+        by_token = self.ranks // self.slices * self.own_heads * self.width
+        by_slice = self.tokens * by_token
+        by_rank = by_slice if self.slices > 1 else self.own_heads * self.width
+        by_side = self.slices * by_slice
+        return by_rank, self.sides * by_side, self.width, by_side, by_token
 
 
-def best_keys(
-    query: Tensor, keys: Tensor, directions: Tensor, topk: int, num_keys: int
-) -> tuple[Tensor, Tensor] | None:
-    """As `side_topk_reference`, without a graph; None for keys that are not stored for it."""
-    tokens, heads, sides, ranks, _ = query.shape
-    groups = 1 if query.stride(1) == 0 else heads
-    stored = keys.unflatten(0, (groups, -1)).permute(0, 2, 4, 1, 3, 5)  # (G, S, R, H/G, A, K)
-    width = keys.shape[2]
-    if not stored.is_contiguous() or width % 64:
-        return None
-    slices = 1 if query.stride(3) == 0 else ranks
-    own = query.unflatten(1, (groups, -1))[:, :, 0, :, :slices]  # (T, G, S, L, K)
-    rows = stored.reshape(groups * sides * slices, -1, keys.shape[-1])
-    scores = torch.bmm(own.flatten(1, 3).transpose(0, 1), rows.mT)
-    # (G, S, L, T, R/L, H/G, A), of L and R/L one is 1
-    apart = scores.view(groups, sides, slices, tokens, ranks // slices, heads // groups, width)
-    by_rank = apart.permute(2, 4, 0, 5, 1, 3, 6).flatten(0, 1).flatten(1, 2)
-    return select(by_rank, num_keys, directions, topk)
+def products(query: Tensor, rows: Tensor) -> Products:
+    """Of a query (T, G, S, L, K) with rows (G, S, R, H/G, A, K)."""
+    tokens, queries, sides, slices, _ = query.shape
+    return Products(tokens, queries, sides, slices, *rows.shape[2:5])
+
+
+def stored(keys: Tensor, queries: int) -> Tensor:
+    """The keys (H, S, N, R, K) as rows (G, S, R, H/G, A, K), contiguous."""
+    rows = keys.unflatten(0, (queries, -1)).permute(0, 2, 4, 1, 3, 5)
+    count = rows.shape[4]
+    zeros = rows.new_zeros(*rows.shape[:4], count + -count % ALIGNED, rows.shape[5])
+    return zeros.slice_scatter(rows, 4, 0, count)

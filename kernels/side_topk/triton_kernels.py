@@ -1,24 +1,24 @@
 """Side top-m in Triton: one program per token, head and side.
 
-Letters as in reference.py; P = H*S pairs of head and side. Scores are as the matrix products leave
-them: rows of A scores, of which those of the N keys count, A a multiple of 64, so that all strides
-are; the number of tokens is not specialised: in decoding every new one would be compiled for.
+Letters as in one_product.py; P = H*S pairs of head and side. Scores are as the matrix products
+leave them: rows of A scores, of which those of the N keys count, A a multiple of 64, so that all
+strides are.
 """
 
 import triton
 import triton.language as tl
 
-from ultramem_megatron.kernels.triton_selection import ABSENT, mask_of_largest, ordered_keys
+from ultramem_megatron.kernels.triton_selection import ABSENT, larger, mask_of_largest, ordered_keys
 
 
 @triton.jit
-def _combined_keys(row, rank_stride, direction, index, inside, num_keys, RANKS: tl.constexpr):
-    """Ordered keys of sum_a direction[a] * scores[a, index]; ABSENT outside and beyond the keys."""
+def _combined(row, rank_stride, direction, index, inside, RANKS: tl.constexpr):
+    """sum_a direction[a] * scores[a, index] where `inside`."""
     total = tl.zeros(index.shape, tl.float32)
     for rank in tl.static_range(RANKS):
         scores = tl.load(row + rank * rank_stride + index, mask=inside, other=0.0)
         total += tl.load(direction + rank) * scores.to(tl.float32)
-    return tl.where(inside & (index < num_keys), ordered_keys(total), ABSENT)
+    return total
 
 
 @triton.jit
@@ -28,26 +28,28 @@ def select_kernel(
     indices,
     picked,
     by_rank,
+    by_query,
     by_head,
     by_side,
     by_token,
     num_keys,
     width,
     num_heads,
+    own_heads,
     RANKS: tl.constexpr,
     TOPK: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """indices (T, P, m) and picked (T, P, R, m) from scores (R, H, S, T, A), directions (P, R).
+    """indices (T, P, m) and picked (T, P, R, m) from scores and directions (P, R).
 
-    by_rank to by_token: strides of the scores; width: A. CHUNK keys are a chunk; CHUNKS and
-    CANDIDATES are powers of two, at least ceil(N / CHUNK) >= m and m * CHUNK.
+    by_rank to by_token: strides of the scores; width: A; own_heads: H/G. CHUNK keys are a chunk;
+    CHUNKS and CANDIDATES are powers of two, at least ceil(N / CHUNK) >= m and m * CHUNK.
     """
     program = tl.program_id(0).to(tl.int64)  # token * P + pair
     token, pair = program // (2 * num_heads), program % (2 * num_heads)
-    row = scores + token * by_token + pair // 2 * by_head + pair % 2 * by_side
+    row = scores + _row_start(token, pair, by_query, by_head, by_side, by_token, own_heads)
     rank_stride = tl.cast(by_rank, tl.int64)
     direction = directions + pair * RANKS
     indices += program * TOPK
@@ -55,8 +57,10 @@ def select_kernel(
     chunk = tl.arange(0, CHUNKS)
     index = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     # Masked by the width, which whole vectors divide, not by the number of keys.
-    keys = _combined_keys(row, rank_stride, direction, index, index < width, num_keys, RANKS)
-    best_chunks = mask_of_largest(tl.max(keys, 1), TOPK)
+    total = _combined(row, rank_stride, direction, index, index < width, RANKS)
+    maxima = tl.reduce(tl.where(index < num_keys, total, float("-inf")), 1, larger)
+    keys = tl.where(chunk * CHUNK < num_keys, ordered_keys(maxima), ABSENT)
+    best_chunks = mask_of_largest(keys, TOPK)
     slot = tl.cumsum(best_chunks.to(tl.int32), 0) - 1
     tl.store(indices + slot, chunk.to(tl.int64), mask=best_chunks)  # the output as scratch space
     tl.debug_barrier()
@@ -65,10 +69,9 @@ def select_kernel(
     listed = candidate < TOPK * CHUNK
     chunk_of = tl.load(indices + candidate // CHUNK, mask=listed, other=0).to(tl.int32)
     key_index = chunk_of * CHUNK + candidate % CHUNK
-    inside = listed & (key_index < width)
-    best = mask_of_largest(
-        _combined_keys(row, rank_stride, direction, key_index, inside, num_keys, RANKS), TOPK
-    )
+    inside = listed & (key_index < num_keys)
+    total = _combined(row, rank_stride, direction, key_index, inside, RANKS)
+    best = mask_of_largest(tl.where(inside, ordered_keys(total), ABSENT), TOPK)
     tl.debug_barrier()
     slot = tl.cumsum(best.to(tl.int32), 0) - 1
     tl.store(indices + slot, key_index.to(tl.int64), mask=best)
@@ -78,24 +81,29 @@ def select_kernel(
         tl.store(target, value.to(tl.float32), mask=best)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def scatter_kernel(
     grad_picked,
     indices,
     grad,
-    num_tokens,
+    by_rank,
+    by_query,
+    by_head,
+    by_side,
+    by_token,
     width,
-    num_pairs,
+    num_heads,
+    own_heads,
     RANKS: tl.constexpr,
     TOPK: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad (R, P, T, A), written in full: grad_picked (T, P, R, m) at indices, zero elsewhere."""
+    """grad, laid out as the scores, in full: grad_picked (T, P, R, m) at indices, else zero."""
     program = tl.program_id(0).to(tl.int64)
-    token, pair = program // num_pairs, program % num_pairs
-    row = grad + (pair * num_tokens + token) * width
-    rank_stride = num_pairs.to(tl.int64) * num_tokens * width
+    token, pair = program // (2 * num_heads), program % (2 * num_heads)
+    row = grad + _row_start(token, pair, by_query, by_head, by_side, by_token, own_heads)
+    rank_stride = tl.cast(by_rank, tl.int64)
     offset = tl.arange(0, BLOCK)
     for rank in tl.static_range(RANKS):
         for start in range(0, width, BLOCK):
@@ -108,3 +116,11 @@ def scatter_kernel(
         source = grad_picked + (program * RANKS + rank) * TOPK + slot
         value = tl.load(source, mask=slot < TOPK, other=0.0)
         tl.store(row + rank * rank_stride + index, value.to(grad.dtype.element_ty), slot < TOPK)
+
+
+@triton.jit
+def _row_start(token, pair, by_query, by_head, by_side, by_token, own_heads):
+    """Where the scores of a token, head and side (pair % 2) start."""
+    head = pair // 2
+    start = token * by_token + head // own_heads * by_query
+    return start + head % own_heads * by_head + pair % 2 * by_side

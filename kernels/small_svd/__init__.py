@@ -1,5 +1,5 @@
-"""Singular values and vectors of a few matrices of a few rows, without a wait for the host."""
+"""Singular values of a few matrices of a few rows, without a wait for the host."""
 
-from ultramem_megatron.kernels.small_svd.choice import singular_values, small_svd
+from ultramem_megatron.kernels.small_svd.choice import decomposes, singular_values
 
-__all__ = ["singular_values", "small_svd"]
+__all__ = ["decomposes", "singular_values"]

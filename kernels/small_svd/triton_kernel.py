@@ -14,7 +14,11 @@ _SWEEPS = 10
 
 
 def decompose(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and Vh of (..., R, R); see `small_svd`."""
+    """U (..., R, R), S (..., R) and Vh (..., R, R) of (..., R, R), float32 or float64.
+
+    As torch.linalg.svd gives, but a column of U whose singular value is zero is zero, and what
+    holds NaN gives NaN.
+    """
     size = matrices.shape[-1]
     given = matrices.contiguous()
     left, right = torch.empty_like(given), torch.empty_like(given)
@@ -22,16 +26,19 @@ def decompose(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if given.numel():
         with torch.cuda.device_of(given):
             jacobi_kernel[(given.numel() // size**2,)](
-                given,
-                left,
-                values,
-                right,
-                SIZE=size,
-                BLOCK=triton.next_power_of_2(size),
-                SWEEPS=_SWEEPS if size > 2 else 2,
-                num_warps=1,
+                given, left, values, right, **jacobi_sizes(size)
             )
     return left, values, right
+
+
+def jacobi_sizes(size: int) -> dict[str, int]:
+    """Launch constants of a kernel that decomposes a matrix of so many rows in one program."""
+    return {
+        "SIZE": size,
+        "BLOCK": triton.next_power_of_2(size),
+        "SWEEPS": _SWEEPS if size > 2 else 2,
+        "num_warps": 1,
+    }
 
 
 @triton.jit
@@ -42,7 +49,19 @@ def jacobi_kernel(
     start = tl.program_id(0) * SIZE * SIZE
     row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     inside = (row < SIZE) & (column < SIZE)
-    turned = tl.load(given + start + row * SIZE + column, inside, 0).to(tl.float64)
+    matrix = tl.load(given + start + row * SIZE + column, inside, 0).to(tl.float64)
+    turned, turns = orthogonal(matrix, SIZE, BLOCK, SWEEPS)
+    length, place = in_order(turned, SIZE, BLOCK)
+    tl.store(values + tl.program_id(0) * SIZE + place, length, tl.arange(0, BLOCK) < SIZE)
+    unit = tl.where(length == 0, 1, length)[None, :]
+    tl.store(left + start + row * SIZE + place[None, :], turned / unit, inside)
+    tl.store(right + start + place[None, :] * SIZE + row, turns, inside)
+
+
+@triton.jit
+def orthogonal(turned, SIZE: tl.constexpr, BLOCK: tl.constexpr, SWEEPS: tl.constexpr):
+    """A V = U S of a matrix A in float64, whose columns are orthogonal, and V."""
+    row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     turns = (row == column).to(tl.float64)
     for _ in range(SWEEPS):
         for p in tl.static_range(SIZE - 1):
@@ -58,16 +77,18 @@ def jacobi_kernel(
                 sine = cosine * tangent
                 turned = _turned(turned, column, p, q, cosine, sine)
                 turns = _turned(turns, column, p, q, cosine, sine)
-    length = tl.sqrt(tl.sum(turned * turned, 0))  # of each column
+    return turned, turns
+
+
+@triton.jit
+def in_order(turned, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The length of each column, a singular value, and its place among them, largest first."""
+    row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    length = tl.sqrt(tl.sum(turned * turned, 0))
     rank_by = tl.where(length == length, length, float("inf"))  # NaN has a place of its own too
-    number = tl.arange(0, BLOCK)
     other = tl.sum(tl.where(row == column, rank_by[None, :], 0), 1)[:, None]
     before = (other > rank_by[None, :]) | ((other == rank_by[None, :]) & (row < column))
-    place = tl.sum((before & (row < SIZE)).to(tl.int32), 0)
-    tl.store(values + tl.program_id(0) * SIZE + place, length, number < SIZE)
-    unit = tl.where(length == 0, 1, length)[None, :]
-    tl.store(left + start + row * SIZE + place[None, :], turned / unit, inside)
-    tl.store(right + start + place[None, :] * SIZE + row, turns, inside)
+    return length, tl.sum((before & (row < SIZE)).to(tl.int32), 0)
 
 
 @triton.jit

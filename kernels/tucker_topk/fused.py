@@ -1,4 +1,4 @@
-"""Tucker grid top-m on GPUs: one Triton kernel each way, sums over tokens by PyTorch.
+"""Tucker grid top-m on GPUs: one Triton kernel each way, and one for sums over tokens.
 
 Letters as in reference.py.
 """
@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ultramem_megatron.kernels.column_sums import column_sums
 from ultramem_megatron.kernels.tucker_topk.triton_kernels import grid_backward_kernel, grid_kernel
 
 MOST_NEIGHBOURS = 8
@@ -56,21 +57,24 @@ class FusedTuckerTopk(torch.autograd.Function):
             )
         ctx.save_for_backward(scores, cores, positions)
         ctx.mark_non_differentiable(addresses)
+        ctx.set_materialize_grads(False)
         return addresses, best
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor, grad_best: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor | None, grad_best: Tensor) -> tuple[Tensor | None, ...]:
         scores, cores, positions = ctx.saved_tensors
         tokens, heads, _, ranks, topk = scores.shape
         num_cores = len(cores)
         grad_scores = torch.empty_like(scores)
-        by_token = scores.new_empty(tokens, heads, num_cores, ranks, ranks)
-        if tokens:
+        if not tokens:
+            return grad_scores, None, torch.zeros_like(cores), None, None, None
+        by_token = scores.new_empty(tokens, cores.numel())
+        with torch.cuda.device_of(scores):
             grid_backward_kernel[(tokens * heads,)](
                 grad_best.contiguous(),
                 scores,
-                cores.float().contiguous(),
+                cores.contiguous(),
                 positions,
                 grad_scores,
                 by_token,
@@ -81,7 +85,7 @@ class FusedTuckerTopk(torch.autograd.Function):
                 CORES=num_cores,
                 **backward_sizes(positions.shape[2]),
             )
-        grad_cores = by_token.sum(0).transpose(0, 1).to(cores.dtype)
+            grad_cores = column_sums(by_token, cores.dtype).view_as(cores)
         return grad_scores, None, grad_cores, None, None, None
 
 

@@ -143,7 +143,7 @@ def grid_backward_kernel(
     PICKS: tl.constexpr,
     SLAB: tl.constexpr,
 ):
-    """grad_scores (T, H, S, R, m), written in full, and each program's grad_cores (T, H, C, R, R).
+    """grad_scores (T, H, S, R, m), written in full, and each program's grad_cores (T, C, H, R, R).
 
     Everything is recomputed from the picks; SLAB shortlisted keys collect theirs at a time.
     """
@@ -152,7 +152,8 @@ def grid_backward_kernel(
     scores += program * 2 * RANKS * TOPK
     grad_scores += program * 2 * RANKS * TOPK
     grad_best += program * PAIRS * CORES
-    grad_cores += program * CORES * RANKS * RANKS
+    next_core = num_heads * RANKS * RANKS
+    grad_cores += (program // num_heads * CORES * num_heads + head) * RANKS * RANKS
     pick = tl.arange(0, PICKS)
     picked = pick < PAIRS
     position = tl.load(positions + program * PAIRS + pick, mask=picked, other=0)
@@ -168,11 +169,11 @@ def grid_backward_kernel(
                 entry = a * RANKS + b if side == 0 else b * RANKS + a
                 for core in tl.static_range(CORES):
                     out = tl.load(grad_best + pick * CORES + core, mask=picked, other=0.0)
-                    matrix = cores + (core * num_heads + head) * RANKS * RANKS
-                    grad += out * other_score * tl.load(matrix + entry)
+                    matrix = cores + core * next_core + head * RANKS * RANKS
+                    grad += out * other_score * tl.load(matrix + entry).to(tl.float32)
                     if side == 0:
                         product = tl.sum(out * own_score * other_score, 0)
-                        tl.store(grad_cores + core * RANKS * RANKS + entry, product)
+                        tl.store(grad_cores + core * next_core + entry, product)
             for start in range(0, TOPK, SLAB):
                 key = start + tl.arange(0, SLAB)
                 mine = picked[:, None] & (own[:, None] == key[None, :])

@@ -20,12 +20,11 @@ _PRESET = {  # as presets of the paper, small
     "ultramem_qk_norm": "layernorm",
     "ultramem_query_conv_kernel": 5,
     "ultramem_init": "official",
-    "no_ultramem_query_centering": True,
 }
 PRODUCTS = {"aten::mm": 2, "aten::bmm": 1}  # query, values; scores of all heads, ranks, sides
 BETWEEN = {
     "triton::step_kernel": 1,
-    "aten::native_layer_norm": 1,
+    "triton::norm_kernel": 1,
     "triton::select_kernel": 1,
     "triton::grid_kernel": 1,
     "triton::pool_kernel": 1,

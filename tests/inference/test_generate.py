@@ -114,21 +114,6 @@ def test_wrong_requests_are_refused(changes, message, checkpoint):
         run_on_ranks(1, _generate, *argv)
 
 
-def _without_flash_attention(*argv):
-    from unittest.mock import patch
-
-    from ultramem_megatron.inference import sampling
-
-    with patch.object(sampling, "has_cuda", lambda: True):  # the package is not installed here
-        _generate(*argv)
-
-
-def test_dynamic_batching_on_a_gpu_names_the_package_that_it_needs():
-    argv = ["--load", "nowhere", "--prompt", "1", "--batching", "dynamic"]
-    with pytest.raises(RanksFailed, match="is the package flash-attn's, which is not installed"):
-        run_on_ranks(1, _without_flash_attention, *argv)
-
-
 def _sampled(folder, batching, seeds):
     from ultramem_megatron.inference.loading import load_for_inference
     from ultramem_megatron.inference.sampling import generate

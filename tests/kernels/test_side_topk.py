@@ -120,28 +120,44 @@ def test_picks_and_gradients_equal_the_reference_in_float64(forced, sizes):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_keys_kept_for_many_calls_give_the_same(forced, dtype):
     query, keys, directions, topk = _case((3, 2, 40, 2, 3, 7), dtype)
-    kept = kept_keys(keys.detach().neg().exp().neg(), shared=False)  # all below a row of zeros
-    expected = side_topk(query.exp(), kept[:, :, :40].clone(), directions.exp(), topk)
-    found = side_topk(query.exp(), kept, directions.exp(), topk, 40)
+    below = keys.detach().neg().exp().neg()  # all below a row of zeros
+    expected = side_topk(query.exp(), below, directions.exp(), topk)
+    found = side_topk(query.exp(), kept_keys(below, 2), directions.exp(), topk, 40)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("shared", ["nothing", "heads", "ranks", "both"])
-@pytest.mark.parametrize("sizes", [(3, 2, 40, 2, 3, 7), (1, 3, 70, 1, 4, 5), (0, 2, 20, 2, 3, 4)])
-def test_kept_keys_without_a_graph_equal_the_reference(forced, sizes, shared):
-    """As decoding calls it, whoever of heads and ranks reads the same query."""
+@pytest.mark.parametrize(
+    "sizes", [(3, 4, 40, 2, 3, 7), (1, 3, 70, 1, 4, 5), (0, 2, 20, 2, 3, 4), (5, 5, 64, 3, 8, 6)]
+)
+def test_whoever_of_heads_and_ranks_reads_the_same_query(forced, sizes, shared, nan_filled_empty):
+    """With a graph, and as decoding calls it, of keys that are kept."""
     query, keys, directions, topk = _case(sizes, torch.float32)
-    query = query.detach()
-    if shared in ("heads", "both"):
-        query = query[:, :1].expand(-1, sizes[1], -1, -1, -1)
+    heads, ranks = sizes[1], sizes[3]
+    if shared in ("heads", "both"):  # a query for two heads, the last may have one alone
+        query = query[:, ::2]
     if shared in ("ranks", "both"):
-        query = query[:, :, :, :1].expand(-1, -1, -1, sizes[3], -1)
-    kept = kept_keys(keys.detach(), shared=shared in ("heads", "both"))
+        query = query[:, :, :, :1]
+    query = query.detach().clone().requires_grad_()
+    exact = query.detach().double().requires_grad_(), keys.detach().double().requires_grad_()
+
+    def plain(query, keys, *rest):
+        each = query.repeat_interleave(2 if query.shape[1] < heads else 1, 1)[:, :heads]
+        return side_topk_reference(each.expand(-1, -1, -1, ranks, -1), keys, *rest)
+
+    found, wanted = (
+        _run(side_topk, (query, keys, directions, topk)),
+        _run(plain, (*exact, directions, topk)),
+    )
+    assert torch.equal(found[0], wanted[0])
+    for out, truth in zip(found[1:], wanted[1:], strict=True):
+        terms = max(sizes[0], 2 * topk * ranks, sizes[4])
+        assert_close(out.double(), truth, rounding(torch.float32, terms))
+    kept = kept_keys(keys.detach(), query.shape[1])
     with torch.no_grad():
         indices, scores = side_topk(query, kept, directions, topk, sizes[2])
-    wanted, exact = side_topk_reference(query.double(), keys.double(), directions.double(), topk)
-    assert torch.equal(indices, wanted)
-    assert_close(scores.double(), exact.detach(), rounding(torch.float32, sizes[4]))
+    assert torch.equal(indices, wanted[0])
+    assert_close(scores.double(), wanted[1].detach(), rounding(torch.float32, sizes[4]))
 
 
 @pytest.mark.parametrize("function", [side_topk_reference, EagerSideTopk.apply])

@@ -18,15 +18,15 @@ _CHECKS = (
     "test_side_topk.py",
     "test_tucker_topk.py",
     "test_causal_convolution.py",
-    "test_small_svd.py",
-    "test_grid_shuffle.py",
+    "test_small_svd.py test_grid_shuffle.py test_rank_one_filter.py test_query_centring.py"
+    " test_row_norm.py test_read_statistics.py test_paged_attention.py",
 )
 
 
 @pytest.mark.parametrize("checks", _CHECKS)
 def test_in_the_interpreter(checks):
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", checks],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "triton", *checks.split()],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parent,
         capture_output=True,
@@ -44,10 +44,11 @@ def test_convolution_compiles_to_vector_loads_without_spills(capability):
     from ultramem_megatron.kernels.causal_convolution import fused, triton_kernels
 
     names = ("x", "weight", "history", "out", "grad", "grad_x", "grad_history")
-    types = {**dict.fromkeys(names, "*bf16"), "reach": "*i64", "partial": "*fp32"}
+    types = {**dict.fromkeys(names, "*bf16"), "reach": "*i64", "partial": "*fp32", "mean": "*fp32"}
     types |= {"channels": "i32"}
     loose = dict.fromkeys(("rows", "shift", "parts"), "i32")
     kinds = {"TAPS": 5, "WITH_HISTORY": True, "WITH_REACH": True, "PRECISE": tl.float32}
+    kinds |= {"WITH_MEAN": True, "WITH_SUMS": True}
     backward = {"TILES": fused.ROWS // fused.BACKWARD["BLOCK_R"], "SLOTS": 8, **fused.BACKWARD}
     for kernel, sizes, most in (
         (triton_kernels.forward_kernel, fused.FORWARD, 128),
@@ -60,8 +61,8 @@ def test_convolution_compiles_to_vector_loads_without_spills(capability):
         assert built.registers <= most
         assert "ld.global.v4.b32" in built.ptx
         assert "st.global.v4.b32" in built.ptx
-    own = {name: types[name] for name in ("x", "weight", "history", "out", "channels")}
-    sizes = {"TAPS": 5, "PRECISE": tl.float32, **fused.STEP}
+    own = {name: types[name] for name in ("x", "weight", "history", "mean", "out", "channels")}
+    sizes = {"TAPS": 5, "WITH_MEAN": True, "PRECISE": tl.float32, **fused.STEP}
     built = compile_for(
         capability, triton_kernels.step_kernel, own, sizes, any_number={"rows": "i32"}
     )
@@ -70,8 +71,15 @@ def test_convolution_compiles_to_vector_loads_without_spills(capability):
     assert "ld.global.v4.b32" in built.ptx
 
 
-def test_shuffle_and_decomposition_compile_without_spills():
+def test_what_is_small_compiles_without_spills():
+    """Shuffle, decomposition, filter, running mean, sums of parts."""
+    from ultramem_megatron.kernels.column_sums.triton_kernel import sums_kernel
     from ultramem_megatron.kernels.grid_shuffle.triton_kernel import shuffle_kernel
+    from ultramem_megatron.kernels.query_centring.triton_kernels import (
+        add_parts_kernel,
+        mean_kernel,
+    )
+    from ultramem_megatron.kernels.rank_one_filter.triton_kernel import filter_kernel
     from ultramem_megatron.kernels.small_svd.triton_kernel import jacobi_kernel
 
     pointers = {"addresses": "*i64", "tables": "*i32", "target": "*i64"}
@@ -82,6 +90,23 @@ def test_shuffle_and_decomposition_compile_without_spills():
     for size in (2, 3, 4):
         constants = {"SIZE": size, "BLOCK": 2 if size == 2 else 4, "SWEEPS": 10, "num_warps": 1}
         assert compile_for(90, jacobi_kernel, pointers, constants).spilled == 0
+        own = {"cores": "*bf16", **dict.fromkeys(("u", "t", "values"), "*fp32")}
+        constants["CORES"] = 2
+        loose = {"next_core": "i32"}
+        assert compile_for(90, filter_kernel, own, constants, any_number=loose).spilled == 0
+    own = dict.fromkeys(("mean", "updates", "sums"), "*fp32")
+    constants = {"MOMENTUM": 0.9, "BLOCK": 1024}
+    assert compile_for(90, mean_kernel, own, constants, any_number={"channels": "i32"}).spilled == 0
+    for kernel, own, loose in (
+        (add_parts_kernel, ("parts", "sums"), ("number", "count")),
+        (sums_kernel, ("parts", "out"), ("count", "rows")),
+    ):
+        types = {**dict.fromkeys(own, "*fp32"), "width": "i32", "channels": "i32"}
+        types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        constants = {"BLOCK_N": 128, "BLOCK_D": 32}
+        built = compile_for(90, kernel, types, constants, any_number=dict.fromkeys(loose, "i32"))
+        assert built.spilled == 0
+        assert "ld.global.v4.b32" in built.ptx
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -101,8 +126,9 @@ def test_side_top_m_compiles_to_vector_loads_without_spills(capability, num_keys
     from ultramem_megatron.kernels.side_topk.triton_kernels import scatter_kernel, select_kernel
 
     pointers = {"scores": "*bf16", "directions": "*fp32", "indices": "*i64", "picked": "*fp32"}
-    loose = {"num_keys": "i32", "num_heads": "i32"}
-    sizes = dict.fromkeys(("by_rank", "by_head", "by_side", "by_token", "width"), "i32")
+    strides = ("by_rank", "by_query", "by_head", "by_side", "by_token", "width")
+    loose = {"num_keys": "i32", "num_heads": "i32", "own_heads": "i32"}
+    sizes = dict.fromkeys(strides, "i32")
     constants = {"RANKS": 2, "TOPK": topk, **select_sizes(num_keys, topk)}
     built = compile_for(
         capability, select_kernel, {**pointers, **sizes}, constants, any_number=loose
@@ -112,14 +138,58 @@ def test_side_top_m_compiles_to_vector_loads_without_spills(capability, num_keys
     assert f"ld.global.v{words}.b32" in built.ptx
 
     pointers = {"grad_picked": "*fp32", "indices": "*i64", "grad": "*bf16"}
-    loose = {"num_tokens": "i32", "num_pairs": "i32"}
+    loose = {"num_heads": "i32", "own_heads": "i32"}
     slots = 1 << (topk - 1).bit_length()
     constants = {"RANKS": 2, "TOPK": topk, "SLOTS": slots, "BLOCK": 1024, "num_warps": 4}
     built = compile_for(
-        capability, scatter_kernel, {**pointers, "width": "i32"}, constants, any_number=loose
+        capability, scatter_kernel, {**pointers, **sizes}, constants, any_number=loose
     )
     assert built.spilled == 0
     assert "st.global.v4.b32" in built.ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("row", "width"), [(800, 400), (800, 800), (384, 192)])
+def test_norms_compile_to_vector_loads_without_spills(capability, row, width):
+    """Queries and keys of 1.6B, and keys of 227M."""
+    from ultramem_megatron.kernels.row_norm.fused import ROWS, row_sizes
+    from ultramem_megatron.kernels.row_norm.triton_kernels import norm_backward_kernel, norm_kernel
+
+    pointers = dict.fromkeys(("x", "gain", "out", "grad", "grad_x"), "*bf16")
+    strides = dict.fromkeys(("by_group", "by_side", "by_part", "by_block"), "i32")
+    types = {**pointers, "partial": "*fp32", **strides}
+    loose = dict.fromkeys(("rows", "parts", "slots", "sides", "group_blocks"), "i32")
+    constants = {"EPS": 1e-5, "CENTRED": True, "TILE": ROWS, **row_sizes(row, width)}
+    for kernel, most in ((norm_kernel, 64), (norm_backward_kernel, 128)):
+        own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        built = compile_for(capability, kernel, own, constants, any_number=loose)
+        assert built.spilled == 0
+        assert built.registers <= most
+        assert "ld.global.v4.b32" in built.ptx
+        assert "st.global.v4.b32" in built.ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("most", [1, 256])
+def test_paged_attention_compiles_without_spills(capability, most):
+    """Two groups of eight heads, and one head a group, of width 128."""
+    import triton.language as tl
+
+    from ultramem_megatron.kernels.paged_attention.triton_kernel import (
+        attention_kernel,
+        attention_sizes,
+    )
+
+    pointers = dict.fromkeys(("query", "keys", "values", "sinks", "out"), "*bf16")
+    pointers |= dict.fromkeys(("starts", "lengths", "blocks"), "*i32")
+    loose = {"blocks_stride": "i32", "scale": "fp32", "heads": "i32", "groups": "i32"}
+    for own_heads in (8, 1):
+        sizes = attention_sizes(own_heads, 128, 128, 256, most)
+        constants = {"BLOCK": 256, "WITH_SINKS": False, "OPERANDS": tl.bfloat16, **sizes}
+        built = compile_for(capability, attention_kernel, pointers, constants, any_number=loose)
+        assert built.spilled == 0
+        assert built.registers <= 255
+        assert "ld.global.v4.b32" in built.ptx or "cp.async.cg" in built.ptx
 
 
 @pytest.mark.parametrize(
@@ -147,8 +217,8 @@ def test_grid_top_m_compiles_without_spills(topk, pairs, capability):
         built = compile_for(capability, kernel, types, constants | sizes, any_number=loose)
         assert built.spilled == 0
         assert built.registers <= 255
-    names = ("grad_best", "scores", "cores", "grad_scores", "grad_cores")
-    types = {**dict.fromkeys(names, "*fp32"), "positions": "*i32"}
+    names = ("grad_best", "scores", "grad_scores", "grad_cores")
+    types = {**dict.fromkeys(names, "*fp32"), "cores": "*bf16", "positions": "*i32"}
     sizes, loose = fused.backward_sizes(pairs), {"num_heads": "i32"}
     kernel = triton_kernels.grid_backward_kernel
     built = compile_for(capability, kernel, types, constants | sizes, any_number=loose)

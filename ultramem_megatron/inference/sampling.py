@@ -3,18 +3,13 @@
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.inference.dynamic_batching import dynamic_context
-from ultramem_megatron.inference.layout import has_cuda
 from ultramem_megatron.inference.loading import LoadedModel
 from ultramem_megatron.inference.lockstep import serve_until_all_finish
 from ultramem_megatron.inference.prompts import require_text, token_ids
-
-_ATTENTIONS = ("flash_attn", "flash_attn_3", "flashattn_hopper")
-"""Packages that megatron/core/transformer/attention.py takes it from."""
 
 
 def check(options: argparse.Namespace) -> None:
@@ -38,11 +33,6 @@ def check(options: argparse.Namespace) -> None:
         raise UltraMemError(
             "--cuda-graphs needs --batching dynamic: with static batching each step has its own "
             "length."
-        )
-    if options.batching == "dynamic" and has_cuda() and not any(map(find_spec, _ATTENTIONS)):
-        raise UltraMemError(
-            "--batching dynamic: on a GPU Megatron's attention over a paged cache is the package "
-            "flash-attn's, which is not installed. Install it, or use --batching static."
         )
     if options.top_k and options.top_p < 1:
         options.top_p = 1.0  # the engine takes one or the other; the explicit flag wins

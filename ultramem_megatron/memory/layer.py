@@ -26,7 +26,7 @@ from ultramem_megatron.memory.observations import MemoryStatistics
 from ultramem_megatron.memory.premultiplied import PremultipliedValues
 from ultramem_megatron.memory.query import QueryProjection
 from ultramem_megatron.memory.retrieval import RETRIEVALS
-from ultramem_megatron.memory.retrieval.addresses import GridShuffle, shuffles, split_address
+from ultramem_megatron.memory.retrieval.addresses import GridShuffle, shuffles
 from ultramem_megatron.memory.retrieval.retrieved import Retrieved
 from ultramem_megatron.memory.retrieval.window import window_module
 from ultramem_megatron.memory.validation import check_alive, check_design
@@ -135,8 +135,7 @@ class UltraMemLayer(nn.Module):
         pooled = yield from self.values(addresses, retrieved.scores, x)
         out = self.value_proj(pooled.flatten(1)).view(x.shape)
         if records:
-            rows, _ = split_address(addresses, self.config.num_values)
-            self.statistics.record(query, retrieved, rows, out, self.config.topk)
+            self.statistics.record(query, retrieved, addresses, out, self.config.topk)
             self.statistics.record_recall(query, self.retrieval.recall)
         return out
 

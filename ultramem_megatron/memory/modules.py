@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ultramem_megatron.kernels.row_norm import normed_keys, row_norm
 from ultramem_megatron.memory.config import Norm
 
 
@@ -11,6 +12,27 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw nothing."""
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm with a gain and no bias, by this package's kernels."""
+
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """x: (..., dim) to the same; with `queries` keys for their products (`normed_keys`)."""
+        if queries is not None:
+            return normed_keys(x, self.weight, self.eps, True, queries)
+        return row_norm(x, self.weight, self.eps, True)
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm with a gain, by this package's kernels."""
+
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """As LayerNorm's."""
+        assert self.eps is not None
+        if queries is not None:
+            return normed_keys(x, self.weight, self.eps, False, queries)
+        return row_norm(x, self.weight, self.eps, False)
 
 
 class BiasedRMSNorm(nn.RMSNorm):
@@ -34,6 +56,8 @@ def build_norm(
     """
     if kind == "none":
         return nn.Identity()
+    if affine and not bias:
+        return RMSNorm(dim, eps=eps) if kind == "rmsnorm" else LayerNorm(dim, eps=eps, bias=False)
     if kind == "rmsnorm":
         return (BiasedRMSNorm if bias else nn.RMSNorm)(dim, eps=eps, elementwise_affine=affine)
     return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine, bias=bias)

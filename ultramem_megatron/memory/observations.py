@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ultramem_megatron.kernels.read_statistics import add_reads, add_statistics
 from ultramem_megatron.memory.read_counts import Counters, counters
 from ultramem_megatron.memory.retrieval.addresses import grid_counts
 from ultramem_megatron.memory.retrieval.retrieved import Retrieved
@@ -33,29 +34,23 @@ class MemoryStatistics:
 
     @torch.no_grad()
     def record(
-        self, query: Tensor, retrieved: Retrieved, rows: Tensor, output: Tensor, topk: int
+        self, query: Tensor, retrieved: Retrieved, addresses: Tensor, output: Tensor, topk: int
     ) -> None:
         """Take in what one forward computed.
 
         query (T, Q, 2, Dk); retrieved: (T, H*m), within a head best first, with addresses in the
-        key grid, before the shuffle; rows (T, H*m), of the values; output (..., D).
+        key grid, before the shuffle; addresses (T, H*m), of the values; output (..., D).
         """
-        if rows.shape[0] == 0:
+        if addresses.shape[0] == 0:
             return
-        if self.sums is None or self.hits is None or self.hits.device != rows.device:
-            self.sums = torch.zeros(4, device=rows.device)
-            self.hits = torch.zeros(self.counters.number, dtype=torch.int32, device=rows.device)
-        add_reads(self.hits, self.counters.of(rows.flatten()))
-        if self.rows is not None:
-            add_reads(self.rows, rows)
+        device, counting = addresses.device, self.counters.counting()
+        if self.sums is None or self.hits is None or self.hits.device != device:
+            self.sums = torch.zeros(4, device=device)
+            self.hits = torch.zeros(self.counters.number, dtype=torch.int32, device=device)
         scores = retrieved.scores
-        means = (
-            scores[:, ::topk].mean(),
-            scores.mean(),
-            output.float().std(),
-            cosine_between(query),
-        )
-        self.sums += torch.stack([mean.float() for mean in means])
+        add_statistics(self.sums, self.hits, counting, addresses, query, scores, output, topk)
+        if self.rows is not None:
+            add_reads(self.rows, addresses % self.num_values)
         self.forwards += 1
         if self.keys_per_side is not None:
             counts = grid_counts(retrieved.addresses, self.keys_per_side)
@@ -99,24 +94,4 @@ class MemoryStatistics:
         return taken
 
 
-def add_reads(reads: Tensor, rows: Tensor) -> None:
-    """One more read (N,) for each of `rows`, any shape, int64."""
-    flat = rows.flatten()
-    reads.scatter_add_(0, flat, torch.ones_like(flat, dtype=reads.dtype))
-
-
-_COMPARED = 256
 _RECALLED = 16
-
-
-def cosine_between(query: Tensor) -> Tensor:
-    """Mean cosine between the queries of different tokens: near 1 all tokens read the same values.
-
-    query: (T, Q, 2, Dk). Of tokens at even distances, some hundreds at most, over queries and
-    sides; a scalar, 0 for a single token.
-    """
-    some = query[:: max(1, len(query) // _COMPARED)].float()
-    count = len(some)
-    # The square of a sum of unit vectors holds each pair twice, and each with itself.
-    squares = torch.nn.functional.normalize(some, dim=-1).sum(0).square().sum(-1)
-    return ((squares - count) / max(1, count * (count - 1))).mean()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_megatron.kernels.causal_convolution import causal_convolution, causal_convolution_step
+from ultramem_megatron.kernels.query_centring import Centring
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
@@ -26,16 +27,17 @@ class CausalConvolution(nn.Module):
         history: Tensor | None = None,
         reach: Tensor | None = None,
         advances: bool = False,
+        centring: Centring | None = None,
     ) -> Tensor:
         """x: (S, B, D) to the same; see `causal_convolution_reference`.
 
         advances: x is one position, and goes into its history (K-1, B, D); see
-        `causal_convolution_step_reference`.
+        `causal_convolution_step_reference`. centring: of the result, by `centred_reference`.
         """
         if advances:
             assert history is not None, "there is nothing to advance"
-            return causal_convolution_step(x, self.weight, history)
-        return causal_convolution(x, self.weight, history, reach)
+            return causal_convolution_step(x, self.weight, history, centring)
+        return causal_convolution(x, self.weight, history, reach, centring)
 
 
 class QueryProjection(nn.Module):
@@ -75,7 +77,8 @@ class QueryProjection(nn.Module):
         With queries per rank those of one side follow each other: (T, Q, 2, R*Dk).
         """
         if self.conv is not None:
-            x = self.conv(x, history, reach, advances)
-        if self.common is not None:
+            centring = None if self.common is None else self.common.centring()
+            x = self.conv(x, history, reach, advances, centring)
+        elif self.common is not None:
             x = self.common(x)
         return self.norm(self.proj(x).reshape(-1, *self.shape)).flatten(3)

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ultramem_megatron.kernels.query_centring import Centring, centred_reference, update_mean
 from ultramem_megatron.memory.precise_buffers import PreciseBuffers
 
 MOMENTUM = 0.9
@@ -43,17 +44,13 @@ class QueryMean(PreciseBuffers):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., D); the same shape and dtype. Inputs under recomputation count once."""
-        if self.training and torch.is_grad_enabled() and not self.frozen:
-            self._record(x.detach())
-        return x - self.mean.to(x.dtype)
+        return centred_reference(x, self.centring())
 
-    @torch.no_grad()
-    def _record(self, x: Tensor) -> None:
-        flat = x.flatten(0, -2)
-        self.sums[:-1] += flat.sum(0, dtype=self.mean.dtype)
-        self.sums[-1] += len(flat)
+    def centring(self) -> Centring:
+        """What a forward takes off, and where it adds its inputs to, if they count."""
+        counts = self.training and torch.is_grad_enabled() and not self.frozen
+        return Centring(self.mean, self.sums if counts else None)
 
-    @torch.no_grad()
     def update(self, reduce: Callable[[Tensor], object] | None = None) -> None:
         """Take in what was seen since the last update; nothing seen, or NaN, leaves the mean alone.
 
@@ -61,15 +58,7 @@ class QueryMean(PreciseBuffers):
         """
         if reduce is not None:
             reduce(self.sums)
-        total, count = self.sums[:-1], self.sums[-1:]
-        # On the device throughout: a step waits for nothing.
-        good = (count > 0) & total.isfinite().all()
-        updates = self.updates + 1
-        share = torch.maximum(1 / updates, torch.full_like(updates, 1 - MOMENTUM))
-        moved = torch.lerp(self.mean, total / count, share)
-        self.mean.copy_(torch.where(good, moved, self.mean))
-        self.updates.copy_(torch.where(good, updates, self.updates))
-        self.sums.zero_()
+        update_mean(self.mean, self.updates, self.sums, MOMENTUM)
 
     @torch.no_grad()
     def reset(self) -> None:

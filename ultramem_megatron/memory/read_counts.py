@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ultramem_megatron.kernels.read_statistics import Counting
+
 MOST = 2**22  # counters of a memory, 16 MB; more values than any preset of the paper has
 _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples are spread most evenly
 _OFTEN = 16  # times the mean of a shared counter: below it, reads of several values blur
@@ -31,10 +33,11 @@ class Counters(NamedTuple):
 
     def of(self, rows: Tensor) -> Tensor:
         """The counter of each row, same shape, int64."""
-        if not self.shared:
-            return rows
-        place = rows * self._stride() % self.num_values
-        return torch.where(place < self.own, place, self.own + place % self.shared)
+        return self.counting().of(rows)
+
+    def counting(self) -> Counting:
+        """Which counter a read has, as kernels take it."""
+        return Counting(self.num_values, self.own, self.shared, self._stride())
 
     def _stride(self) -> int:
         """Moves the values about without two meeting; reads lie in lines of the key grid."""

@@ -142,7 +142,7 @@ class _Counts:
             self._hooks.append(layer.retrieval.register_forward_hook(self._hook(layer)))
 
     def _hook(self, layer: Any) -> Any:
-        from ultramem_megatron.memory.observations import add_reads
+        from ultramem_megatron.kernels.read_statistics import add_reads
         from ultramem_megatron.memory.retrieval.addresses import split_address
 
         def add(_module: Any, _inputs: Any, retrieved: Any) -> None:

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ultramem_megatron.kernels.precision import at_least_float32
-from ultramem_megatron.kernels.side_topk import kept_keys, side_topk
+from ultramem_megatron.kernels.side_topk import (
+    kept_keys,
+    per_head_and_rank,
+    queries_apart,
+    side_topk,
+)
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
-from ultramem_megatron.memory.modules import build_norm, fill_gain
+from ultramem_megatron.memory.modules import LayerNorm, RMSNorm, build_norm, fill_gain
 
 
 class ProductKeys(nn.Module):
@@ -43,14 +48,15 @@ class ProductKeys(nn.Module):
         i * Q // H. directions: (S, H, R).
         Returns keys (T, H, S, m), ascending, and their scores (T, H, S, R, m), at least float32.
         """
-        keys = self._normed() if self.fixed is None else self.fixed
+        keys = self._for_products() if self.fixed is None else self.fixed
         count = self.config.keys_per_side
-        return side_topk(self._per_head_and_rank(query), keys, directions, topk, count)
+        return side_topk(self._per_rank(query), keys, directions, topk, count)
 
     def scores(self, query: Tensor) -> Tensor:
         """Scores of every key (T, H, S, R, N), at least float32, for queries as `forward` takes."""
         keys = at_least_float32(self._normed())
-        queries = self._per_head_and_rank(at_least_float32(query))
+        heads, ranks = self.config.heads, self.config.tucker_rank
+        queries = per_head_and_rank(self._per_rank(at_least_float32(query)), heads, ranks)
         return torch.einsum("thsrk,hsnrk->thsrn", queries, keys)
 
     def fix(self) -> None:
@@ -61,7 +67,7 @@ class ProductKeys(nn.Module):
         with torch.no_grad():
             normed = self._normed()
         # To convert them takes as long as to norm them.
-        self.fixed = kept_keys(normed, shared=self.config.num_queries == 1)
+        self.fixed = kept_keys(normed, self.config.num_queries)
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module.train; in training mode keys are normalised at each use."""
@@ -74,14 +80,18 @@ class ProductKeys(nn.Module):
         by_key = self.weight.view(*self.weight.shape[:3], -1, self.config.key_dim)
         return self.norm(by_key).view_as(self.weight)
 
-    def _per_head_and_rank(self, query: Tensor) -> Tensor:
-        """(T, H, S, R, K); a view where each query serves one head, or one query all."""
-        heads, _, _, ranks, width = self.weight.shape
-        tokens, queries, sides, _ = query.shape
+    def _for_products(self) -> Tensor:
+        """Normed keys for `side_topk`, by the norm itself where it can lay them out."""
+        if isinstance(self.norm, LayerNorm | RMSNorm):
+            normed: Tensor = self.norm(
+                self.weight, queries_apart(self.config.heads, self.config.num_queries)
+            )
+            return normed
+        return self._normed()
+
+    def _per_rank(self, query: Tensor) -> Tensor:
+        """(T, Q, S, R, K), or (T, Q, S, 1, K) where all ranks read the same; a view."""
+        ranks, width = self.weight.shape[-2:]
         if self.config.query_per_rank or self.config.rank_layout == "split":
-            by_rank = query.view(tokens, queries, 1, sides, ranks, width)
-        else:
-            by_rank = query.view(tokens, queries, 1, sides, 1, width)
-        per_query = -(-heads // queries)
-        per_head = by_rank.expand(-1, -1, per_query, -1, ranks, -1).flatten(1, 2)
-        return per_head[:, :heads]  # of an odd number the last has its query alone
+            return query.view(*query.shape[:3], ranks, width)
+        return query.view(*query.shape[:3], 1, width)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.precision import at_least_float32
-from ultramem_megatron.kernels.small_svd import singular_values, small_svd
+from ultramem_megatron.kernels.rank_one_filter import update_filter, update_filter_reference
+from ultramem_megatron.kernels.small_svd import singular_values
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.initialization.scales import Scales
@@ -49,7 +50,7 @@ class TuckerCores(PreciseBuffers):
             draw.uniform_(self.weight, "cores")
         else:
             draw.normal_(self.weight, scales.cores, "cores")
-        self._keep(*torch.linalg.svd(self.total()))
+        self.spectrum = update_filter_reference(self.weight, self.u, self.t)
 
     def forward(self, update_filter: bool = False) -> Tensor:
         """The cores (C, H, R, R); `update_filter` first brings u and t up to date with them."""
@@ -59,7 +60,8 @@ class TuckerCores(PreciseBuffers):
 
     def directions(self) -> Tensor:
         """u of the rows and t of the columns, (2, H, R)."""
-        return torch.stack([self.u, self.t]) if self.fixed is None else self.fixed.transpose(0, 1)
+        both = torch.stack([self.u, self.t], 1) if self.fixed is None else self.fixed
+        return both.transpose(0, 1)  # a kernel wants the heads first
 
     def fix(self) -> None:
         """Keep the directions until `train()`, for cores that stay as they are."""
@@ -86,32 +88,14 @@ class TuckerCores(PreciseBuffers):
         Raises UltraMemError where the cores are not finite, on a CPU: a GPU would have the host
         wait for the answer, and there the loss is NaN next.
         """
-        total = self.total()
-        if total.device.type == "cpu" and not bool(torch.isfinite(total).all()):
+        weight = self.weight
+        if weight.device.type == "cpu" and not bool(torch.isfinite(weight).all()):
             raise UltraMemError(
                 "retrieval.cores.weight holds NaN or infinity: the run has diverged. Go on from an "
                 "earlier checkpoint (--ckpt-step) with a lower --lr. Without "
                 "--no-check-for-nan-in-loss-and-grad a run ends where that begins."
             )
-        self._keep(*small_svd(total))
-
-    def _keep(self, left: Tensor, values: Tensor, right: Tensor) -> None:
-        """Take the leading pair of a decomposition into u and t.
-
-        They are determined up to a common sign, which decides which quadrant of the grid is
-        shortlisted; the sign nearer to the stored pair (in L1) is kept, +1 on a tie.
-        """
-        self.spectrum = values
-        u, t = left[..., :, 0], right[..., 0, :]
-        kept = _distance(u, t, self.u, self.t)
-        flipped = _distance(-u, -t, self.u, self.t)
-        sign = torch.where(flipped < kept, -1.0, 1.0).to(u.dtype).unsqueeze(-1)
-        self.u.copy_(sign * u)
-        self.t.copy_(sign * t)
-
-
-def _distance(u: Tensor, t: Tensor, old_u: Tensor, old_t: Tensor) -> Tensor:
-    return (u - old_u).abs().sum(-1) + (t - old_t).abs().sum(-1)
+        self.spectrum = update_filter(self.weight, self.u, self.t)
 
 
 def singular_value_penalty(singular_values: Tensor, margin: float) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from tests.closeness import assert_close, rounding
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.patches.cpu.dynamic_batching import _paged_attention
+from ultramem_megatron.patches.cpu.paged_attention import _paged_attention
 
 _HEADS, _GROUPS, _WIDTH, _BLOCK = 4, 2, 8, 4
 _KEYS, _QUERIES = [9, 3], [5, 1]  # two requests, of three blocks and one

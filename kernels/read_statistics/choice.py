@@ -1,0 +1,27 @@
+"""Which statistics run; see dispatch.py."""
+
+import torch
+from torch import Tensor
+
+from ultramem_megatron.kernels.dispatch import implementation
+from ultramem_megatron.kernels.read_statistics.reference import Counting, add_statistics_reference
+
+
+def add_statistics(
+    sums: Tensor,
+    hits: Tensor,
+    counting: Counting,
+    addresses: Tensor,
+    query: Tensor,
+    scores: Tensor,
+    output: Tensor,
+    topk: int,
+) -> None:
+    """Same contract as `add_statistics_reference`; on GPUs two kernels instead of twenty."""
+    given = (sums, hits, counting, addresses, query, scores, output, topk)
+    if implementation(output.device) != "triton" or output.dtype == torch.float64:
+        add_statistics_reference(*given)
+        return
+    from ultramem_megatron.kernels.read_statistics.triton_kernels import add  # needs Triton
+
+    add(*given)

@@ -1,0 +1,59 @@
+"""Statistics of a forward: by hand, and every implementation against the reference."""
+
+import os
+
+import pytest
+import torch
+
+from tests.closeness import assert_close, rounding
+from ultramem_megatron.kernels.read_statistics import (
+    Counting,
+    add_statistics,
+    add_statistics_reference,
+)
+
+TRITON = ["triton"] if os.environ.get("TRITON_INTERPRET") else []
+
+
+@pytest.fixture(params=["reference", *TRITON])
+def forced(request, monkeypatch):
+    """Each implementation in turn."""
+    monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)
+    return request.param
+
+
+def test_by_hand(forced):
+    sums, hits = torch.ones(4), torch.zeros(3, dtype=torch.int32)
+    query = torch.tensor([[1.0, 0.0], [3.0, 4.0]]).view(2, 1, 1, 2)
+    scores = torch.tensor([[5.0, 1.0], [3.0, -1.0]]).view(2, 2, 1)
+    output = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    counting = Counting(3, 3, 0, 1)
+    addresses = torch.tensor([[0, 5], [2, 3]])  # rows 0, 2, 2, 0
+    add_statistics(sums, hits, counting, addresses, query, scores, output, 2)
+    assert hits.tolist() == [2, 0, 2]
+    wanted = 1 + torch.tensor([4.0, 2.0, (14 / 3) ** 0.5, 0.6])
+    assert_close(sums, wanted, rounding(torch.float32, 8))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 3, 8), (5, 2, 3, 7, 20), (700, 1, 2, 30, 24)], ids=str)
+@pytest.mark.parametrize("counting", [Counting(50, 50, 0, 1), Counting(50, 8, 8, 31)], ids=str)
+def test_equal_the_reference_in_float64(forced, sizes, counting):
+    tokens, queries, cores, width, hidden = sizes
+    generator = torch.Generator().manual_seed(tokens)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64) + 0.3
+
+    query, output = draw(tokens, queries, 2, width), draw(tokens, hidden)
+    scores = draw(tokens, 12, cores)
+    addresses = torch.randint(150, (tokens, 12), generator=generator)
+    functions = ((add_statistics, torch.float32), (add_statistics_reference, torch.float64))
+    results = []
+    for function, kind in functions:
+        sums, hits = torch.ones(4, dtype=kind), torch.ones(counting.own + counting.shared).int()
+        given = (x.float().to(kind) for x in (query, scores, output))
+        function(sums, hits, counting, addresses, *given, 4)
+        results.append((sums, hits))
+    (sums, hits), (wanted, counts) = results
+    assert torch.equal(hits, counts)
+    assert_close(sums.double(), wanted, rounding(torch.float32, tokens * hidden))
