@@ -8,6 +8,7 @@ import importlib.util
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ _OF_ITS_LAYERS = _LOW_PRECISION | {
 
 def refuse_missing_packages(args: Namespace) -> None:
     """Raise UltraMemError, naming the flag and what is missing. args: Megatron's."""
-    for message in (*_of_engine(args), *_of_own_layers(args), *_of_optimizer(args), *_others(args)):
+    parts = (_of_gpu, _of_engine, _of_own_layers, _of_optimizer, _others)
+    for message in chain.from_iterable(part(args) for part in parts):
         raise UltraMemError(message)
 
 
@@ -58,6 +60,26 @@ def _has(module: str) -> bool:
 
 def _has_gpu() -> bool:
     return torch.cuda.is_available()
+
+
+def _of_gpu(args: Namespace) -> Iterator[str]:
+    if _has_gpu():
+        return
+    if args.cuda_graph_impl != "none":
+        yield f"--cuda-graph-impl {args.cuda_graph_impl}: torch sees no GPU here. Drop the flag."
+    if args.distributed_backend == "nccl":
+        yield "--distributed-backend nccl: torch sees no GPU here. Use --distributed-backend gloo."
+    if args.optimizer_cpu_offload:
+        yield (
+            "--optimizer-cpu-offload keeps a GPU's optimizer state on its host, and torch sees no "
+            "GPU here. Drop the flag."
+        )
+    for name in ("async_save", "ckpt_fully_parallel_load"):
+        if getattr(args, name):
+            yield (
+                f"--{name.replace('_', '-')}: Megatron does it through CUDA, and torch sees no GPU "
+                f"here. Drop the flag."
+            )
 
 
 def _of_engine(args: Namespace) -> Iterator[str]:
@@ -135,21 +157,11 @@ def _emerging_version() -> Version:
 
 
 def _others(args: Namespace) -> Iterator[str]:
-    if args.cuda_graph_impl != "none" and not _has_gpu():
-        yield f"--cuda-graph-impl {args.cuda_graph_impl}: torch sees no GPU here. Drop the flag."
-    if args.distributed_backend == "nccl" and not _has_gpu():
-        yield "--distributed-backend nccl: torch sees no GPU here. Use --distributed-backend gloo."
     if args.num_experts and args.moe_token_dispatcher_type == "flex" and not _has("deep_ep"):
         yield (
             "--moe-token-dispatcher-type flex needs the package deep_ep, which is not installed. "
             "Use alltoall."
         )
-    for name in ("async_save", "ckpt_fully_parallel_load"):
-        if getattr(args, name) and not _has_gpu():
-            yield (
-                f"--{name.replace('_', '-')}: Megatron does it through CUDA, and torch sees no GPU "
-                f"here. Drop the flag."
-            )
     nvrx = args.async_save and args.async_strategy == "nvrx"
     if nvrx and not _has("nvidia_resiliency_ext"):
         yield (
