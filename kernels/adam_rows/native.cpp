@@ -33,6 +33,12 @@ constexpr float kStill = 0x1p-27f, kMost = 0x1p-26f;
 constexpr float kSmallest = 0x1p-60f, kSmallestSquare = 0x1p-100f;  // far from what underflows
 constexpr int64_t kBlock = 64, kChunk = 16;
 
+// As PyTorch's, from the nearer end.
+inline float lerp(float from, float to, float weight) {
+  return weight < 0.5f ? __builtin_fmaf(weight, to - from, from)
+                       : __builtin_fmaf(weight - 1.0f, to - from, to);
+}
+
 template <bool kCorrected>
 inline float update(float mean, float square, const Step& s) {
   const float root = std::sqrt(square);
@@ -49,7 +55,7 @@ inline bool replay_step(const Row& row, const Step& s, int64_t width) {
   int moving = 0;
 #pragma omp simd reduction(| : moving)
   for (int64_t i = 0; i < width; i++) {
-    const float mean = __builtin_fmaf(s.mean_weight, 0.0f - means[i], means[i]);
+    const float mean = lerp(means[i], 0.0f, s.mean_weight);
     const float square = squares[i] * s.square_decay;
     const float value = values[i] * s.decay, by = update<kCorrected>(mean, square, s);
     means[i] = mean;
@@ -78,7 +84,7 @@ void decay(const Row& row, const Step* steps, int64_t slots, int64_t first, int6
            int64_t width) {
   const auto shrink_mean = [&](float* mean, int64_t n) {
     const float weight = steps[n % slots].mean_weight;
-    for (int64_t i = 0; i < kBlock; i++) mean[i] = __builtin_fmaf(weight, 0.0f - mean[i], mean[i]);
+    for (int64_t i = 0; i < kBlock; i++) mean[i] = lerp(mean[i], 0.0f, weight);
   };
   const auto shrink_square = [&](float* square, int64_t n) {
     const float by = steps[n % slots].square_decay;
@@ -131,7 +137,7 @@ void gradient_step(const Row& row, const float* __restrict grad, const Step& s, 
   float* __restrict squares = row.square;
 #pragma omp simd
   for (int64_t i = 0; i < width; i++) {
-    const float mean = __builtin_fmaf(s.mean_weight, grad[i] - means[i], means[i]);
+    const float mean = lerp(means[i], grad[i], s.mean_weight);
     const float square =
         __builtin_fmaf(s.square_weight * grad[i], grad[i], squares[i] * s.square_decay);
     values[i] = values[i] * s.decay + update<true>(mean, square, s);
