@@ -1,6 +1,6 @@
 """Command line: run everything and write a CSV and plots, or plot a CSV.
 
-ultramem bench kernels run --out DIR [--quick] [--device cpu|cuda]
+ultramem bench kernels run --out DIR [--quick] [--device cpu|cuda] [--sweep NAME ...]
 ultramem bench kernels plot DIR/kernels.csv
 """
 
@@ -11,6 +11,7 @@ import torch
 
 from launch.benchmarks.kernels.plot import plot
 from launch.benchmarks.kernels.run import run
+from launch.benchmarks.kernels.shapes import SWEEPS
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.faults.results_folder import results_folder
 
@@ -23,13 +24,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     running.add_argument("--out", type=Path, required=True, help="Folder of kernels.csv and plots.")
     running.add_argument("--quick", action="store_true", help="Tiny sizes: does it all work?")
     running.add_argument("--device", choices=("cpu", "cuda"), help="By default a GPU if there is.")
+    running.add_argument(
+        "--sweep", nargs="+", choices=SWEEPS, default=SWEEPS, help="Sizes to go over; all of them."
+    )
     plotting = commands.add_parser("plot", help="Draw the plots of a CSV beside it.")
     plotting.add_argument("csv", type=Path)
     options = parser.parse_args(argv)
     if options.command == "run":
         results_folder(options.out)
         options.csv = options.out / "kernels.csv"
-        run(options.csv, _device(options.device), options.quick)
+        run(options.csv, _device(options.device), options.quick, options.sweep)
     for picture in plot(options.csv):
         print(picture)
 

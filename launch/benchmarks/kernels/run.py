@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from launch.benchmarks.kernels import (
 )
 from launch.benchmarks.kernels.candidate import Candidate, check
 from launch.benchmarks.kernels.ratios import print_ratios
-from launch.benchmarks.kernels.shapes import Shape, sweeps
+from launch.benchmarks.kernels.shapes import SWEEPS, Shape, sweeps
 from ultramem_megatron.tools.rows import write_as_made
 
 Row = dict[str, str | int | float]
@@ -42,19 +42,21 @@ _OPS: dict[str, Callable[[Shape, torch.device], list[Candidate]]] = {
 }
 
 
-def run(file: Path, device: torch.device, quick: bool) -> None:
+def run(file: Path, device: torch.device, quick: bool, names: Sequence[str] = SWEEPS) -> None:
     """Time everything; on a CPU with one thread. Prints as it goes, writes `file` row by row."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         bandwidth = measure.copy_bandwidth(device)
         print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
-        print_ratios(write_as_made(file, _rows(device, quick, bandwidth)))
+        print_ratios(write_as_made(file, _rows(device, quick, names, bandwidth)))
     finally:
         torch.set_num_threads(threads)
 
 
-def _rows(device: torch.device, quick: bool, bandwidth: float) -> Iterator[Row]:
+def _rows(
+    device: torch.device, quick: bool, names: Sequence[str], bandwidth: float
+) -> Iterator[Row]:
     environment = {
         **environment_columns(),
         "triton": _installed("triton"),
@@ -62,7 +64,7 @@ def _rows(device: torch.device, quick: bool, bandwidth: float) -> Iterator[Row]:
         "copy_bandwidth": round(bandwidth),
     }
     seen: dict[tuple[str, Shape], list[Row]] = {}
-    for sweep, shape in sweeps(quick, device):
+    for sweep, shape in sweeps(quick, device, names):
         for op in _OPS:
             if (op, shape) not in seen:
                 seen[op, shape] = list(_measured(op, shape, device, bandwidth))

@@ -1,6 +1,6 @@
 """Sizes of what is timed, the sweeps over them, and the bytes and FLOPs they stand for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -92,8 +92,14 @@ _SWEEPS: dict[str, list[dict[str, int]]] = {
 }
 
 
-def sweeps(quick: bool, device: torch.device) -> Iterator[tuple[str, Shape]]:
-    """(name, shape): over values, then around the default over each other size.
+SWEEPS = ("values", *_SWEEPS)
+"""What is swept over, by name."""
+
+
+def sweeps(
+    quick: bool, device: torch.device, names: Sequence[str] = SWEEPS
+) -> Iterator[tuple[str, Shape]]:
+    """(name, shape): over values, then around the default over each other size that is named.
 
     On a GPU shapes are those of a model of width 2048 in bfloat16.
     """
@@ -102,11 +108,13 @@ def sweeps(quick: bool, device: torch.device) -> Iterator[tuple[str, Shape]]:
         base = Shape(
             tokens=8192, hidden=2048, value_dim=1024, topk=42, num_keys=1024, dtype=torch.bfloat16
         )
-    for keys in (32, 64) if quick else _KEYS:
+    for keys in ((32, 64) if quick else _KEYS) if "values" in names else ():
         yield "values", replace(base, num_keys=keys, tokens=32 if quick else base.tokens)
     if quick:
         return
     for name, changes in _SWEEPS.items():
+        if name not in names:
+            continue
         yield name, base
         for change in changes:
             yield name, replace(base, **change)  # type: ignore[arg-type]  # any of its fields
