@@ -45,7 +45,7 @@ def test_they_stand_in_tensorboard_and_checkpoint_as_they_came_to(tmp_path):
     assert (found["heads"], found["query_conv_kernel"]) == ("2", "5")  # the preset's
     assert found["tables"].startswith("over 2 ranks, ")
     assert f"torch {torch.__version__}" in found["versions"]
-    assert found["patches"].startswith("cpu.devices, ")
+    assert found["patches"].startswith("cpu: devices, ")
     assert found["commit"]
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()

@@ -6,7 +6,7 @@ import platform
 import subprocess
 import textwrap
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,17 @@ def settings_in_force(
     known |= {"torch": torch.__version__, "Python": platform.python_version()}
     found["versions"] = ", ".join(f"{name} {number}" for name, number in known.items())
     found["commit"] = commit()
-    found["patches"] = ", ".join(registry.applied()) or "none"
+    found["patches"] = _by_folder(registry.applied()) or "none"
     return found
+
+
+def _by_folder(patches: Sequence[str]) -> str:
+    """ "cpu: devices, rng_state; defects: ..." of names such as cpu.devices."""
+    folders: dict[str, list[str]] = {}
+    for patch in patches:
+        folder, _, name = patch.partition(".")
+        folders.setdefault(folder, []).append(name)
+    return "; ".join(f"{folder}: {', '.join(names)}" for folder, names in folders.items())
 
 
 def cut_of(tables: TableSettings) -> str:
