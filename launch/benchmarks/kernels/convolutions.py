@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launch.benchmarks.kernels.candidate import Candidate
+from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.shapes import Shape
 from ultramem_megatron.kernels.causal_convolution import causal_convolution
 
@@ -30,7 +30,8 @@ def candidates(shape: Shape, device: torch.device) -> list[Candidate]:
     def gradients() -> dict[str, Tensor]:
         return {n: t.grad for n, t in (("x", x), ("weight", weight)) if t.grad is not None}
 
-    names = ["reference", "triton"] if device.type == "cuda" else ["reference"]
+    # PyTorch's way is the reference.
+    names = [name for name in implementations(device) if name != "torch"]
     ways = [(name, ours, name) for name in names] + [("conv1d", plain, "")]
     return [
         Candidate(
