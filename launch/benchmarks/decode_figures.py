@@ -103,7 +103,8 @@ def _lines(axis: Any, rows: list[Row], value: Callable[[Row], float]) -> None:
         axis.plot(batches, [value(row) for row in own], "o-", color=_COLOURS[kind], label=label)
     axis.set(xlabel="batch", xscale="log", yscale="log")
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.margins(y=0.25)  # room for the legend
+    axis.legend(loc="upper left", fontsize="small")
 
 
 def _by_kind(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
