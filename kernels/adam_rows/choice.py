@@ -18,6 +18,9 @@ from ultramem_megatron.kernels.dispatch import implementation
 
 logger = logging.getLogger(__name__)
 
+_BETAS = ((0.9, 0.95), (0.4, 0.999))
+"""Tried in turn: PyTorch means moments in another way where half or more is new."""
+
 
 def update(moments: Moments, rows: Tensor, behind: Behind, grad: Tensor | None = None) -> None:
     """As `torch_path.update`, by the implementation for these tensors."""
@@ -40,14 +43,19 @@ def _path(moments: Moments) -> types.ModuleType:
 @functools.cache
 def agrees(path: types.ModuleType, device: torch.device) -> bool:
     """Whether its bits are those of PyTorch's AdamW on this device, in a run of some steps."""
-    found = [_tried(which, device) for which in (path, torch_path)]
+    found = [
+        [tensor for betas in _BETAS for tensor in _tried(which, device, *betas)]
+        for which in (path, torch_path)
+    ]
     same = all(map(torch.equal, *found))
     if not same:
         logger.info("%s rounds otherwise than PyTorch's AdamW here, which serves", path.__name__)
     return same
 
 
-def _tried(path: types.ModuleType, device: torch.device) -> list[Tensor]:
+def _tried(
+    path: types.ModuleType, device: torch.device, beta1: float, beta2: float
+) -> list[Tensor]:
     """A table and its moments after steps of changing rate in which rows have a gradient or not."""
     generator = torch.Generator().manual_seed(1)
     shape = (256, 64)
@@ -56,7 +64,7 @@ def _tried(path: types.ModuleType, device: torch.device) -> list[Tensor]:
     current = torch.zeros(len(values), dtype=torch.int32, device=device)
     behind = Behind(current, History(device))
     for number in range(1, 13):
-        behind.history.append(AdamStep(1e-3 * number, 0.1, 0.9, 0.95, 1e-8, number))
+        behind.history.append(AdamStep(1e-3 * number, 0.1, beta1, beta2, 1e-8, number))
         rows = (torch.rand(len(values), generator=generator) < 0.3).nonzero().flatten().to(device)
         grad = torch.randn(shape, generator=generator).to(device)
         path.update(moments, rows, behind, grad)

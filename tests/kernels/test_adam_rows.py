@@ -238,6 +238,6 @@ def test_threads_change_no_bit():
     found = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        found.append(choice._tried(native_path, torch.device("cpu")))
+        found.append(choice._tried(native_path, torch.device("cpu"), 0.9, 0.95))
     for one, three in zip(*found, strict=True):
         assert torch.equal(one, three)
