@@ -49,6 +49,11 @@ def test_what_the_user_gave_stays(given: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("bare_machine")
+def test_what_gloo_cannot_reduce_is_not_asked_of_it() -> None:
+    assert "--no-gradient-reduce-div-fusion" in machine_flags.complete(["--use-megatron-fsdp"])
+    assert "--no-gradient-reduce-div-fusion" not in machine_flags.complete(["--use-torch-fsdp2"])
+
+
 def test_completing_twice_adds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     once = machine_flags.complete([])
     capsys.readouterr()

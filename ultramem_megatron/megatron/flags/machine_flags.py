@@ -55,7 +55,10 @@ def complete(argv: Sequence[str]) -> list[str]:
     import torch
 
     given = {argument.split("=", 1)[0] for argument in argv}
-    missing = {flag: values for flag, values in needed_flags().items() if flag not in given}
+    needed = needed_flags()
+    if "--use-megatron-fsdp" in given and not torch.cuda.is_available():
+        needed["--no-gradient-reduce-div-fusion"] = ()  # gloo does not scale what it sums
+    missing = {flag: values for flag, values in needed.items() if flag not in given}
     added = [word for flag, values in missing.items() for word in (flag, *values)]
     if "--yaml-cfg" in given:
         raise UltraMemError(
