@@ -55,7 +55,15 @@ def _step(step: AdamStep, parts: list[Tensor], count: int) -> None:
     """On the first `count` numbers of values, gradients, means and squares."""
     end = _rounded_up(count)
     after = [part[count:end].clone() for part in parts]
-    values, gradient, mean, square = (part[:end] for part in parts)
+    dense_step(step, *(part[:end] for part in parts))
+    for part, kept in zip(parts, after, strict=True):
+        part[count:end] = kept
+
+
+def dense_step(
+    step: AdamStep, values: Tensor, gradient: Tensor, mean: Tensor, square: Tensor
+) -> None:
+    """PyTorch's fused AdamW on all numbers, in place; of one shape, float32."""
     number = torch.tensor(float(step.number), device=values.device)
     torch._fused_adamw_(
         [values],
@@ -72,5 +80,3 @@ def _step(step: AdamStep, parts: list[Tensor], count: int) -> None:
         amsgrad=False,
         maximize=False,
     )
-    for part, kept in zip(parts, after, strict=True):
-        part[count:end] = kept

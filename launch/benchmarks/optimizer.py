@@ -25,6 +25,7 @@ from launch.benchmarks.environment import environment_columns
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.faults.results_folder import results_folder
 from ultramem_megatron.kernels.adam_rows import AdamRows, AdamStep, Moments
+from ultramem_megatron.kernels.adam_rows.torch_path import dense_step
 from ultramem_megatron.tools.rows import write_as_made
 
 _WIDTH = 64  # columns
@@ -100,7 +101,7 @@ def _run(values: int, share: float) -> list[Times]:
         rows.step(ours, grad, step)
         moved = time.process_time() - start
         start = time.process_time()
-        _dense_step(dense, grad, step)
+        dense_step(step, dense.values, grad, dense.mean, dense.square)
         times.append(Times(time.process_time() - start, read + moved, read))
         grad[picks] = 0.0
     rows.catch_up(ours)
@@ -118,24 +119,6 @@ def _picks(values: int, share: float, generator: torch.Generator) -> Tensor:
     if share == 1.0:
         return torch.randperm(values, generator=generator)
     return torch.randint(values, (round(-math.log1p(-share) * values),), generator=generator)
-
-
-def _dense_step(moments: Moments, grad: Tensor, step: AdamStep) -> None:
-    torch._fused_adamw_(
-        [moments.values],
-        [grad],
-        [moments.mean],
-        [moments.square],
-        [],
-        [torch.tensor(float(step.number))],
-        lr=step.lr,
-        beta1=step.beta1,
-        beta2=step.beta2,
-        weight_decay=step.weight_decay,
-        eps=step.eps,
-        amsgrad=False,
-        maximize=False,
-    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close, rounding
+from tests.kernels.compiler import NATIVE, needs_compiler
 from ultramem_megatron.kernels.adam_rows import (
     AdamRows,
     AdamStep,
@@ -18,7 +19,6 @@ from ultramem_megatron.kernels.adam_rows import (
 )
 from ultramem_megatron.kernels.adam_rows import history as histories
 from ultramem_megatron.kernels.adam_rows.history import growth
-from ultramem_megatron.kernels.native.library import native_library
 
 _ROWS, _NEVER = 40, 7
 """The last _NEVER rows are read by nobody."""
@@ -34,10 +34,8 @@ def _whole_vectors():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=_PATHS)
+@pytest.fixture(params=["torch", NATIVE])
 def path(request, monkeypatch):
-    if request.param == "native" and native_library() is None:
-        pytest.skip("no C++ compiler here")
     monkeypatch.setattr(table, "update", _PATHS[request.param].update)
     return request.param
 
@@ -119,7 +117,7 @@ def test_rows_of_any_width(path, width):
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9), (0.5, 0.6)])
-@pytest.mark.skipif(native_library() is None, reason="no C++ compiler here")
+@needs_compiler
 def test_rows_that_stand_still_are_replayed_to_the_bit(betas, monkeypatch):
     """Over gaps in which moments underflow, with rates that rise a thousandfold in between."""
     monkeypatch.setattr(table, "update", native_path.update)
@@ -228,12 +226,12 @@ def test_triton_on_some_rows_is_triton_on_all(count, share, betas, copy, monkeyp
     assert_close(some.values, dense.values, rounding(torch.float32, 16 * count))
 
 
-@pytest.mark.skipif(native_library() is None, reason="no C++ compiler here")
+@needs_compiler
 def test_here_the_native_kernel_is_taken():
     assert choice._path(_table(1, 16)) is native_path
 
 
-@pytest.mark.skipif(native_library() is None, reason="no C++ compiler here")
+@needs_compiler
 def test_threads_change_no_bit():
     found = []
     for threads in (1, 3):
