@@ -9,11 +9,7 @@ import torch
 from tests.closeness import assert_close
 from tests.kernels.lookup_cases import Sizes, exact_rounding, inputs, results
 from tests.ranks import init_gloo, run_on_ranks
-from ultramem_megatron.kernels.lookup_reduce import (
-    lookup_reduce,
-    lookup_reduce_reference,
-    reused,
-)
+from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference, reused
 
 _SIZES = Sizes(5, 3, 2, 3, 4, rows=30_000)  # of which some are looked at
 

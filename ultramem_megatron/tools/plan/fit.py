@@ -59,7 +59,7 @@ def work_of(run: Run) -> Work:
         )
     if getattr(args, "ultramem_train_only", None) is not None:
         raise UltraMemError(
-            "--fit counts every weight as trained (--ultramem-train-only): lay it out yourself, and "
+            "--fit counts every weight as trained (--ultramem-train-only): lay it out yourself and "
             "see what ultramem plan --gpus N says of it."
         )
     return Work(
