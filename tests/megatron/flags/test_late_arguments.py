@@ -14,7 +14,7 @@ from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 _END = "end of arguments"
 
 
-class _Checked(Exception):
+class _CheckedError(Exception):
     """All checks are behind it."""
 
 
@@ -22,11 +22,11 @@ def _printed(argv):
     from ultramem_megatron.training.pretrain import main
 
     def stop():
-        raise _Checked
+        raise _CheckedError
 
     with (
         contextlib.redirect_stdout(io.StringIO()) as output,
-        contextlib.suppress(UltraMemError, _Checked),
+        contextlib.suppress(UltraMemError, _CheckedError),
     ):
         main(argv, before_training=stop)
     return output.getvalue()

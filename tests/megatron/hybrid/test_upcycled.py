@@ -64,11 +64,13 @@ def test_experts_start_from_a_gpts(tmp_path, apart):
 
 
 @_long
-def test_mamba_layers_start_anew_among_a_gpts(gpt):
+def test_mamba_layers_start_anew_among_a_gpts(gpt, capfd):
+    """And the log says so."""
     mamba = {"mamba_head_dim": 8, "mamba_num_groups": 2, "hybrid_layer_pattern": "*-M*-"}
     losses = _losses(gpt[0], **mamba, ultramem_spans="2:3/5:5")
     assert losses != pytest.approx(gpt[1], rel=LOSS)
     assert losses == pytest.approx(gpt[1], rel=0.1)
+    assert capfd.readouterr().out.count("layers 3 of *-M*- (Mamba) have no counterpart") == 1
 
 
 @_long
