@@ -38,6 +38,10 @@ KNOWN = {
     # 5 passes over 33.6 MB are 40 us of copying; the scatter kernel, which like this one streams
     # (470 MB in 157 us with aligned keys), reached 71 % of a copy: 56, and 5 for the weight's sums.
     "query convolution forward and backward, width 2048, T 8192": Known(1800, "<= 120", 40, 61),
+    # Keys and values of two groups of width 128 read once: 34, 67 and 134 MB.
+    "paged attention, decoding, batch 1, 32768 keys": Known(floor=7.9),
+    "paged attention, decoding, batch 8, 8192 keys": Known(floor=15.9),
+    "paged attention, decoding, batch 64, 2048 keys": Known(floor=31.7),
     # Device time with aligned keys and no convolution was 6,146 (kernels_and_layer.jsonl). Of it
     # are gone: copies of strided tensors 265; the query gradient's sum over heads 69; cast and
     # deviation of the output 90 (one read: 16); norms 278 (9 passes over 26 MB twice, at 71 % of
