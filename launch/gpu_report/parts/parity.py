@@ -14,6 +14,7 @@ from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.shapes import Shape
 from launch.gpu_report.parts import decoding_parity
 from launch.gpu_report.row import Row, attempted
+from ultramem_megatron.kernels.dispatch import implementation
 
 _OPS: dict[str, Callable[[Shape, torch.device], list[Candidate]]] = {
     "lookup": lookups.candidates,
@@ -44,6 +45,7 @@ def rows(large: bool) -> Iterator[Row]:
             cast = dataclasses.replace(shape, dtype=dtype)
             name = f"decoding, {_words(cast)}"
             yield from attempted(name, partial(_decoding_errors, cast, name, device))
+    yield from attempted("AdamW on rows", partial(_adam_rows, device))
 
 
 def _shapes(large: bool) -> Sequence[Shape]:
@@ -56,6 +58,20 @@ def _shapes(large: bool) -> Sequence[Shape]:
 def _words(shape: Shape) -> str:
     dtype = str(shape.dtype).removeprefix("torch.")
     return f"{dtype}, T {shape.tokens}, n {shape.num_keys}, m {shape.topk}, Dv {shape.value_dim}"
+
+
+def _adam_rows(device: torch.device) -> Iterator[Row]:
+    """Whether our kernel's bits are those of PyTorch's fused AdamW, or that one serves."""
+    from ultramem_megatron.kernels.adam_rows import choice, native_path
+
+    if implementation(device) == "triton":
+        from ultramem_megatron.kernels.adam_rows import triton_path as path
+    elif implementation(device) == "native":
+        path = native_path
+    else:
+        return  # PyTorch's own serves
+    same = choice.agrees(path, device)
+    yield Row(what="AdamW on rows, ours and PyTorch's", value="equal" if same else "not equal")
 
 
 def _errors(
