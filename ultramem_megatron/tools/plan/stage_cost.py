@@ -51,12 +51,13 @@ def stage_cost(run: Run, stage: int) -> StageCost:
     """
     with built_stage(run, stage) as chunks:
         parameters = [p for chunk in chunks for p in chunk.parameters()]
+        trained = [p for p in parameters if p.requires_grad]
         with megatron_refuses():
             kept, received = micro_batch(run, chunks)
         micro_batches = _micro_batches(run)
         step = {cause: count * micro_batches for cause, count in received.items()}
         for cause, count in (
-            ("gradients and parameters", _reduction(run, parameters)),
+            ("gradients and parameters", _reduction(run, trained)),
             ("pipeline", micro_batches * _transfers(run, stage, len(chunks))),
         ):
             step[cause] = step.get(cause, 0) + count
@@ -64,8 +65,8 @@ def stage_cost(run: Run, stage: int) -> StageCost:
             stage=stage,
             layers=_layers(run, stage),
             parameters=sum(p.numel() * p.element_size() for p in parameters),
-            gradients=sum(p.numel() for p in parameters) * gradient_bytes(run),
-            optimizer=sum(math.ceil(p.numel() / _shards(run, p)) for p in parameters)
+            gradients=sum(p.numel() for p in trained) * gradient_bytes(run),
+            optimizer=sum(math.ceil(p.numel() / _shards(run, p)) for p in trained)
             * optimizer_bytes(run),
             activations=round(kept / len(chunks) * _chunks_in_flight(run, stage, len(chunks))),
             received={cause: count for cause, count in step.items() if count},
