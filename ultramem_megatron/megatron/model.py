@@ -43,7 +43,7 @@ from ultramem_megatron.megatron.startup import (
 )
 from ultramem_megatron.megatron.table_groups import table_groups
 from ultramem_megatron.megatron.table_log import TableLog
-from ultramem_megatron.megatron.train_only import train_only_memory, train_only_values
+from ultramem_megatron.megatron.train_only import freeze_untrained
 from ultramem_megatron.megatron.upcycle import start_from_dense
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.finite import refuse_non_finite
@@ -138,10 +138,7 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
         """A pre-wrap hook: weights of a dense model, and what is frozen."""
         if self._model_config.upcycle_from is not None:
             start_from_dense(chunks, self._model_config.upcycle_from)
-        if self._model_config.train_rows is not None:
-            train_only_values(chunks)
-        elif self._model_config.train_only_memory:
-            train_only_memory(chunks)
+        freeze_untrained(chunks, self._model_config)
         return chunks
 
     def _hang_hooks(

@@ -62,6 +62,11 @@ def work_of(run: Run) -> Work:
             "--fit does not model --hybrid-layer-pattern: lay it out yourself, and see what "
             "ultramem plan --gpus N says of it."
         )
+    if getattr(args, "ultramem_train_only", None) is not None:
+        raise UltraMemError(
+            "--fit counts every weight as trained (--ultramem-train-only): lay it out yourself and "
+            "see what ultramem plan --gpus N says of it."
+        )
     return Work(
         sequences=args.global_batch_size,
         length=args.seq_length,

@@ -60,6 +60,7 @@ def stage_cost(run: Run, stage: int) -> StageCost:
         everything = [p for chunk in chunks for p in chunk.parameters()]
         on_host = [p for p in everything if run.tables_on_host and is_value_table(p)]
         parameters = [p for p in everything if not any(p is table for table in on_host)]
+        trained = [p for p in parameters if p.requires_grad]
         with megatron_refuses():
             kept, received = micro_batch(run, chunks)
         if on_host:
@@ -67,7 +68,7 @@ def stage_cost(run: Run, stage: int) -> StageCost:
         micro_batches = _micro_batches(run)
         step = {cause: count * micro_batches for cause, count in received.items()}
         for cause, count in (
-            ("gradients and parameters", _reduction(run, parameters)),
+            ("gradients and parameters", _reduction(run, trained)),
             ("pipeline", micro_batches * _transfers(run, stage, len(chunks))),
         ):
             step[cause] = step.get(cause, 0) + count
@@ -75,8 +76,8 @@ def stage_cost(run: Run, stage: int) -> StageCost:
             stage=stage,
             layers=_layers(run, stage),
             parameters=sum(p.numel() * p.element_size() for p in parameters),
-            gradients=sum(p.numel() for p in parameters) * gradient_bytes(run),
-            optimizer=sum(math.ceil(p.numel() / _shards(run, p)) for p in parameters)
+            gradients=sum(p.numel() for p in trained) * gradient_bytes(run),
+            optimizer=sum(math.ceil(p.numel() / _shards(run, p)) for p in trained)
             * optimizer_bytes(run),
             activations=round(kept / len(chunks) * _chunks_in_flight(run, stage, len(chunks))),
             received={cause: count for cause, count in step.items() if count},
