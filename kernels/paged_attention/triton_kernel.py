@@ -218,7 +218,7 @@ def attention_kernel(
             out_mv = out_mv * kept[:, None]
             out_mv += tl.dot(weight_mn, value_nv.to(OPERANDS), input_precision="ieee")
         if SPLIT:
-            place += split.to(tl.int64) * tokens * heads
+            place += tl.cast(split, tl.int64) * tokens * heads
             tl.store(sums + 2 * place, largest, real)
             tl.store(sums + 2 * place + 1, total, real)
         else:

@@ -35,7 +35,7 @@ def rows(large: bool) -> Iterator[Row]:
     """Relative errors, worst of outputs and gradients, and whether twice gives the same."""
     device = torch.device("cuda" if large else "cpu")
     for shape in _shapes(large):
-        for dtype in _DTYPES:
+        for dtype in _dtypes(shape):
             for op, build in _OPS.items():
                 if dtype != torch.float32 and op == "grid top-m":
                     continue  # its scores are float32 always
@@ -53,6 +53,11 @@ def _shapes(large: bool) -> Sequence[Shape]:
         return [dataclasses.replace(_TINY, tokens=7)]
     some = [dataclasses.replace(_PAPER, tokens=tokens) for tokens in (1, 7, 64, 512)]
     return [*some, *(dataclasses.replace(shape, tokens=33) for shape in (_ODD, _WIDE))]
+
+
+def _dtypes(shape: Shape) -> Sequence[torch.dtype]:
+    """float16 at one shape, as it takes the kernels of bfloat16."""
+    return (*_DTYPES, torch.float16) if shape.tokens == 64 else _DTYPES
 
 
 def _words(shape: Shape) -> str:
