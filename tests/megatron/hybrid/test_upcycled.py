@@ -35,7 +35,8 @@ def gpt(tmp_path_factory):
 
 def _losses(folder, ranks=1, **changes):
     start = {"ultramem_upcycle": folder, **_MEMORY, **_HYBRID, **_STILL}
-    return run_pretrain(ranks, tiny_gpt(**{**_GPT, **start, **changes})).losses
+    flags = tiny_gpt(**{**_GPT, **start, **changes})
+    return run_pretrain(ranks, flags, print_output=True).losses
 
 
 @pytest.mark.parametrize(
