@@ -104,6 +104,8 @@ def _needed_bytes(op: str, shape: Shape) -> int:
     widths = [shape.value_dim] * (2 if op == _PREVALUED else 1)
     widths += layers.widths_of_others(shape) if op == "layer" else []
     in_its_dtype = (sum(widths) + max(widths)) * shape.dtype.itemsize
+    if op == "layer":  # the gradient of a table without main_grad, which keeps its memory
+        in_its_dtype += shape.value_dim * shape.dtype.itemsize
     # main_grad, and a dense gradient of a slower candidate before it is rounded.
     in_float32 = 2 * shape.value_dim * torch.float32.itemsize * (2 if op == _PREVALUED else 1)
     return shape.values * (in_its_dtype + in_float32)
