@@ -137,6 +137,18 @@ def test_one_rank_holds_everything_in_the_bytes_of_mixed_precision():
     )
 
 
+def test_tables_in_host_memory_are_counted_there():
+    device, host = (_layout(_MEMORY + more, 1) for more in ("", "--ultramem-table-memory host "))
+    sparse = device["sparse_params"]
+    before, after = (plan["layouts"][0]["stages"][0] for plan in (device, host))
+    assert after["host"] == sparse * (2 + 4 + 12)  # bfloat16, gradient, AdamW and a float32 copy
+    assert before["host"] == 0
+    for key, each in (("parameters", 2), ("gradients", 4), ("optimizer", 12)):
+        assert before[key] - after[key] == each * sparse
+    # 64 tokens, 12 picks each, are more than the 576 rows of a table: all of them come.
+    assert after["activations"] - before["activations"] == 2 * sparse
+
+
 def test_flags_that_need_transformer_engine_change_nothing():
     plain, engine = (
         _layout(_EXPERTS + more, 2)

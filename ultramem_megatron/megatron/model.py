@@ -3,6 +3,7 @@
 What does not depend on the kind of model is in MemorySettings and MemoryModelBuilder.
 """
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Mapping
@@ -49,6 +50,7 @@ from ultramem_megatron.memory.finite import refuse_non_finite
 from ultramem_megatron.memory.layer import memory_layers
 from ultramem_megatron.memory.placement import placements
 from ultramem_megatron.memory.tables.settings import TableSettings
+from ultramem_megatron.memory.tables.value_table import in_host_memory
 
 
 @dataclass(kw_only=True)
@@ -56,7 +58,8 @@ class MemorySettings(ModelConfig):
     """What a model config has beside Megatron's own: the memories (None: a plain model).
 
     table_partition, table_node_size: how value tables are cut over Megatron's expert-parallel
-    group, as in TableSettings; of no account where that has one rank. memory_overlap: memories
+    group, as in TableSettings; of no account where that has one rank. table_memory: "host": tables
+    and their optimizer state stay in host memory (host_rows.py). memory_overlap: memories
     compute beside the layers of their spans (see branch.py); results are the same. upcycle_from:
     iteration folder of a dense checkpoint to start from. train_only_memory: freeze everything else.
     train_rows: and move, in a step, at most so many rows of each table, chosen by background_reads,
@@ -67,6 +70,7 @@ class MemorySettings(ModelConfig):
     ultramem: UltraMemConfig | None = None
     table_partition: str = "dimension"
     table_node_size: int | None = None
+    table_memory: str = "device"
     memory_overlap: bool = False
     upcycle_from: str | None = None
     train_only_memory: bool = False
@@ -98,7 +102,9 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
 
     def build_model(self, *args: Any, **kwargs: Any) -> Any:
         """One chunk, as Megatron's builder; it takes no weights with NaN or infinity."""
-        model = super().build_model(*args, **kwargs)
+        on_host = self._model_config.table_memory == "host"
+        with in_host_memory() if on_host else contextlib.nullcontext():
+            model = super().build_model(*args, **kwargs)
         model.register_load_state_dict_post_hook(_refuse_non_finite_weights)
         return model
 
@@ -190,8 +196,10 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
         sharded = ddp_config is not None and ddp_config.use_distributed_optimizer
         in_fp32 = ddp_config is not None and ddp_config.grad_reduce_in_fp32
         parameter_bytes = transformer.params_dtype.itemsize
+        memory = self._model_config.table_memory
+        in_fp32 |= memory == "host"
         storage = Storage(
-            parameter_bytes, 4 if in_fp32 else parameter_bytes, replicas if sharded else 1
+            parameter_bytes, 4 if in_fp32 else parameter_bytes, replicas if sharded else 1, memory
         )
         tables = most_on_one_stage({place.table for place in placements(ultramem)}, transformer)
         print_rank_0(describe_memories(ultramem, transformer.hidden_size))

@@ -143,7 +143,7 @@ class TransformerMemory(UltraMemLayer):
         if self.groups is None:
             return
         for table in value_tables(self).values():
-            weight = table.weight
+            weight = table.trained
             weight.sequence_parallel = False  # type: ignore[attr-defined]  # Megatron's tag
             # An "expert" parameter: reduced over the ranks that hold the same part.
             weight.allreduce = False  # type: ignore[attr-defined]  # Megatron's tag

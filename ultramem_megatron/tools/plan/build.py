@@ -50,6 +50,11 @@ class Run:
         """Pipeline stages."""
         return int(self.args.pipeline_model_parallel_size)
 
+    @property
+    def tables_on_host(self) -> bool:
+        """Whether value tables are trained in host memory."""
+        return self.ultramem is not None and self.args.ultramem_table_memory == "host"
+
 
 def command_line(preset: str | None, given: Sequence[str]) -> list[str]:
     """The preset's flags, the given ones, and defaults; of a flag given twice the last counts."""

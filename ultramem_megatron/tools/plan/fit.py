@@ -52,6 +52,11 @@ def work_of(run: Run) -> Work:
             f"--fit tries layouts with full recomputation and without: drop "
             f"--recompute-granularity {args.recompute_granularity}."
         )
+    if run.tables_on_host:
+        raise UltraMemError(
+            "--fit does not model --ultramem-table-memory host: lay it out yourself, and see what "
+            "ultramem plan --gpus N says of it."
+        )
     if getattr(args, "hybrid_layer_pattern", None):
         raise UltraMemError(
             "--fit does not model --hybrid-layer-pattern: lay it out yourself, and see what "
