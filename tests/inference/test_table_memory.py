@@ -10,7 +10,7 @@ import torch
 
 from tests.decoding import full_logits, random_model
 from tests.ranks import RanksFailed, run_on_ranks
-from tests.resident import forget, resident
+from tests.resident import forget, mapped, resident
 from tests.training_runs import make_saving_fast, tiny_gpt
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.inference.layout import InferenceLayout
@@ -93,7 +93,7 @@ def test_of_a_table_on_disk_only_pages_with_rows_that_are_read_come_into_memory(
     (file,) = (tmp_path / "release").glob("*.distcp")
     forget(file)
     key, rows = "decoder.layers.0.memory.values.weight", torch.arange(0, 724**2, 20_000)
-    table = TableFiles(str(file.parent), in_memory=False).table(key, 0, 724**2)
+    table = TableFiles(str(file.parent), readahead=False).table(key, 0, 724**2)
     assert table.fetch(rows, 16).std() > 0
     pages = os.sysconf("SC_PAGESIZE") * len(rows)
     assert 0 < resident(file) <= 2 * pages  # a row may lie on two
@@ -128,12 +128,43 @@ def test_rows_come_while_the_layers_of_a_span_compute(tmp_path):
     assert before < beside == after
 
 
+def _shares(folder):
+    """Of a table of 32 MB that each rank reads whole: bytes in memory here, and this rank's share.
+
+    By where it is; one memory that several map is shared among them (Pss in proc(5)).
+    """
+    import torch.distributed as dist
+
+    from ultramem_megatron.inference.loading import load_for_inference
+
+    found = []
+    for where, name in (("host", "memfd:ultramem_table"), ("disk", ".distcp")):
+        model = load_for_inference(str(folder), layout=InferenceLayout(2, 1, "auto", where)).model
+        (table,) = value_tables(model).values()
+        assert table._reader.table.fetch(torch.arange(724**2), 16).std() > 0
+        dist.barrier()
+        found.append((mapped(name, "Rss"), mapped(name, "Pss")))
+        dist.barrier()
+        del model, table
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/smaps")
+def test_ranks_of_a_host_share_one_copy(tmp_path):
+    run_on_ranks(1, _save_large, tmp_path)
+    table = 724**2 * 16 * 4  # bytes
+    for of_rank in run_on_ranks(2, _shares, tmp_path):
+        for resident_bytes, share in of_rank:
+            assert resident_bytes >= table
+            assert share <= resident_bytes * 0.51
+
+
 def _damaged(folder):
     """What reading a table says of a shard that is not what the metadata says."""
     key, rows = "decoder.layers.0.memory.values.weight", 12 * 12
     messages = []
     for hurt in (_cut_short, _asks_for_code):
-        files = TableFiles(str(folder / "release"), in_memory=False)
+        files = TableFiles(str(folder / "release"), readahead=False)
         hurt(folder / "release", files, key)
         with pytest.raises(UltraMemError) as raised:
             files.table(key, 0, rows)

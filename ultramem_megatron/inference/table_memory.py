@@ -1,7 +1,7 @@
 """Value tables that decoding leaves in host memory or in the checkpoint's files.
 
-On an NVIDIA GPU the host fetches a token's rows and copies them there, for which it waits for the
-device.
+Of tables on disk the host fetches a token's rows and copies them to a GPU, for which it waits for
+the device.
 """
 
 from typing import Any
@@ -28,19 +28,20 @@ def leave_tables(
     """Let a model's tables, built `without_rows`, read from the checkpoint in `folder`.
 
     sharded: the model's sharded state, from which they are taken, so that nothing loads them.
-    in_memory: read them into host memory now. Returns their parameters, without rows, by name.
-    Raises UltraMemError, see TableFiles.
+    in_memory: read them into the host's memory now. Returns their parameters, without rows, by
+    name. All ranks call it. Raises UltraMemError, see TableFiles and `in_host_memory`.
     """
     from megatron.core.utils import unwrap_model
 
+    from ultramem_megatron.inference.host_memory import in_host_memory
     from ultramem_megatron.megatron.checkpoint.table_files import TableFiles
     from ultramem_megatron.memory.tables.value_table import value_tables
 
-    files, left = TableFiles(folder, in_memory), {}
+    files, left = TableFiles(folder, readahead=in_memory), {}
     for module_name, table in value_tables(unwrap_model(model)).items():
         name = f"{module_name}.weight"
         place = sharded.pop(name)
-        stored = files.table(place.key, place.global_offset[0], table.layout.num_values)
-        table.leave_stored(stored)
+        on_disk = files.table(place.key, place.global_offset[0], table.layout.num_values)
+        table.leave_stored(in_host_memory(on_disk, table) if in_memory else on_disk)
         left[name] = table.weight.detach()
     return left
