@@ -13,8 +13,10 @@ from tests.ranks import RanksFailed, run_on_ranks
 from tests.resident import forget, mapped, resident
 from tests.training_runs import make_saving_fast, tiny_gpt
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.inference.generate import parse
 from ultramem_megatron.inference.layout import InferenceLayout
-from ultramem_megatron.inference.table_memory import check_table_memory
+from ultramem_megatron.inference.layout_flags import layout_from
+from ultramem_megatron.inference.table_memory import check_table_memory, describe_cache
 from ultramem_megatron.megatron.checkpoint.table_files import TableFiles
 from ultramem_megatron.memory.tables.mapped import pages_in_memory
 from ultramem_megatron.memory.tables.value_table import value_tables
@@ -64,6 +66,45 @@ def test_logits_do_not_depend_on_where_tables_are(saved):
     for case, (device, host, disk) in run_on_ranks(1, _all_logits, saved, _FEW, 1)[0].items():
         assert torch.equal(host, device), case
         assert torch.equal(disk, device), case
+
+
+def _cached_logits(folder, cases, ranks):
+    """Of each case without a cache and with one, read twice; rows from caches, and of how many."""
+    from ultramem_megatron.inference.loading import load_for_inference
+
+    tokens, found = torch.randint(500, (3, 12), generator=torch.Generator().manual_seed(0)), {}
+    for kind, cut in cases:
+        case = folder / f"{kind}-{cut}"
+        expected = _logits(case, ranks, 1, "auto", "device")
+        for where in ("host", "disk"):
+            layout = InferenceLayout(ranks, 1, table_memory=where, table_cache_rows=40)
+            model = load_for_inference(str(case), layout=layout).model
+            logits = [full_logits(model, tokens) for _ in range(2)]
+            tables = [table.stored.hot for table in value_tables(model).values()]
+            equal = all(torch.equal(found, expected) for found in logits)
+            hits = [hot.hits for hot in tables]
+            found[kind, cut, where] = equal, hits, [hot.reads for hot in tables]
+    return found, describe_cache(model)
+
+
+def test_logits_do_not_depend_on_a_cache_of_rows(saved):
+    found, line = run_on_ranks(1, _cached_logits, saved, _FEW, 1)[0]
+    for case, (equal, hits, reads) in found.items():
+        assert equal, case
+        assert all(0 < hit < read for hit, read in zip(hits, reads, strict=True)), case
+    _, hits, reads = found["ultramemv2", "dimension", "disk"]
+    assert len(hits) == 4  # of two memories each, values and pre-values
+    assert f"{sum(hits):,} of {sum(reads):,} rows that steps read" in line
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_cache_changes_nothing_of_any_kind(tmp_path, ranks):
+    run_on_ranks(2, _save, tmp_path, _ALL)
+    for found, _ in run_on_ranks(ranks, _cached_logits, tmp_path, _ALL, ranks):
+        for case, (equal, hits, _) in found.items():
+            assert equal, case
+            assert all(hits), case
 
 
 @pytest.mark.long
@@ -216,3 +257,18 @@ def test_what_needs_tables_on_the_device_is_refused(saved):
     folder = saved / "ultramem-conv-number"
     with pytest.raises(RanksFailed, match="Leave --ultramem-parallel-size 2 out"):
         run_on_ranks(1, _logits, folder, 1, 2, "auto", "disk")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--table-cache-rows", "9"], "--table-cache-rows 9: tables are on the device already"),
+        (
+            ["--table-cache-rows", "0", "--table-memory", "disk"],
+            "--table-cache-rows is 0; it must be a whole number >= 1",
+        ),
+    ],
+)
+def test_wrong_caches_are_refused(words, message):
+    with pytest.raises(UltraMemError, match=message):
+        layout_from(parse(["--load", "x", *words]))

@@ -22,6 +22,7 @@ from ultramem_megatron.kernels.lookup_prevalued.activations import IN_KERNELS
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.memory.tables.contract import PreValues
+from ultramem_megatron.memory.tables.hot_rows import HotRows
 from ultramem_megatron.memory.tables.mapped import bring
 
 
@@ -39,7 +40,7 @@ class Piece(NamedTuple):
 class StoredTable(Protocol):
     """A table that is not on the device.
 
-    values: (N, V) in host memory, where a GPU can read it; None: it is on disk.
+    values: (N, V) in host memory, where a GPU can read it; None: rows have to be fetched.
     """
 
     @property
@@ -52,7 +53,7 @@ class StoredTable(Protocol):
         ...
 
     def fetch(self, rows: Tensor, width: int) -> Tensor:
-        """Rows (R,), int64, ascending and on the CPU, as (R, width) of the table's dtype there."""
+        """Rows (R,), int64, ascending and on the CPU, as (R, width) in their own dtype."""
         ...
 
 
@@ -100,6 +101,30 @@ class HostTable:
         return self.values[rows]
 
 
+class CachedTable:
+    """A table behind a cache of its rows in the device's memory."""
+
+    values = None
+
+    def __init__(self, table: StoredTable, rows: int, like: Tensor) -> None:
+        """rows: how many the cache holds. like: a tensor of its device and dtype."""
+        self._table, self._like = table, like
+        self.hot = HotRows(rows)
+
+    def ask_for(self, rows: Tensor) -> None:
+        """See StoredTable."""
+        self._table.ask_for(rows[~self.hot.holds(rows.to(self._like.device)).cpu()])
+
+    def fetch(self, rows: Tensor, width: int) -> Tensor:
+        """See StoredTable; on the device."""
+
+        def missing(rows: Tensor) -> tuple[Tensor]:
+            return (self._table.fetch(rows.cpu(), width).to(self._like),)
+
+        (found,) = self.hot.read(rows.to(self._like.device), missing)
+        return found
+
+
 @dataclass(frozen=True)
 class StoredReader:
     """A TableReader of a whole table that is not on the device.
@@ -113,7 +138,7 @@ class StoredReader:
 
     @property
     def pauses(self) -> int:
-        """See TableReader: once, for the disk."""
+        """See TableReader: once, for rows that are fetched."""
         return int(self.table.values is None)
 
     @property

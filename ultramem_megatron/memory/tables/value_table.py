@@ -52,6 +52,7 @@ class ValueTable(nn.Module):
         self.layout = settings.layout(config, rank, width=width, cores=cores)
         rows, columns = self.layout.shape
         self.weight = nn.Parameter(torch.empty(0 if _without_rows.get() else rows, columns))
+        self.stored: StoredTable | None = None
         mark_as_values(self.weight)
         self._config, self._group = config, group
         exchange = exchange_of(config, size, self.weight.element_size(), node_size)
@@ -97,6 +98,7 @@ class ValueTable(nn.Module):
 
     def leave_stored(self, table: StoredTable) -> None:
         """Fetch rows from there; of a whole table that was built `without_rows`, for inference."""
+        self.stored = table
         self._reader = StoredReader(table, self.layout.num_values, self._config.value_expansion)
 
     def serve(self, pre: PreValues | None = None) -> bool:
@@ -109,15 +111,13 @@ class ValueTable(nn.Module):
 class PreValueTable(ValueTable):
     """N pre-values, which are read together with the values they stand before."""
 
-    _stored: StoredTable | None = None
-
     def forward(self, x: Tensor, act: str) -> PreValues:  # type: ignore[override]  # reads nothing
         """For inputs (T, Dp). Called before the read, for the sake of Megatron's gather as well."""
-        return PreValues(self.weight, x, act, self._stored)
+        return PreValues(self.weight, x, act, self.stored)
 
     def leave_stored(self, table: StoredTable) -> None:
         """See ValueTable.leave_stored."""
-        self._stored = table
+        self.stored = table
 
 
 @contextlib.contextmanager
