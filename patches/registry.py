@@ -50,6 +50,7 @@ PATCH_MODULES = (
     "doors.footprint",
     "doors.common_keys",
     "doors.fsdp2_units",
+    "doors.gradient_streams",
     "defects.fsdp2_token_loss",
     "defects.fsdp2_checkpoints",
     "defects.distopt_initial_state",

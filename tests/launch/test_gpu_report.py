@@ -5,9 +5,11 @@ import time
 
 import pytest
 
+from launch.benchmarks.trace import Interval
 from launch.gpu_report.__main__ import main, run_parts
 from launch.gpu_report.known import KNOWN
 from launch.gpu_report.page import targets
+from launch.gpu_report.parts.overlap import beside
 from launch.gpu_report.row import Row, attempted
 from tests import ROOT
 from tests.inference.test_decode_launches import BETWEEN, PRODUCTS
@@ -91,6 +93,13 @@ def test_wrong_flags_are_refused(words, message, tmp_path):
         main(["--out", str(tmp_path), *words])
 
 
+def test_what_ran_beside_something_is_counted_once():
+    ours = [Interval("branch", 0, 10), Interval("branch", 20, 30)]
+    others = [Interval("a", 5, 8), Interval("b", 6, 22), Interval("c", 29, 40)]
+    assert beside(ours, others) == 5 + 2 + 1
+    assert beside(ours, []) == 0
+
+
 def test_what_is_known_is_asked_of_some_part():
     """Names of rows: a row that was renamed would lose its target."""
     from launch.benchmarks.decode import QUICK
@@ -109,7 +118,20 @@ def test_what_is_known_is_asked_of_some_part():
     }
     asked |= {what.format(f", batch {batch}") for what in decode._PAIRS for batch in QUICK}
     asked |= {f"decode, six memories, batch {batch}" for batch in QUICK}
-    starts = ("decode, ", "lookup", "side top-m", "grid top-m", "layer", "launches, ", "host waits")
+    asked |= {
+        f"paged attention, decoding, batch {size.batch}, {size.context} keys"
+        for size in kernels._DECODING
+    }
+    starts = (
+        "decode, ",
+        "paged",
+        "lookup",
+        "side top-m",
+        "grid top-m",
+        "layer",
+        "launches, ",
+        "host waits",
+    )
     assert {name for name in KNOWN if name.startswith(starts)} <= asked
 
 
