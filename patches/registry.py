@@ -55,6 +55,7 @@ PATCH_MODULES = (
     "defects.megatron_fsdp_lone_parts",
     "defects.megatron_fsdp_empty_shards",
     "defects.megatron_fsdp_gated_names",
+    "defects.megatron_fsdp_loss_scale",
     "defects.fsdp2_token_loss",
     "defects.fsdp2_checkpoints",
     "defects.distopt_initial_state",

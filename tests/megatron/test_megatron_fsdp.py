@@ -16,6 +16,7 @@ from tests.megatron.test_table_parallelism import (
     _TP,
     _flags,
 )
+from tests.ranks import RanksFailed
 from tests.training_runs import TrainingRun, run_pretrain, tiny_gpt
 from tests.whole_model import AFTER_STEPS, assert_same_training, first_decided, train, train_watched
 
@@ -126,6 +127,16 @@ def test_a_checkpoint_goes_on_in_other_layouts(tmp_path: Any, strategy: str) -> 
         assert again.losses == pytest.approx(saved.losses[2:], rel=AFTER_STEPS)
 
 
+def test_a_checkpoint_goes_on_with_tables_cut_otherwise(tmp_path: Any) -> None:
+    short = {**_FULL, "train_iters": 2, "save_interval": 1}
+    saved = run_pretrain(2, _flags(**short, **_NUMBER, save=tmp_path))
+    again = run_pretrain(2, _flags(**short, **_DIMENSION, load=tmp_path, ckpt_step=1))
+    assert again.losses == pytest.approx(saved.losses[1:], rel=AFTER_STEPS)
+    with pytest.raises(RanksFailed, match="topk is 5 here, 6 in the checkpoint"):
+        run_pretrain(1, _flags(**short, load=tmp_path, ultramem_topk=5))
+
+
+@_long
 def test_a_plain_gpt_saves_and_goes_on(tmp_path: Any) -> None:
     plain = {**_FULL, "train_iters": 4, "save_interval": 2}
     saved = run_pretrain(2, tiny_gpt(**plain, save=tmp_path))
@@ -133,11 +144,20 @@ def test_a_plain_gpt_saves_and_goes_on(tmp_path: Any) -> None:
     assert again.losses == saved.losses[2:]
 
 
+@pytest.mark.parametrize("half", [{"bf16": True}, {"fp16": True, "initial_loss_scale": 4096}])
 @_long
-def test_bf16_follows_ddp(tmp_path: Any) -> None:
-    half = {**_NUMBER, **_FULL, "bf16": True}
-    saved = run_pretrain(2, _flags(**half, save=tmp_path, save_interval=2))
-    again = run_pretrain(2, _flags(**half, load=tmp_path, ckpt_step=2))
+def test_half_precision_follows_ddp(tmp_path: Any, half: dict[str, Any]) -> None:
+    cut = {**_NUMBER, **_FULL, **half}
+    saved = run_pretrain(2, _flags(**cut, save=tmp_path, save_interval=2))
+    again = run_pretrain(2, _flags(**cut, load=tmp_path, ckpt_step=2))
     assert again.losses == saved.losses[2:]
-    ddp = run_pretrain(2, _flags(**_NUMBER, bf16=True))
+    ddp = run_pretrain(2, _flags(**_NUMBER, **half))
     assert saved.losses == pytest.approx(ddp.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["no_shard", "optim_grads_params"])
+@_long
+def test_an_overflow_skips_the_step_of_tables_and_dense_parts(strategy: str) -> None:
+    flags = {**_NUMBER, "fp16": True, "initial_loss_scale": 2**32, "train_iters": 2}
+    run = run_pretrain(2, _flags(**flags, **_FSDP, **{_STRATEGY: strategy}))
+    assert [step["skipped"] for step in run.iterations] == [1, 1]

@@ -9,6 +9,7 @@ _REASONS = {
     "its own layer gives back when it is done",
     "ultramem_train_rows": "rows are chosen by gradients in the buffers of Megatron's DDP",
     "ultramem_row_adam": "it counts the steps of rows in parameters that are not cut",
+    "ultramem_log_tables_interval": "steps of tables are measured in parameters that are not cut",
     "cuda_graph_impl": "graphs hold the addresses of weights, which come and go with each layer",
     "ddp_average_in_collective": "the mean would be over the ranks that have the same part of a "
     "table, not over all that have brought gradients",
