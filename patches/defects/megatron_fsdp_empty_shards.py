@@ -1,4 +1,4 @@
-"""Under Megatron-FSDP every rank has the optimizer's state of every parameter (torch's Adam only).
+"""Under Megatron-FSDP all ranks have states of all parameters, in one order (torch's Adam only).
 
 Where more ranks than rows cut a parameter, some have nothing of it, and Adam no state for it.
 Saving and loading ask all ranks about each state, one by one, and wait for ever for those ranks.
@@ -39,7 +39,9 @@ def _of_all(make_state: Callable[..., Any]) -> Callable[..., Any]:
             self._init_optimizer_states_with_dummy_values()
         if isinstance(self.optimizer, torch.optim.Adam):
             _complete(self.optimizer)
-        return make_state(self)
+        made = make_state(self)
+        made["state"] = {name: made["state"][name] for name in sorted(made["state"])}
+        return made
 
     return sharded_param_state_fsdp_dtensor
 
@@ -51,7 +53,7 @@ def _install(editor: Editor) -> None:
 PATCH = Patch(
     name="defects.megatron_fsdp_empty_shards",
     symbols=(_METHOD,),
-    reason="Adam has a state of what had a gradient, and an empty shard has none.",
+    reason="Adam has states of what had a gradient, in the order of the first gradients.",
     delete_when="A plain GPT saves with optim_grads_params and without Transformer Engine.",
     install=_install,
     active=uses_torch_adam,

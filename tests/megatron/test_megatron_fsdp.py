@@ -11,6 +11,7 @@ from tests.megatron.test_table_parallelism import (
     _DIMENSION,
     _GRID,
     _NUMBER,
+    _OVERLAP,
     _RECOMPUTE,
     _SP,
     _TP,
@@ -70,7 +71,6 @@ def test_it_trains_like_one_rank(
         pytest.param(8, _NUMBER, id="more ranks than cores and heads"),
         pytest.param(2, {**_NUMBER, **_RECOMPUTE}, id="recompute"),
         pytest.param(4, {**_TP, **_NUMBER}, id="TP2"),
-        pytest.param(4, {**_SP, **_DIMENSION}, id="TP2 SP"),
         pytest.param(4, {**_NUMBER, "context_parallel_size": 2}, id="CP2"),
         pytest.param(4, {"ultramem_parallel_size": 2, **_RECOMPUTE}, id="P2 of 4, recompute"),
     ],
@@ -91,6 +91,7 @@ def test_it_trains_like_ddp() -> None:
     "flags",
     [
         pytest.param({_STRATEGY: "no_shard"}, id="no shard"),
+        pytest.param({_STRATEGY: "optim", **_OVERLAP}, id="the optimizer cut, overlap"),
         pytest.param({"calculate_per_token_loss": True}, id="loss per token"),
         pytest.param({"ultramem_train_only": "memory"}, id="memories alone"),
         pytest.param({"ultramem_share_values": 2}, id="shared tables"),
@@ -105,7 +106,7 @@ def test_it_trains_like_ddp() -> None:
 )
 @_long
 def test_with_other_flags_it_trains_like_ddp(flags: dict[str, Any]) -> None:
-    ddp = {name: value for name, value in flags.items() if name != _STRATEGY}
+    ddp = {name: value for name, value in flags.items() if name not in {_STRATEGY, *_OVERLAP}}
     expected = train(2, _flags(**_NUMBER, **ddp))
     assert_same_training(train(2, _flags(**{**_NUMBER, **_FULL, **flags})), expected)
 
@@ -134,6 +135,12 @@ def test_a_checkpoint_goes_on_with_tables_cut_otherwise(tmp_path: Any) -> None:
     assert again.losses == pytest.approx(saved.losses[1:], rel=AFTER_STEPS)
     with pytest.raises(RanksFailed, match="topk is 5 here, 6 in the checkpoint"):
         run_pretrain(1, _flags(**short, load=tmp_path, ultramem_topk=5))
+
+
+@_long
+def test_under_sequence_parallelism_it_trains_like_ddp() -> None:
+    expected = train(4, _flags(**_SP, **_DIMENSION))
+    assert_same_training(train(4, _flags(**_SP, **_DIMENSION, **_FULL)), expected)
 
 
 @_long

@@ -94,7 +94,7 @@ def _states(without: str) -> list[str]:
     optimizer.step()
     model.module._replace_param_with_distributed_if_needed()
     metadata = {"distrib_optim_sharding_type": "fsdp_dtensor"}
-    return sorted(optimizer.sharded_state_dict({}, metadata=metadata)["state"])
+    return list(optimizer.sharded_state_dict({}, metadata=metadata)["state"])
 
 
 def test_every_rank_has_a_state_of_what_it_has_nothing_of() -> None:
