@@ -1,6 +1,7 @@
-"""Who keeps a table's rows may ask to be told which are about to be read.
+"""Who keeps a table's rows may ask to be told which are about to be read, or bring them.
 
-AdamW on rows leaves those that nobody reads behind (`adam_rows/`). N table rows.
+AdamW on rows leaves those that nobody reads behind (`adam_rows/`), and rows may lie in another
+memory than what reads them. N table rows, R of them that a read names, V value dim.
 """
 
 from typing import Protocol
@@ -23,9 +24,36 @@ class Upkeep(Protocol):
         ...
 
 
+ELSEWHERE = "ultramem_elsewhere"
+"""Attribute of what stands for a table whose rows are not there: who brings them."""
+
+
+class Elsewhere(Protocol):
+    """Where a table's rows are, if not in what stands for it (of its shape, dtype and device)."""
+
+    def bring(self, rows: Tensor) -> Tensor:
+        """Copies (R, V) of `rows` (R,), int64 and distinct, where they are read.
+
+        Differentiable: what is added to their gradient goes to where the rows are.
+        """
+        ...
+
+
 def is_kept(table: Tensor) -> bool:
-    """Whether its rows have an `Upkeep`."""
-    return getattr(table, UPKEEP, None) is not None
+    """Whether somebody has to know which of its rows are read."""
+    return any(getattr(table, tag, None) is not None for tag in (UPKEEP, ELSEWHERE))
+
+
+def brought(rows: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+    """`rows`, and the tables that they are of; of tables elsewhere, copies of those rows.
+
+    rows: int64, which may repeat; then come back as rows of the copies.
+    """
+    homes: list[Elsewhere | None] = [getattr(table, ELSEWHERE, None) for table in tables]
+    if None in homes:
+        return rows, *tables
+    distinct, places = rows.unique(return_inverse=True)
+    return places, *(home.bring(distinct) for home in homes if home is not None)
 
 
 def about_to_read(table: Tensor, rows: Tensor) -> None:

@@ -22,7 +22,7 @@ from ultramem_megatron.kernels.lookup_reduce.autograd import (
     table_gradient,
 )
 from ultramem_megatron.kernels.precision import at_least_float32
-from ultramem_megatron.kernels.reading import about_to_read
+from ultramem_megatron.kernels.reading import about_to_read, brought
 
 
 def lookup_dot(table: Tensor, rows: Tensor, x: Tensor) -> Tensor:
@@ -34,6 +34,7 @@ def lookup_dot(table: Tensor, rows: Tensor, x: Tensor) -> Tensor:
     if chosen == "shapes":
         return lookup_dot_shapes(table, rows, x)
     about_to_read(table, rows)
+    rows, table = brought(rows, table)
     if chosen == "reference":
         return lookup_dot_reference(table, rows, x)
     dots: Tensor = _LookupDot.apply(table, rows, x)

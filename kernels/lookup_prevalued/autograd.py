@@ -18,7 +18,7 @@ from ultramem_megatron.kernels.lookup_prevalued.shapes import lookup_prevalued_s
 from ultramem_megatron.kernels.lookup_reduce.autograd import gradient_target, gradient_to_return
 from ultramem_megatron.kernels.lookup_reduce.torch_path import row_gradients
 from ultramem_megatron.kernels.precision import at_least_float32
-from ultramem_megatron.kernels.reading import about_to_read
+from ultramem_megatron.kernels.reading import about_to_read, brought
 
 
 def lookup_prevalued(
@@ -36,11 +36,12 @@ def lookup_prevalued(
     Each table's gradient goes where that of `lookup_reduce` goes.
     """
     chosen = implementation(table.device)
-    arguments = (table, pre_table, rows, groups, scores, x, num_groups)
     if chosen == "shapes":
-        return lookup_prevalued_shapes(*arguments)
+        return lookup_prevalued_shapes(table, pre_table, rows, groups, scores, x, num_groups)
     about_to_read(table, rows)
     about_to_read(pre_table, rows)
+    rows, table, pre_table = brought(rows, table, pre_table)
+    arguments = (table, pre_table, rows, groups, scores, x, num_groups)
     if chosen == "reference":
         return lookup_prevalued_reference(*arguments, act)
     pooled: Tensor = _LookupPrevalued.apply(*arguments, act)

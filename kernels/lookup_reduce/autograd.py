@@ -20,7 +20,7 @@ from ultramem_megatron.kernels.lookup_reduce.main_grad import (
 from ultramem_megatron.kernels.lookup_reduce.reference import lookup_reduce_reference
 from ultramem_megatron.kernels.lookup_reduce.shapes import lookup_reduce_shapes
 from ultramem_megatron.kernels.lookup_reduce.torch_path import RowGradients
-from ultramem_megatron.kernels.reading import about_to_read, is_kept
+from ultramem_megatron.kernels.reading import about_to_read, brought, is_kept
 
 
 def lookup_reduce(
@@ -36,6 +36,7 @@ def lookup_reduce(
     if chosen == "shapes":
         return lookup_reduce_shapes(table, rows, groups, scores, num_groups)
     about_to_read(table, rows)
+    rows, table = brought(rows, table)
     if chosen == "reference":
         return lookup_reduce_reference(table, rows, groups, scores, num_groups)
     pooled: Tensor = _LookupReduce.apply(table, rows, groups, scores, num_groups)

@@ -18,9 +18,15 @@ SPARSE = "ultramem_sparse_gradient"
 """A table with this attribute set to True, and no `main_grad`, gets a sparse gradient."""
 
 
+MAKES_MAIN_GRAD = "ultramem_makes_main_grad"
+"""Attribute of a table whose `main_grad`, float32, is there from when a backward asks for it."""
+
+
 def main_grad_of(table: Tensor) -> Tensor | None:
     """The buffer that backward adds this table's gradient to, None if it has none."""
     main_grad = getattr(table, "main_grad", None)
+    if main_grad is None and hasattr(table, MAKES_MAIN_GRAD):
+        main_grad = getattr(table, MAKES_MAIN_GRAD).make(table)
     return main_grad if isinstance(main_grad, Tensor) else None
 
 

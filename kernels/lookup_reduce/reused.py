@@ -21,6 +21,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 _LOOKED_AT = 256  # rows
 _buffers = WeakIdKeyDictionary()
 """By table. No attribute of it: those are saved and pickled with it."""
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+"""Private to torch: where it is gone, every backward has a new buffer."""
 
 
 @dataclass
@@ -49,7 +51,7 @@ def zeros_for(table: Tensor, rows: Tensor) -> Tensor:
 
     To be told of with `added` when they have been.
     """
-    if table.device.type != "cpu" or not table.is_leaf:
+    if table.device.type != "cpu" or not table.is_leaf or _use_count is None:
         return torch.zeros_like(table)
     buffer = _buffers.get(table)
     if buffer is None or _is_other(buffer.tensor, table):
@@ -82,5 +84,6 @@ def _there_are_other_ranks() -> bool:
 
 
 def _holders(tensor: Tensor) -> int:
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    assert _use_count is not None
+    count: int = _use_count(tensor.untyped_storage()._cdata)
     return count

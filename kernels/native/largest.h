@@ -16,7 +16,7 @@ inline int32_t ordered(float x) {
   return x != x ? INT_MAX : key;
 }
 
-// One row at a time; its buffers serve the next row too. Thresholds are found by bisection: to count
+// One row at a time; its buffers serve the next row too. Bounds are found by bisection: to count
 // what is at least a number takes a vector instruction for sixteen, and no branch to foresee.
 class Largest {
  public:
@@ -36,7 +36,7 @@ class Largest {
     const int32_t* kept = kept_.data();
     const int32_t* indices = indices_.data();
     uint64_t* pairs = falling_.data();
-    const int32_t least = threshold(kept, found);
+    const int32_t least = bound(kept, found, topk_);
     int64_t above = 0;
     for (int64_t i = 0; i < found; i++) above += kept[i] > least;
     int64_t chosen = 0, equals = topk_ - above;
@@ -47,22 +47,40 @@ class Largest {
       equals -= equal;
       chosen += equal || kept[i] > least;
     }
-    if (!falling) return;
-    std::sort(falling_.begin(), falling_.end(), std::greater<uint64_t>());
-    for (int64_t i = 0; i < topk_; i++) best[i] = static_cast<uint32_t>(~falling_[i]);
+    if (falling) sort(best);
   }
 
  private:
-  static constexpr int64_t kBlock = 16;
+  static constexpr int64_t kBlock = 64, kCounted = 128;
 
   static uint64_t pair(int32_t key, int32_t index) {  // orders by key, then by falling index
     const uint32_t high = static_cast<uint32_t>(key) ^ 0x80000000u;
     return static_cast<uint64_t>(high) << 32 | static_cast<uint32_t>(~index);
   }
 
-  // The m-th largest of `count` keys.
-  int32_t threshold(const int32_t* keys, int64_t count) const {
-    int64_t low = INT_MIN, high = INT_MAX;
+  // Few are sorted by counting what is above each, which vector instructions do.
+  void sort(int64_t* best) {
+    uint64_t* __restrict pairs = falling_.data();
+    if (topk_ > kCounted) {
+      std::sort(pairs, pairs + topk_, std::greater<uint64_t>());
+      for (int64_t i = 0; i < topk_; i++) best[i] = static_cast<uint32_t>(~pairs[i]);
+      return;
+    }
+    for (int64_t i = 0; i < topk_; i++) {
+      int64_t above = 0;
+      for (int64_t j = 0; j < topk_; j++) above += pairs[j] > pairs[i];
+      best[above] = static_cast<uint32_t>(~pairs[i]);
+    }
+  }
+
+  // A number that m to `most` of `count` keys reach; if there is none, the m-th largest of them.
+  int32_t bound(const int32_t* keys, int64_t count, int64_t most) const {
+    int32_t least = INT_MAX, greatest = INT_MIN;
+    for (int64_t i = 0; i < count; i++) {
+      least = std::min(least, keys[i]);
+      greatest = std::max(greatest, keys[i]);
+    }
+    int64_t low = least, high = greatest;
     while (low < high) {
       const int64_t middle = low + (high - low + 1) / 2;
       const int32_t bound = static_cast<int32_t>(middle);
@@ -72,12 +90,13 @@ class Largest {
         low = middle;
       else
         high = middle - 1;
+      if (reached >= topk_ && reached <= most) break;
     }
     return static_cast<int32_t>(low);
   }
 
   // Fills kept_ and indices_ with what can be among the m largest, indices ascending. Chunk j is
-  // every chunks_-th column from j on. The m-th largest of the chunks' maxima is a floor of the m-th
+  // every chunks_-th column from j on. What m of the chunks' maxima reach is a floor of the m-th
   // largest value. Behind the last column lies what no floor lets through.
   int64_t candidates() {
     const int32_t floor = chunks_ ? floor_of_chunks() : INT_MIN + 1;
@@ -86,13 +105,13 @@ class Largest {
     int32_t* __restrict indices = indices_.data();
     int64_t found = 0;
     for (int64_t start = 0; start < columns_; start += kBlock) {
-      int32_t any = 0;
-      for (int64_t i = start; i < start + kBlock; i++) any += keys[i] >= floor;
-      if (!any) continue;
-      for (int64_t i = start; i < start + kBlock; i++) {
+      uint64_t passes = 0;
+      for (int64_t i = 0; i < kBlock; i++)
+        passes |= static_cast<uint64_t>(keys[start + i] >= floor) << i;
+      for (; passes; passes &= passes - 1) {
+        const int64_t i = start + __builtin_ctzll(passes);
         kept[found] = keys[i];
-        indices[found] = static_cast<int32_t>(i);
-        found += keys[i] >= floor;
+        indices[found++] = static_cast<int32_t>(i);
       }
     }
     return found;
@@ -107,7 +126,7 @@ class Largest {
       for (int64_t j = 0; j < chunks_; j++) maxima[j] = std::max(maxima[j], keys[start + j]);
     for (int64_t j = 0; start + j < columns_; j++)
       maxima[j] = std::max(maxima[j], keys[start + j]);
-    return threshold(maxima, chunks_);
+    return bound(maxima, chunks_, topk_ + topk_ / 4);
   }
 
   int64_t columns_, topk_, chunks_;

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import time
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.inference.layout import InferenceLayout
 from ultramem_megatron.inference.table_memory import check_table_memory
 from ultramem_megatron.megatron.checkpoint.table_files import TableFiles
+from ultramem_megatron.memory.tables.mapped import pages_in_memory
+from ultramem_megatron.memory.tables.value_table import value_tables
 
 _KINDS = ("ultramem-conv", "ultramemv2", "moe-ultramem", "pkm", "hybrid")
 _CUTS = {"number": (2, "number"), "dimension": (2, "dimension"), "whole": (1, "auto")}
@@ -79,7 +82,7 @@ def _save_large(folder):
     from ultramem_megatron.inference.untrained import untrained_model
     from ultramem_megatron.megatron.checkpoint.weights import save_weights
 
-    flags = tiny_gpt(ultramem_spans="2:2", ultramem_num_keys=724, max_position_embeddings=32)
+    flags = tiny_gpt(ultramem_spans="1:2", ultramem_num_keys=724, max_position_embeddings=32)
     model, args = untrained_model(flags)
     save_weights(model, args, folder)
 
@@ -89,11 +92,40 @@ def test_of_a_table_on_disk_only_pages_with_rows_that_are_read_come_into_memory(
     run_on_ranks(1, _save_large, tmp_path)
     (file,) = (tmp_path / "release").glob("*.distcp")
     forget(file)
-    key, rows = "decoder.layers.1.memory.values.weight", torch.arange(0, 724**2, 20_000)
+    key, rows = "decoder.layers.0.memory.values.weight", torch.arange(0, 724**2, 20_000)
     table = TableFiles(str(file.parent), in_memory=False).table(key, 0, 724**2)
     assert table.fetch(rows, 16).std() > 0
     pages = os.sysconf("SC_PAGESIZE") * len(rows)
     assert 0 < resident(file) <= 2 * pages  # a row may lie on two
+
+
+def _pages_beside_layers(folder):
+    """Pages of the table in memory: before a forward, in its span's last layer, and after it."""
+    from ultramem_megatron.inference.loading import load_for_inference
+
+    model = load_for_inference(str(folder), layout=InferenceLayout(table_memory="disk")).model
+    (table,) = value_tables(model).values()
+    forget(next((folder / "release").glob("*.distcp")))  # loading checks its sums
+    (piece,) = table._reader.table.pieces
+    seen = [pages_in_memory(piece.content)[0]]
+
+    def wait(*_):
+        end = time.monotonic() + 20
+        while pages_in_memory(piece.content)[0] == seen[0] and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        seen.append(pages_in_memory(piece.content)[0])
+
+    model.decoder.layers[1].self_attention.register_forward_hook(wait)
+    full_logits(model, torch.tensor([[1, 2, 3]]))
+    return [*seen, pages_in_memory(piece.content)[0]]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="madvise and mincore are Linux's")
+def test_rows_come_while_the_layers_of_a_span_compute(tmp_path):
+    run_on_ranks(1, _save_large, tmp_path)
+    before, beside, after = run_on_ranks(1, _pages_beside_layers, tmp_path)[0]
+    assert before < beside == after
 
 
 def _damaged(folder):

@@ -9,7 +9,7 @@ import torch
 from tests.closeness import assert_close
 from tests.kernels.lookup_cases import Sizes, exact_rounding, inputs, results
 from tests.ranks import init_gloo, run_on_ranks
-from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference
+from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference, reused
 
 _SIZES = Sizes(5, 3, 2, 3, 4, rows=30_000)  # of which some are looked at
 
@@ -41,6 +41,16 @@ def test_the_next_step_adds_to_the_same_memory():
         _is_right(table, seed)
         table.grad = None
     assert len(places) == 1
+
+
+def test_without_the_private_count_of_torch_every_step_has_memory_of_its_own(monkeypatch):
+    monkeypatch.setattr(reused, "_use_count", None)
+    table, kept = _table(), []
+    for seed in (4, 5):
+        kept.append(_backward(table, seed))
+        _is_right(table, seed)
+        table.grad = None
+    assert kept[0].data_ptr() != kept[1].data_ptr()
 
 
 def _noise(table):

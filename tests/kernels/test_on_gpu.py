@@ -43,6 +43,28 @@ def test_every_op_equals_its_reference():
         assert error <= most, what
 
 
+def _where(trained):
+    """Devices of the tables, and of all else."""
+    from ultramem_megatron.memory.tables.value_table import value_tables
+
+    tables = [t.weight for chunk in trained.model for t in value_tables(chunk).values()]
+    others = [p for chunk in trained.model for p in chunk.parameters()]
+    held = {id(table) for table in tables}
+    return {t.device.type for t in tables}, {p.device.type for p in others if id(p) not in held}
+
+
+@pytest.mark.parametrize("flags", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
+def test_tables_in_host_memory_train_as_on_the_device(flags):
+    memory = {"ultramem_spans": "1:2", "ultramem_num_keys": 12, "ultramem_topk": 6}
+    argv = {**memory, **flags, "deterministic_mode": True}
+    device = run_pretrain(1, tiny_gpt(**argv), on_finish=_where)
+    host = run_pretrain(1, tiny_gpt(**argv, ultramem_table_memory="host"), on_finish=_where)
+    assert host.losses == pytest.approx(device.losses, rel=1e-2 if flags else 1e-4)
+    assert host.grad_norms == pytest.approx(device.grad_norms, rel=1e-2 if flags else 1e-3)
+    assert device.ranks[0].finished == ({"cuda"}, {"cuda"})
+    assert host.ranks[0].finished == ({"cpu"}, {"cuda"})
+
+
 def _adam(trained):
     """Whether it is fused, on which devices steps are counted, and their number."""
     chained = getattr(trained.optimizer, "chained_optimizers", [trained.optimizer])

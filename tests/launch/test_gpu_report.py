@@ -5,9 +5,11 @@ import time
 
 import pytest
 
+from launch.benchmarks.trace import Interval
 from launch.gpu_report.__main__ import main, run_parts
 from launch.gpu_report.known import KNOWN
 from launch.gpu_report.page import targets
+from launch.gpu_report.parts.overlap import beside
 from launch.gpu_report.row import Row, attempted
 from tests import ROOT
 from tests.inference.test_decode_launches import BETWEEN, PRODUCTS
@@ -89,6 +91,13 @@ def test_all_parts_run_without_a_gpu(tmp_path):
 def test_wrong_flags_are_refused(words, message, tmp_path):
     with pytest.raises(UltraMemError, match=message):
         main(["--out", str(tmp_path), *words])
+
+
+def test_what_ran_beside_something_is_counted_once():
+    ours = [Interval("branch", 0, 10), Interval("branch", 20, 30)]
+    others = [Interval("a", 5, 8), Interval("b", 6, 22), Interval("c", 29, 40)]
+    assert beside(ours, others) == 5 + 2 + 1
+    assert beside(ours, []) == 0
 
 
 def test_what_is_known_is_asked_of_some_part():

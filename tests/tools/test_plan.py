@@ -137,6 +137,18 @@ def test_one_rank_holds_everything_in_the_bytes_of_mixed_precision():
     )
 
 
+def test_tables_in_host_memory_are_counted_there():
+    device, host = (_layout(_MEMORY + more, 1) for more in ("", "--ultramem-table-memory host "))
+    sparse = device["sparse_params"]
+    before, after = (plan["layouts"][0]["stages"][0] for plan in (device, host))
+    assert after["host"] == sparse * (2 + 4 + 12)  # bfloat16, gradient, AdamW and a float32 copy
+    assert before["host"] == 0
+    for key, each in (("parameters", 2), ("gradients", 4), ("optimizer", 12)):
+        assert before[key] - after[key] == each * sparse
+    # 64 tokens, 12 picks each, are more than the 576 rows of a table: all of them come.
+    assert after["activations"] - before["activations"] == 2 * sparse
+
+
 def test_flags_that_need_transformer_engine_change_nothing():
     plain, engine = (
         _layout(_EXPERTS + more, 2)
@@ -173,7 +185,11 @@ def _held(trained):
     assert all(isinstance(tensor, torch.Tensor) for tensor in state)
     return tuple(
         sum(t.numel() * t.element_size() for t in tensors)
-        for tensors in (parameters, [p.main_grad for p in parameters], [*state, *copies])
+        for tensors in (
+            parameters,
+            [p.main_grad for p in parameters if p.requires_grad],
+            [*state, *copies],
+        )
     )
 
 
@@ -189,6 +205,7 @@ _ONE_STEP = (
         (_MEMORY + "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 ", 4),
         (_EXPERTS + "--expert-model-parallel-size 2 ", 2),
         (_MEMORY + "--context-parallel-size 2 ", 2),
+        (_MEMORY + "--ultramem-train-only memory ", 1),
     ],
 )
 def test_ranks_of_a_real_run_hold_what_is_planned(flags, ranks):
@@ -200,6 +217,27 @@ def test_ranks_of_a_real_run_hold_what_is_planned(flags, ranks):
         for _ in range(ranks // len(stages))
     ]
     assert [rank.finished for rank in run.ranks] == planned
+
+
+def _rows_of_values(folder):
+    """A plan where tables alone are trained; and elements of them."""
+    import torch
+
+    from ultramem_megatron.megatron.background_reads import BackgroundReads, TableReads
+
+    nothing = torch.zeros(24**2, dtype=torch.int64)
+    file = folder / "reads.npz"
+    BackgroundReads(1, {table: TableReads(nothing, nothing) for table in (1, 3)}).write(file)
+    flags = f"--ultramem-train-rows 8 --ultramem-background-reads {file} "
+    return _plan(None, (_TINY + _MEMORY + flags + "--ultramem-train-only memory").split(), [1])
+
+
+def test_only_what_is_trained_has_gradients_and_a_state(tmp_path):
+    plan = _run(_rows_of_values, tmp_path)
+    stage = plan["layouts"][0]["stages"][0]
+    assert stage["parameters"] == 2 * _everything(plan)
+    assert stage["gradients"] == 4 * plan["sparse_params"]
+    assert stage["optimizer"] == 12 * plan["sparse_params"]
 
 
 def test_the_distributed_optimizer_spreads_its_state_and_changes_what_is_sent():

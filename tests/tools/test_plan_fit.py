@@ -92,6 +92,7 @@ _REFUSALS = {
     "--gpus 8 --memory 80": "--memory is a flag of plan --fit",
     "--fit --gpus 8 --memory 80 --recompute-granularity selective": "drop --recompute-granularity",
     "--fit --gpus 8 --memory 80 --num-experts 4": "--fit does not model experts",
+    "--fit --gpus 8 --memory 80 --ultramem-train-only memory": "counts every weight as trained",
 }
 
 

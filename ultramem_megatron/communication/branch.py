@@ -9,7 +9,8 @@ took them, so in backward, too, each transfer has the same layers between its is
 On a GPU the branch has a stream of its own. It starts behind what was enqueued before it, and the
 layers go on behind it only at the join; autograd gives its backward the same stream. Whoever uses a
 gradient that comes from there waits for that stream, which is why the lookup, though it adds to
-Megatron's `main_grad` itself, must hand autograd a dummy rather than nothing.
+Megatron's `main_grad` itself, must hand autograd a dummy rather than nothing. Gradients of a
+memory's own parameters are added on that stream too (`patches/doors/gradient_streams.py`).
 
 Several NCCL communicators are then in use at once, as they are with Megatron's own overlaps. Every
 rank enqueues their kernels in the same order, and with CUDA_DEVICE_MAX_CONNECTIONS=1 they also
@@ -40,9 +41,8 @@ class Branch:
         self._pauses, self._boundaries = pauses, boundaries
         self._paused = self._passed = 0
         self._result: Tensor | None = None
-        self._stream: torch.cuda.Stream | None = None
-        if x.is_cuda:
-            self._stream = _stream_beside(x.device)
+        self._stream = stream_beside(x.device)
+        if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
             # x may be freed as soon as the layers no longer need it.
             x.record_stream(self._stream)
@@ -71,6 +71,11 @@ class Branch:
                 next(self._steps)
             except StopIteration as end:
                 self._result = end.value
+
+
+def stream_beside(device: torch.device) -> torch.cuda.Stream | None:
+    """The one stream of all branches on a GPU; None where the device has no streams."""
+    return _stream_beside(device) if device.type == "cuda" else None
 
 
 @functools.cache

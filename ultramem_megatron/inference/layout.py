@@ -43,6 +43,7 @@ def describe_ranks(
     lay_on_one_rank(args)
     args.world_size, args.tensor_model_parallel_size = ranks, tensor_parallel
     args.recompute_granularity = args.recompute_method = None  # nothing is kept for a backward pass
+    args.ultramem_overlap = layout.table_memory != "device"  # layers compute while rows come
     return _describe_experts_and_tables(args, ultramem, layout)
 
 

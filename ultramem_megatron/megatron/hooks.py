@@ -17,6 +17,7 @@ from ultramem_megatron.megatron.metrics import (
     console_line,
     tensorboard_tag,
 )
+from ultramem_megatron.megatron.optimizer.host_tables import train_on_host
 from ultramem_megatron.megatron.optimizer.row_adam import visit_touched_rows
 from ultramem_megatron.megatron.optimizer.train_rows import move_touched_rows
 from ultramem_megatron.megatron.optimizer.value_learning_rate import (
@@ -160,9 +161,12 @@ class MemoryHooks:
     def visit_rows(self, optimizer: Any, model_chunks: list[Any]) -> None:
         """With --ultramem-row-adam AdamW visits the rows of value tables that are read.
 
-        With --ultramem-train-rows, which clears the gradients of most, others are left alone.
+        So it does with tables in host memory (--ultramem-table-memory host), of which it sees what
+        stands for them. With --ultramem-train-rows, which clears the gradients of most, others are
+        left alone.
         """
         layers = [layer for chunk in model_chunks for layer in memory_layers(chunk)]
+        train_on_host(optimizer, layers)
         if self.ultramem.row_adam:
             visit_touched_rows(optimizer, layers)
         if not self.moves_few_rows:

@@ -22,6 +22,7 @@ from ultramem_megatron.patches import registry
 _WIDTH, _LABEL = 100, 22
 _ROOT = Path(__file__).resolve().parents[2]
 _RUN_FLAGS = (
+    "table_memory",
     "overlap",
     "upcycle",
     "train_only",

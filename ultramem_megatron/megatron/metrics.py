@@ -72,7 +72,7 @@ class MemoryMonitor:
     def _of_layer(self, layer: UltraMemLayer, keep_reads: KeepReads | None) -> Tensor:
         forwards, sums, hits = layer.statistics.take()
         grid = layer.statistics.take_grid()
-        device = layer.values.weight.device
+        device = layer.query.proj.weight.device
         totals = torch.zeros(6, dtype=torch.float64, device=device)
         if sums is not None and hits is not None:
             totals[:-2], totals[-2], totals[-1] = sums.double(), forwards, hits.sum()

@@ -3,6 +3,7 @@
 What does not depend on the kind of model is in MemorySettings and MemoryModelBuilder.
 """
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Mapping
@@ -42,13 +43,14 @@ from ultramem_megatron.megatron.startup import (
 )
 from ultramem_megatron.megatron.table_groups import table_groups
 from ultramem_megatron.megatron.table_log import TableLog
-from ultramem_megatron.megatron.train_only import train_only_memory, train_only_values
+from ultramem_megatron.megatron.train_only import freeze_untrained
 from ultramem_megatron.megatron.upcycle import start_from_dense
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.finite import refuse_non_finite
 from ultramem_megatron.memory.layer import memory_layers
 from ultramem_megatron.memory.placement import placements
 from ultramem_megatron.memory.tables.settings import TableSettings
+from ultramem_megatron.memory.tables.value_table import in_host_memory
 
 
 @dataclass(kw_only=True)
@@ -56,7 +58,8 @@ class MemorySettings(ModelConfig):
     """What a model config has beside Megatron's own: the memories (None: a plain model).
 
     table_partition, table_node_size: how value tables are cut over Megatron's expert-parallel
-    group, as in TableSettings; of no account where that has one rank. memory_overlap: memories
+    group, as in TableSettings; of no account where that has one rank. table_memory: "host": tables
+    and their optimizer state stay in host memory (host_rows.py). memory_overlap: memories
     compute beside the layers of their spans (see branch.py); results are the same. upcycle_from:
     iteration folder of a dense checkpoint to start from. train_only_memory: freeze everything else.
     train_rows: and move, in a step, at most so many rows of each table, chosen by background_reads,
@@ -67,6 +70,7 @@ class MemorySettings(ModelConfig):
     ultramem: UltraMemConfig | None = None
     table_partition: str = "dimension"
     table_node_size: int | None = None
+    table_memory: str = "device"
     memory_overlap: bool = False
     upcycle_from: str | None = None
     train_only_memory: bool = False
@@ -98,7 +102,9 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
 
     def build_model(self, *args: Any, **kwargs: Any) -> Any:
         """One chunk, as Megatron's builder; it takes no weights with NaN or infinity."""
-        model = super().build_model(*args, **kwargs)
+        on_host = self._model_config.table_memory == "host"
+        with in_host_memory() if on_host else contextlib.nullcontext():
+            model = super().build_model(*args, **kwargs)
         model.register_load_state_dict_post_hook(_refuse_non_finite_weights)
         return model
 
@@ -132,10 +138,7 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
         """A pre-wrap hook: weights of a dense model, and what is frozen."""
         if self._model_config.upcycle_from is not None:
             start_from_dense(chunks, self._model_config.upcycle_from)
-        if self._model_config.train_rows is not None:
-            train_only_values(chunks)
-        elif self._model_config.train_only_memory:
-            train_only_memory(chunks)
+        freeze_untrained(chunks, self._model_config)
         return chunks
 
     def _hang_hooks(
@@ -193,8 +196,10 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
         sharded = ddp_config is not None and ddp_config.use_distributed_optimizer
         in_fp32 = ddp_config is not None and ddp_config.grad_reduce_in_fp32
         parameter_bytes = transformer.params_dtype.itemsize
+        memory = self._model_config.table_memory
+        in_fp32 |= memory == "host"
         storage = Storage(
-            parameter_bytes, 4 if in_fp32 else parameter_bytes, replicas if sharded else 1
+            parameter_bytes, 4 if in_fp32 else parameter_bytes, replicas if sharded else 1, memory
         )
         tables = most_on_one_stage({place.table for place in placements(ultramem)}, transformer)
         print_rank_0(describe_memories(ultramem, transformer.hidden_size))

@@ -104,4 +104,5 @@ def fill(
     config.train_rows = getattr(args, "ultramem_train_rows", None)
     config.background_reads = getattr(args, "ultramem_background_reads", None)
     config.log_tables_interval = getattr(args, "ultramem_log_tables_interval", None)
+    config.table_memory = getattr(args, "ultramem_table_memory", None) or "device"
     return config

@@ -28,6 +28,8 @@ class Storage:
     gradient_bytes: int
     optimizer_shards: int
     """Ranks over which optimizer state is spread: the replicas, with the distributed optimizer."""
+    memory: str = "device"
+    """Where all of it is."""
 
     @property
     def optimizer_bytes(self) -> float:
@@ -88,10 +90,11 @@ def describe_tables(
             storage.optimizer_bytes,
         )
     ]
-    lines.append(
+    held = (
         "   per rank ({} tables): {:.3f} GB parameters, {:.3f} GB gradients, {:.3f} GB optimizer "
         "state".format(tables_per_rank, *gigabytes)
     )
+    lines.append(held + (", in host memory" if storage.memory == "host" else ""))
     return "\n".join(lines)
 
 

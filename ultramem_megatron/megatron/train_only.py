@@ -1,9 +1,19 @@
 """Memory-only training: every weight outside of memory layers, or of their values, is frozen."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ultramem_megatron.memory.layer import memory_layers
 from ultramem_megatron.memory.tables.value_table import value_tables
+
+
+def freeze_untrained(chunks: list[nn.Module], config: Any) -> None:
+    """Freeze what a model config says is not trained: MemorySettings of `megatron/model.py`."""
+    if config.train_rows is not None:
+        train_only_values(chunks)
+    elif config.train_only_memory:
+        train_only_memory(chunks)
 
 
 def train_only_memory(chunks: list[nn.Module]) -> None:

@@ -259,7 +259,7 @@ class UltraMemLayer(nn.Module):
             self.shuffle.reset(draw.generator("shuffle", torch.device("cpu")))
         self.after_step()
         if scales.mean_square is not None:
-            generator = draw.generator("calibration", self.values.weight.device)
+            generator = draw.generator("calibration", self.query.proj.weight.device)
             ratio = scales.mean_square / self.calibrate(generator, scales.mean_square)
             if config.softmax:  # the weights add up to 1 whatever the queries: the values give way
                 scales = replace(scales, values=scales.values * math.sqrt(ratio))

@@ -135,7 +135,9 @@ def _memory(run: Any) -> str:
             ("activations", "activations"),
         )
     )
-    return f"{fullest['memory'] / 1e9:.2f} GB on each rank of the fullest stage ({parts})"
+    host = max(stage["host"] for stage in stages)
+    beside = f"; {host / 1e9:.2f} GB of tables in host memory" if host else ""
+    return f"{fullest['memory'] / 1e9:.2f} GB on each rank of the fullest stage ({parts}){beside}"
 
 
 def _data(run: Any) -> str:

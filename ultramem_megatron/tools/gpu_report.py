@@ -24,7 +24,7 @@ PARTS = {
     "trainings": 3.0,
     "decode": 3.0,
     "speed": 3.0,
-    "overlap": 1.0,
+    "overlap": 2.0,
 }
 """In order of value; the minutes that each may take, less where fewer are left."""
 

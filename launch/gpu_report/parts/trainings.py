@@ -29,6 +29,7 @@ _EQUAL = {
     "--recompute-num-layers 1",
     "deterministic": "--deterministic-mode",
     "distributed optimizer": "--use-distributed-optimizer",
+    "tables in host memory": "--ultramem-table-memory host",
 }
 """Name -> flags, or a variable: the losses of each are those of the first."""
 _OWN = {"bfloat16": "--bf16", "float16": "--fp16"}

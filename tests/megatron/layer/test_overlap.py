@@ -54,9 +54,9 @@ _EXPERTS = {
 }
 
 
-def _train(world_size, overlap, layout):
+def _train(world_size, overlap, layout, env):
     flags = {**_MEMORY, **layout, "ultramem_overlap": overlap}
-    return run_pretrain(world_size, tiny_gpt(**flags), gradients_at=2, parameters=True)
+    return run_pretrain(world_size, tiny_gpt(**flags), gradients_at=2, parameters=True, env=env)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,9 @@ def test_overlap_changes_no_bit(world_size, layout):
     assert_no_bit_changes(world_size, layout)
 
 
-def assert_no_bit_changes(world_size, layout):
+def assert_no_bit_changes(world_size, layout, env=None):
     """Between a run with the flag and one without."""
-    expected, found = (_train(world_size, overlap, layout) for overlap in (False, True))
+    expected, found = (_train(world_size, overlap, layout, env) for overlap in (False, True))
     assert found.losses == expected.losses
     assert found.grad_norms == expected.grad_norms
     for ours, theirs in zip(found.ranks, expected.ranks, strict=True):

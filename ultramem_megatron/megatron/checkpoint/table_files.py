@@ -51,7 +51,7 @@ class TableFiles:
                 f"{self._folder} is damaged: of {rows} x {stored.size[1]} numbers of {key} its "
                 f"files hold {covered}. Load another iteration (--ckpt-step)."
             )
-        return StoredTable(pieces, stored.properties.dtype)
+        return StoredTable(pieces, stored.properties.dtype, on_disk=not self._in_memory)
 
     def _pieces(self, key: str, stored: Any, wanted: range) -> Iterator[Piece]:
         chunks = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in stored.chunks}

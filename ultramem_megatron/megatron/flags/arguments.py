@@ -73,6 +73,8 @@ _SWITCH_HELP = {
 
 _TRAINING = (*_NUMBER_HELP, "row_adam")
 """Of these, what shapes no tensor and nothing that is read from one."""
+_OF_RUNS = ("table_memory", "overlap", "upcycle", "train_only", "train_rows", "background_reads")
+"""Flags that are no fields, and do nothing without memories."""
 GROUPS = "UltraMem memory layers: "
 """How the titles of our groups begin, in Megatron's --help."""
 
@@ -215,6 +217,14 @@ def _add_table_arguments(group: Any) -> None:
         "and auto. Default: the ranks launched on a host.",
     )
     group.add_argument(
+        "--ultramem-table-memory",
+        choices=("device", "host"),
+        help="Where tables and their optimizer state are in training. host: in host memory, for "
+        "tables larger than the device; a step brings the rows it reads to the device and their "
+        "gradients back, and AdamW visits those rows there, to the result of AdamW on all rows. "
+        "Checkpoints are the same. Default: device.",
+    )
+    group.add_argument(
         "--ultramem-overlap",
         action="store_true",
         help="Compute each memory beside the layers of its span, so that its exchanges between "
@@ -241,7 +251,7 @@ def config_from_args(args: Namespace) -> UltraMemConfig | None:
     _settle_rate(values, given)
     if "spans" not in values:
         asked_for = [flag(name) for name in given]
-        for name in ("overlap", "upcycle", "train_only", "train_rows", "background_reads"):
+        for name in _OF_RUNS:
             if getattr(args, f"ultramem_{name}", None):
                 asked_for.append(flag(name))
         if asked_for:

@@ -31,6 +31,7 @@ ONE_RANK: Mapping[str, Any] = {
     "ultramem_partition": None,
     "ultramem_node_size": None,
     "ultramem_overlap": False,
+    "ultramem_table_memory": None,
 }
 """Each with its value where one rank has all of the model; names as in Megatron's parsed flags."""
 

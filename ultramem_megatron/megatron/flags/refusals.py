@@ -11,6 +11,7 @@ from ultramem_megatron.megatron.flags.fsdp2_flags import refuse_beside_fsdp2
 from ultramem_megatron.megatron.flags.megatron_fsdp_flags import refuse_beside_megatron_fsdp
 from ultramem_megatron.megatron.flags.missing_packages import refuse_low_precision
 from ultramem_megatron.megatron.flags.row_adam_flags import refuse_row_adam
+from ultramem_megatron.megatron.flags.table_memory_flags import refuse_table_memory
 from ultramem_megatron.megatron.flags.train_rows_flags import refuse_train_rows
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.placement import placements
@@ -80,6 +81,7 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
     refuse_beside_megatron_fsdp(args)
     refuse_train_rows(args, ultramem)
     refuse_row_adam(args, ultramem)
+    refuse_table_memory(args, ultramem)
     if ultramem.query_conv_kernel > 1:
         _check_documents(args, f"{flag('query_conv_kernel')} {ultramem.query_conv_kernel}")
 

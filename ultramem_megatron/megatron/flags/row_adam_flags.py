@@ -17,9 +17,12 @@ _LOOK_AT_ALL = {
 
 def refuse_row_adam(args: Namespace, ultramem: UltraMemConfig) -> None:
     """Raise UltraMemError where rows cannot be left behind."""
-    if not ultramem.row_adam:
-        return
-    given = flag("row_adam")
+    if ultramem.row_adam:
+        refuse_rows_behind(args, ultramem, flag("row_adam"))
+
+
+def refuse_rows_behind(args: Namespace, ultramem: UltraMemConfig, given: str) -> None:
+    """The same of `given`, a flag with which AdamW visits only rows that are read."""
     if args.optimizer != "adam":
         raise UltraMemError(
             f"--optimizer {args.optimizer} cannot be combined with {given}, which is a form of "

@@ -21,7 +21,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ultramem_megatron.communication.branch import Branch
+from ultramem_megatron.communication.branch import Branch, stream_beside
 from ultramem_megatron.communication.pausing import Pausing, run
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.checkpoint.shared_tables import (
@@ -43,9 +43,10 @@ from ultramem_megatron.megatron.table_groups import TableGroups, table_groups
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.placement import Placement
-from ultramem_megatron.memory.tables.value_table import ValueTable, value_tables
+from ultramem_megatron.memory.tables.value_table import ValueTable, is_value_table, value_tables
 from ultramem_megatron.memory.values import VALUES
 from ultramem_megatron.memory.values.contract import Site
+from ultramem_megatron.patches.doors import gradient_streams
 from ultramem_megatron.patches.doors.fsdp2_units import SHARD_DIM
 
 
@@ -142,7 +143,7 @@ class TransformerMemory(UltraMemLayer):
         if self.groups is None:
             return
         for table in value_tables(self).values():
-            weight = table.weight
+            weight = table.trained
             weight.sequence_parallel = False  # type: ignore[attr-defined]  # Megatron's tag
             # An "expert" parameter: reduced over the ranks that hold the same part.
             weight.allreduce = False  # type: ignore[attr-defined]  # Megatron's tag
@@ -180,6 +181,17 @@ class TransformerMemory(UltraMemLayer):
         """Start `steps` beside so many layers, each with two boundaries."""
         self._await_parameters()
         return Branch(self.steps(x, surroundings), x, pauses=self.pauses, boundaries=2 * layers)
+
+    def add_gradients_beside(self) -> None:
+        """Have its gradients added on the branch's stream, so that no layer waits for them.
+
+        Not of shared values: a memory that joins at once adds to them on the layers' stream.
+        """
+        shared = self.config.share_values > 1
+        for parameter in self.parameters():
+            stream = stream_beside(parameter.device)
+            if stream is not None and not (shared and is_value_table(parameter)):
+                gradient_streams.streams[parameter] = stream
 
     def _await_parameters(self) -> None:
         """Let Megatron's overlapped gather bring all of the memory's parameters here, now.

@@ -132,6 +132,8 @@ class MemoryLayerMixin:
             layer_number=self.layer_number,
             pg_collection=self.pg_collection,
         )
+        if role.branch_end is not None:
+            self.memory.add_gradients_beside()
         norm = self.pre_mlp_layernorm
         if isinstance(norm, IdentityOp):
             raise UltraMemError(

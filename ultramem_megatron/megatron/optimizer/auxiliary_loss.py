@@ -17,6 +17,7 @@ from megatron.core.utils import get_model_config
 from ultramem_megatron.kernels.precision import at_least_float32
 from ultramem_megatron.megatron.fsdp2 import Unit, gathered, like, units
 from ultramem_megatron.megatron.megatron_fsdp import cut_layers
+from ultramem_megatron.megatron.optimizer.host_gradients import complete_gradients
 from ultramem_megatron.memory.layer import UltraMemLayer, memory_layers
 
 
@@ -36,6 +37,7 @@ def finalize_then_auxiliary_loss(
 ) -> None:
     """The same after a `finalize` of the caller's own."""
     finalize(model, *args, **kwargs)
+    complete_gradients(model)
     loss_scale = _loss_scale(get_model_config(model[0]))
     for chunk in model:
         add_auxiliary_gradients(memory_layers(chunk), loss_scale, units(chunk) | cut_layers(chunk))

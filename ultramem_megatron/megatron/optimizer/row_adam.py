@@ -67,7 +67,7 @@ class _KeptRows:
         self, optimizer: torch.optim.Optimizer, table: ValueTable, replicas: Any, part: Tensor
     ) -> None:
         """replicas: ranks that add up their gradients. part: of the table, what AdamW trains."""
-        _refuse_other_optimizers(optimizer)
+        refuse_other_optimizers(optimizer, _FLAG)
         self.weight, self.replicas, self.part = table.weight, replicas, part
         if part.numel() != self.weight.numel() or (part.dim() == 1 and replicas.size() > 1):
             raise UltraMemError(
@@ -114,10 +114,11 @@ class _KeptRows:
         return Moments(*(tensor.detach().view(shape) for tensor in trained), copy)
 
 
-def _refuse_other_optimizers(optimizer: torch.optim.Optimizer) -> None:
+def refuse_other_optimizers(optimizer: torch.optim.Optimizer, given: str) -> None:
+    """Raise UltraMemError where `given`, a flag, does not find PyTorch's AdamW."""
     if not isinstance(optimizer, torch.optim.AdamW):
         raise UltraMemError(
-            f"{_FLAG} works with PyTorch's AdamW; the optimizer here is "
+            f"{given} works with PyTorch's AdamW; the optimizer here is "
             f"{type(optimizer).__name__} (Megatron takes Transformer Engine's or Apex's where they "
             f"are installed, and Adam with --no-decoupled-weight-decay). Drop the flag: every step "
             f"then visits every row, with the same result."

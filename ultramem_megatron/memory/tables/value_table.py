@@ -13,6 +13,7 @@ from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.tables.contract import PreValues, TableReader
+from ultramem_megatron.memory.tables.host_rows import HostRows
 from ultramem_megatron.memory.tables.lockstep import LockstepReader
 from ultramem_megatron.memory.tables.settings import TableSettings, exchange_of
 from ultramem_megatron.memory.tables.shared_tokens import SharedTokensReader
@@ -22,6 +23,7 @@ VALUES_TAG = "ultramem_values"
 """Attribute of a value table's parameter, by which the optimizer gives it a rate of its own."""
 
 _without_rows: ContextVar[bool] = ContextVar("tables are built without their rows", default=False)
+_in_host_memory: ContextVar[bool] = ContextVar("tables are built in host memory", default=False)
 
 _TABLE_NAME = re.compile(
     r"\b(pre_)?values\.((pre_)?table\.)?weight$|^decoder\.ultramem\.(pre_)?values$"
@@ -51,13 +53,49 @@ class ValueTable(nn.Module):
         settings = TableSettings(size, partition, node_size)
         self.layout = settings.layout(config, rank, width=width, cores=cores)
         rows, columns = self.layout.shape
-        self.weight = nn.Parameter(torch.empty(0 if _without_rows.get() else rows, columns))
-        mark_as_values(self.weight)
+        on_host = _in_host_memory.get() and not torch.empty(0).is_meta
+        empty = torch.empty(
+            0 if _without_rows.get() else rows, columns, device="cpu" if on_host else None
+        )
+        self.weight = nn.Parameter(empty, requires_grad=not on_host)
+        self.rows: HostRows | None = None
+        if on_host:
+            self.stand_in = nn.Parameter(torch.zeros(1, 1, dtype=torch.float32))
+            self.rows = HostRows(self.weight, self.stand_in)
+        mark_as_values(self.trained)
         self._config, self._group = config, group
         exchange = exchange_of(config, size, self.weight.element_size(), node_size)
         self._reader: TableReader = settings.kind.reader(
             self.layout, config.value_expansion, group, exchange
         )
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """What a wrapper and an optimizer are to see: the weight, or what stands for it."""
+        return self.weight if self.rows is None else self.stand_in
+
+    @property
+    def part(self) -> Tensor:
+        """What a reader is given: the weight, or what stands for it where it is read."""
+        return self.weight if self.rows is None else self.rows.part()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Let a table in host memory stay there; only what stands for it moves, in float32."""
+        if self.rows is None:
+            return super()._apply(fn, recurse)
+        dtype = fn(self.weight.data[:0]).dtype
+        self.weight.data = self.weight.data.to(dtype)
+        self.stand_in.data = fn(self.stand_in.data).float()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}stand_in", None)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.rows is not None:
+            state.setdefault(f"{prefix}stand_in", self.stand_in.detach())
+        super()._load_from_state_dict(state, prefix, *args)
 
     @property
     def pauses(self) -> int:
@@ -78,7 +116,7 @@ class ValueTable(nn.Module):
 
         pre: what scores are multiplied by.
         """
-        return self._reader.read(self.weight, addresses, scores, pre)
+        return self._reader.read(self.part, addresses, scores, pre)
 
     @torch.no_grad()
     def draw(self, draw: Draw, std: float, name: str) -> None:
@@ -103,7 +141,7 @@ class ValueTable(nn.Module):
         """In lockstep: take part in one read of the other ranks; False if all have finished."""
         assert isinstance(self._reader, LockstepReader)
         config = self._config
-        return self._reader.serve(self.weight, config.picks, config.cores, pre)
+        return self._reader.serve(self.part, config.picks, config.cores, pre)
 
 
 class PreValueTable(ValueTable):
@@ -113,7 +151,7 @@ class PreValueTable(ValueTable):
 
     def forward(self, x: Tensor, act: str) -> PreValues:  # type: ignore[override]  # reads nothing
         """For inputs (T, Dp). Called before the read, for the sake of Megatron's gather as well."""
-        return PreValues(self.weight, x, act, self._stored)
+        return PreValues(self.part, x, act, self._stored)
 
     def leave_stored(self, table: StoredTable) -> None:
         """See ValueTable.leave_stored."""
@@ -128,6 +166,16 @@ def without_rows() -> Iterator[None]:
         yield
     finally:
         _without_rows.reset(before)
+
+
+@contextlib.contextmanager
+def in_host_memory() -> Iterator[None]:
+    """Tables that are built within it, to be trained, lie in host memory (host_rows.py)."""
+    before = _in_host_memory.set(True)
+    try:
+        yield
+    finally:
+        _in_host_memory.reset(before)
 
 
 def mark_as_values(parameter: nn.Parameter) -> None:

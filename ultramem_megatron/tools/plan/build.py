@@ -50,6 +50,11 @@ class Run:
         """Pipeline stages."""
         return int(self.args.pipeline_model_parallel_size)
 
+    @property
+    def tables_on_host(self) -> bool:
+        """Whether value tables are trained in host memory."""
+        return self.ultramem is not None and self.args.ultramem_table_memory == "host"
+
 
 def command_line(preset: str | None, given: Sequence[str]) -> list[str]:
     """The preset's flags, the given ones, and defaults; of a flag given twice the last counts."""
@@ -176,6 +181,7 @@ def _chunks(run: Run) -> list[Any]:
 
     from ultramem_megatron.megatron.model import UltraMemGPTModelConfig
     from ultramem_megatron.megatron.model_from_flags import fill
+    from ultramem_megatron.megatron.train_only import freeze_untrained
 
     config = fill(run.args, run.transformer, run.ultramem, run.tables)
     if run.ultramem is None and isinstance(config, UltraMemGPTModelConfig):
@@ -184,10 +190,12 @@ def _chunks(run: Run) -> list[Any]:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     virtual = run.args.virtual_pipeline_model_parallel_size
     with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
-        return [
+        chunks = [
             builder.build_model(groups, vp_stage=vp_stage).to(run.transformer.params_dtype).train()
             for vp_stage in ([None] if virtual is None else range(virtual))
         ]
+    freeze_untrained(chunks, config)
+    return chunks
 
 
 def _plain_spec(config: Any, vp_stage: int | None = None) -> Any:

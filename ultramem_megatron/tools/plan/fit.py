@@ -52,10 +52,20 @@ def work_of(run: Run) -> Work:
             f"--fit tries layouts with full recomputation and without: drop "
             f"--recompute-granularity {args.recompute_granularity}."
         )
+    if run.tables_on_host:
+        raise UltraMemError(
+            "--fit does not model --ultramem-table-memory host: lay it out yourself, and see what "
+            "ultramem plan --gpus N says of it."
+        )
     if getattr(args, "hybrid_layer_pattern", None):
         raise UltraMemError(
             "--fit does not model --hybrid-layer-pattern: lay it out yourself, and see what "
             "ultramem plan --gpus N says of it."
+        )
+    if getattr(args, "ultramem_train_only", None) is not None:
+        raise UltraMemError(
+            "--fit counts every weight as trained (--ultramem-train-only): lay it out yourself and "
+            "see what ultramem plan --gpus N says of it."
         )
     return Work(
         sequences=args.global_batch_size,

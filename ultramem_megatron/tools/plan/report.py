@@ -118,7 +118,8 @@ def _stage(stage: dict[str, Any]) -> str:
     received = ", ".join(
         f"{cause} {count / 1e9:.2f}" for cause, count in stage["received"].items() if count >= 5e6
     )
-    return f"  {stage['stage']:<6}{stage['layers']:<24}{columns}   {received or 'next to nothing'}"
+    line = f"  {stage['stage']:<6}{stage['layers']:<24}{columns}   {received or 'next to nothing'}"
+    return f"{line}; in host memory {stage['host'] / 1e9:.2f}" if stage["host"] else line
 
 
 def _advice(layout: str | None, flag: str) -> str:

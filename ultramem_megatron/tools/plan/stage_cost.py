@@ -18,9 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
 from ultramem_megatron.megatron.layer.memory_submodule import TransformerMemory
 from ultramem_megatron.megatron.pipeline.layout import pipeline_chunks, spans_cross_stages
+from ultramem_megatron.memory.layer import memory_layers
 from ultramem_megatron.memory.tables.settings import exchange_of
+from ultramem_megatron.memory.tables.value_table import is_value_table, value_tables
 from ultramem_megatron.tools.plan.build import Run, built_stage
 from ultramem_megatron.tools.plan.shapes_only import shapes_only
+
+_HOST_BYTES = {2: 2 + 4 + 12, 4: 4 + 4 + 8}
+"""By bytes of a number, in host memory: it, its gradient and AdamW's state in float32."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class StageCost:
     """Kept for the backward, of all micro-batches in flight; scores of attention are not kept."""
     received: dict[str, int] = field(default_factory=dict)
     """From other ranks in one step, by cause."""
+    host: int = 0
+    """In host memory, with --ultramem-table-memory host: tables, gradients, optimizer state."""
 
     @property
     def memory(self) -> int:
@@ -50,13 +57,18 @@ def stage_cost(run: Run, stage: int) -> StageCost:
     Raises UltraMemError for flags that fail in the first step.
     """
     with built_stage(run, stage) as chunks:
-        parameters = [p for chunk in chunks for p in chunk.parameters()]
+        everything = [p for chunk in chunks for p in chunk.parameters()]
+        on_host = [p for p in everything if run.tables_on_host and is_value_table(p)]
+        parameters = [p for p in everything if not any(p is table for table in on_host)]
+        trained = [p for p in parameters if p.requires_grad]
         with megatron_refuses():
             kept, received = micro_batch(run, chunks)
+        if on_host:
+            kept += sum(_brought(run, chunk) for chunk in chunks)
         micro_batches = _micro_batches(run)
         step = {cause: count * micro_batches for cause, count in received.items()}
         for cause, count in (
-            ("gradients and parameters", _reduction(run, parameters)),
+            ("gradients and parameters", _reduction(run, trained)),
             ("pipeline", micro_batches * _transfers(run, stage, len(chunks))),
         ):
             step[cause] = step.get(cause, 0) + count
@@ -64,12 +76,25 @@ def stage_cost(run: Run, stage: int) -> StageCost:
             stage=stage,
             layers=_layers(run, stage),
             parameters=sum(p.numel() * p.element_size() for p in parameters),
-            gradients=sum(p.numel() for p in parameters) * gradient_bytes(run),
-            optimizer=sum(math.ceil(p.numel() / _shards(run, p)) for p in parameters)
+            gradients=sum(p.numel() for p in trained) * gradient_bytes(run),
+            optimizer=sum(math.ceil(p.numel() / _shards(run, p)) for p in trained)
             * optimizer_bytes(run),
             activations=round(kept / len(chunks) * _chunks_in_flight(run, stage, len(chunks))),
             received={cause: count for cause, count in step.items() if count},
+            host=sum(p.numel() * _HOST_BYTES[p.element_size()] for p in on_host),
         )
+
+
+def _brought(run: Run, chunk: Any) -> int:
+    """Bytes of the rows that a micro-batch's reads bring from host memory: as if none repeated."""
+    args = run.args
+    tokens = _own_length(run) * args.micro_batch_size // args.tensor_model_parallel_size
+    total = 0
+    for memory in memory_layers(chunk):
+        for table in value_tables(memory).values():
+            picks = tokens * memory.config.picks * table.layout.column_parts
+            total += min(len(table.weight), picks) * table.weight[:1].nbytes
+    return total
 
 
 def _layers(run: Run, stage: int) -> str:

@@ -1,7 +1,8 @@
 """What an exported folder holds for transformers: these files, copied as they are.
 
 They import torch and transformers and each other, nothing of this package; they are the package's
-own modules too, so that an export is written and read back without running a folder's code.
+own modules too, so that an export is written and read back without running a folder's code. One
+that decoding in Megatron needs as well is a link to where that finds it.
 """
 
 SOURCES = (

@@ -1,0 +1,185 @@
+"""AdamW on value tables in host memory: weights, float32 copy, moments, all of it there.
+
+In Megatron's optimizer stands one number for each table (HostRows): it brings the table's
+group, with its learning rate and weight decay, and a gradient, the norm of the rows' own. Where the
+optimizer steps, AdamW visits the rows that were read, as --ultramem-row-adam has it, and the number
+stays. Checkpoints have the tables in its place, in the form that tables on the device have.
+
+N table rows, V value dim.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultramem_megatron.kernels.adam_rows import AdamRows, AdamStep, Moments
+from ultramem_megatron.kernels.reading import UPKEEP
+from ultramem_megatron.megatron.optimizer.row_adam import refuse_other_optimizers
+from ultramem_megatron.memory.tables.host_rows import HostRows
+from ultramem_megatron.memory.tables.value_table import ValueTable, value_tables
+
+_LISTS = ("float16_groups", "fp32_from_float16_groups", "fp32_from_fp32_groups")
+_OF_CHECKPOINTS = ("sharded_state_dict", "state_dict", "load_state_dict", "reload_model_params")
+
+
+def train_on_host(optimizer: Any, layers: Iterable[Any]) -> None:
+    """From now on Megatron's `optimizer` trains these memories' tables where they are.
+
+    layers: TransformerMemory. Raises UltraMemError for an optimizer that is not AdamW.
+    """
+    tables = {
+        id(table.stand_in): table
+        for layer in layers
+        for table in value_tables(layer).values()
+        if table.rows is not None
+    }
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if single.optimizer is None:
+            continue
+        held = [p for group in single.optimizer.param_groups for p in group["params"]]
+        trained = {id(p): _HostAdam(tables[id(p)]) for p in held if id(p) in tables}
+        if trained:
+            refuse_other_optimizers(single.optimizer, "--ultramem-table-memory host")
+            _Trainer(single, trained).take_over()
+
+
+class _HostAdam:
+    """The Upkeep of one table, with its optimizer state."""
+
+    def __init__(self, table: ValueTable) -> None:
+        assert table.rows is not None
+        self.home: HostRows = table.rows
+        self.weight = table.weight
+        precise = self.weight.dtype == torch.float32
+        self.master = self.weight if precise else self.weight.detach().float()
+        self.state: dict[str, Tensor] = {}
+        self._rows = AdamRows(len(self.weight), self.weight.device)
+        setattr(self.weight, UPKEEP, self)
+        table.register_state_dict_pre_hook(lambda *_: self.catch_up())
+        table.register_load_state_dict_pre_hook(lambda *_: self.catch_up())
+
+    @torch.no_grad()
+    def read(self, rows: Tensor) -> None:
+        """See Upkeep."""
+        self._rows.read(self._moments() if self._rows.begun else None, rows)
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """See Upkeep."""
+        if self._rows.begun:
+            self._rows.catch_up(self._moments())
+
+    def step(self, norm: Tensor, group: Mapping[str, Any]) -> None:
+        """norm: the stand-in's gradient, after what Megatron has done to it."""
+        self._begin()
+        self.state["step"] += 1
+        rows, gradient = self.home.complete(), self.home.gradient
+        assert gradient is not None, "a step without a backward"
+        self._rows.touched.index_fill_(0, rows, 1)  # also those that other ranks have read
+        if float(norm) != self.home.norm:
+            gradient.index_copy_(0, rows, gradient[rows] * (float(norm) / self.home.norm))
+        self._rows.step(self._moments(), gradient, AdamStep.of(group, int(self.state["step"])))
+
+    def _begin(self) -> None:
+        """State before the first step, as AdamW makes it."""
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in self.state:
+                self.state[name] = torch.zeros_like(self.master)
+        self.state.setdefault("step", torch.zeros((), dtype=torch.float32))
+
+    def _moments(self) -> Moments:
+        tensors = (self.master, self.state["exp_avg"], self.state["exp_avg_sq"])
+        copy = None if self.master is self.weight else self.weight.detach()
+        return Moments(*(tensor.detach() for tensor in tensors), copy)
+
+
+class _Trainer:
+    """One of Megatron's optimizers, and the tables that stand-ins among its parameters are for."""
+
+    def __init__(self, single: Any, tables: Mapping[int, _HostAdam]) -> None:
+        """tables: by the stand-in's id."""
+        self.single, self.tables, self._in_place = single, tables, False
+
+    def take_over(self) -> None:
+        """Its steps, and what checkpoints are written from and read into."""
+        self.single.optimizer.register_step_pre_hook(self._step)
+        for name in _OF_CHECKPOINTS:
+            setattr(self.single, name, self._with_tables(getattr(self.single, name)))
+
+    @torch.no_grad()
+    def _step(self, *_: Any) -> None:
+        for group in self.single.optimizer.param_groups:
+            for parameter in group["params"]:
+                table = self.tables.get(id(parameter))
+                if table is not None and parameter.grad is not None:
+                    table.step(parameter.grad, group)
+                    parameter.grad = None  # which the optimizer passes over
+
+    def _with_tables(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def with_tables(*args: Any, **kwargs: Any) -> Any:
+            if self._in_place:
+                return method(*args, **kwargs)
+            with self._tables_in_place():
+                return method(*args, **kwargs)
+
+        return with_tables
+
+    @contextmanager
+    def _tables_in_place(self) -> Iterator[None]:
+        """Within it, up to date, where their stand-ins are, with their state."""
+        optimizer, places = self.single.optimizer, list(self._places())
+        lists = self._lists_with_tables()
+        before = {name: getattr(self.single, name) for name in lists}
+        vars(self.single).update(lists)
+        for params, place, table in places:
+            table.catch_up()
+            params[place] = table.master
+            optimizer.state.pop(table.home.stand_in, None)
+            if table.state:
+                optimizer.state[table.master] = table.state
+        self._in_place = True
+        try:
+            yield
+        finally:
+            self._in_place = False
+            for params, place, table in places:
+                params[place] = table.home.stand_in
+                table.state = dict(optimizer.state.pop(table.master, {}))
+            vars(self.single).update(before)
+
+    def _places(self) -> Iterator[tuple[list[Tensor], int, _HostAdam]]:
+        for group in self.single.optimizer.param_groups:
+            for place, parameter in enumerate(group["params"]):
+                if id(parameter) in self.tables:
+                    yield group["params"], place, self.tables[id(parameter)]
+
+    def _lists_with_tables(self) -> dict[str, list[list[Tensor]]]:
+        """Of half-precision weights, their copies, and other parameters; empty without any."""
+        if not hasattr(self.single, "float16_groups"):
+            return {}
+        before = [getattr(self.single, name) for name in _LISTS]
+        weights = dict(zip(map(id, chain(*before[1])), chain(*before[0]), strict=True))
+        found: dict[str, list[list[Tensor]]] = {name: [] for name in _LISTS}
+        for group in self.single.optimizer.param_groups:
+            half: list[Tensor] = []
+            copies: list[Tensor] = []
+            precise: list[Tensor] = []
+            for parameter in group["params"]:
+                table = self.tables.get(id(parameter))
+                if table is not None:
+                    half.append(table.weight)
+                    copies.append(table.master)
+                elif id(parameter) in weights:
+                    half.append(weights[id(parameter)])
+                    copies.append(parameter)
+                else:
+                    precise.append(parameter)
+            for name, tensors in zip(_LISTS, (half, copies, precise), strict=True):
+                found[name].append(tensors)
+        return found
