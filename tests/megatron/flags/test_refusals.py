@@ -210,6 +210,11 @@ def test_what_needs_other_weights_than_shards_is_refused(changes, message):
         ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size 2 cannot"),
         ({"num_distributed_optimizer_instances": 2}, "--num-distributed-optimizer-instances 2"),
         ({"swiglu": True, "save": "there"}, "can neither save nor load its weights"),
+        (
+            {"bf16": True, "pretrained_checkpoint": "there"},
+            "cannot take weights without the optimizer's state",
+        ),
+        ({"verify_integrity": True}, "nothing sums up its checkpoints"),
     ],
 )
 def test_what_megatron_fsdp_cannot_do_with_tables_is_refused(changes, message):
@@ -220,7 +225,8 @@ def test_what_megatron_fsdp_cannot_do_with_tables_is_refused(changes, message):
         "data_parallel_sharding_strategy": "no_shard",
         "pipeline_model_parallel_size": 1,
         "num_distributed_optimizer_instances": 1,
-        "swiglu": False,
+        **dict.fromkeys(("swiglu", "bf16", "fp16", "finetune", "no_load_optim"), False),
+        **dict.fromkeys(("save", "load", "pretrained_checkpoint")),
     }
     design = dataclasses.replace(_DESIGN, row_adam=False)
     refuse_unsupported_flags(Namespace(**given), design)

@@ -17,6 +17,8 @@ _REASONS = {
     "nccl_ub": "it asks for --fsdp-double-buffer, whose buffers are for layers of one size",
     "megatron_fsdp_enable_fine_grained_param_gather": "a memory reads weights of modules that it "
     "does not call",
+    "verify_integrity": "nothing sums up its checkpoints",
+    "async_save": "nothing of it has been tried",
     "init_model_with_meta_device": "its modules are not drawn anew where they are cut",
     "hybrid_layer_pattern": "nothing of it has been tried",
 }
@@ -44,6 +46,14 @@ def refuse_beside_megatron_fsdp(args: Namespace) -> None:
             "--swiglu with --use-megatron-fsdp and --data-parallel-sharding-strategy no_shard: "
             "Megatron can neither save nor load its weights, which it halves by their shards. Use "
             "optim, or neither --save nor --load."
+        )
+
+    weights_alone = args.load and (args.finetune or args.no_load_optim)
+    if (args.bf16 or args.fp16) and (weights_alone or args.pretrained_checkpoint):
+        raise UltraMemError(
+            "--use-megatron-fsdp with --bf16 or --fp16 and --finetune, --no-load-optim or "
+            "--pretrained-checkpoint: Megatron cannot take weights without the optimizer's state "
+            "into it. Load them in float32, or with Megatron's DDP."
         )
 
 
