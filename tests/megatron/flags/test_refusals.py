@@ -13,6 +13,7 @@ from tests.ranks import RanksFailed
 from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags import refusals
+from ultramem_megatron.megatron.flags.fsdp2_flags import refuse_torch_dcp
 from ultramem_megatron.megatron.flags.refusals import (
     refuse_unsupported_flags,
     refuse_unsupported_settings,
@@ -237,6 +238,15 @@ def test_what_megatron_fsdp_cannot_do_with_tables_is_refused(changes, message):
 def test_a_field_for_megatron_fsdp_is_refused():
     with pytest.raises(UltraMemError, match=r"use_megatron_fsdp=True cannot .* Leave it out"):
         refuse_unsupported_settings({"use_megatron_fsdp": True})
+
+
+@pytest.mark.parametrize("flag", ["save", "load", "pretrained_checkpoint"])
+def test_a_format_that_megatron_cannot_load_is_refused_for_every_model(flag):
+    folders = dict.fromkeys(("save", "load", "pretrained_checkpoint"))
+    refuse_torch_dcp(Namespace(ckpt_format="torch_dcp", **folders))
+    refuse_torch_dcp(Namespace(ckpt_format="torch_dist", **{**folders, flag: "there"}))
+    with pytest.raises(UltraMemError, match=r"torch_dcp: .* Use --ckpt-format torch_dist"):
+        refuse_torch_dcp(Namespace(ckpt_format="torch_dcp", **{**folders, flag: "there"}))
 
 
 @pytest.mark.parametrize("name", ["ckpt_format", "ckpt_convert_format"])
