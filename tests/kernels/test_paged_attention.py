@@ -66,8 +66,15 @@ def test_worked_case(forced):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize(("sinks", "window"), [(False, None), (True, None), (True, 0), (False, 70)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("sinks", "window", "dtype"),
+    [
+        (False, None, torch.float32),
+        (True, None, torch.bfloat16),
+        (True, 0, torch.float32),
+        (False, 70, torch.bfloat16),
+    ],
+)
 def test_equals_the_reference_in_float64(forced, sizes, sinks, dtype, window):
     query, keys, values, requests, scale = _case(sizes, dtype)
     sink = torch.linspace(-1, 2, query.shape[1]) if sinks else None

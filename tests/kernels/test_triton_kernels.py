@@ -171,8 +171,7 @@ def test_norms_compile_to_vector_loads_without_spills(capability, row, width):
         assert "st.global.v4.b32" in built.ptx
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("most", [1, 256])
+@pytest.mark.parametrize(("capability", "most"), [(80, 1), (90, 1), (90, 256), (100, 1)])
 def test_paged_attention_compiles_without_spills(capability, most):
     """Two groups of eight heads, and one head a group, of width 128."""
     import triton.language as tl
