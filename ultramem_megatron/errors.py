@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import json
 import os
 import re
 import sys
@@ -16,6 +17,8 @@ from typing import NoReturn
 REFUSAL_FILE = "ULTRAMEM_REFUSAL"
 """Environment: where a launched rank leaves its message, so that nothing starts it again."""
 
+_TORCHRUNS_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Environment: where torchrun looks for what ended a rank, for its report, which comes last."""
 
 _SECONDS_TO_END_IN = 30
 """launch/torchrun.sh looks for that file every second, and ends torchrun and its ranks."""
@@ -119,9 +122,21 @@ def _has_older_megatron() -> bool:
 def _refuse(message: str) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
+    _tell_torchrun(f"error: {message}")
     told = os.environ.get(REFUSAL_FILE)
     if told:
         with suppress(OSError):  # the exit status says it too
             Path(told).write_text(f"error: {message}\n")
             time.sleep(_SECONDS_TO_END_IN)  # at an exit torchrun would start all ranks again
     sys.exit(2)
+
+
+def _tell_torchrun(message: str) -> None:
+    """In the form of torch's ErrorHandler, which would write a traceback."""
+    file = os.environ.get(_TORCHRUNS_FILE)
+    if file:
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with suppress(OSError):  # rank 0 has printed it
+            Path(file).write_text(
+                json.dumps({"message": {"message": message, "extraInfo": details}})
+            )

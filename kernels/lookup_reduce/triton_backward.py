@@ -178,7 +178,7 @@ def picks_kernel(
     tl.store(score_grad + at * cores + core, dots, real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def sorted_rows_kernel(
     grad,
     row_n,

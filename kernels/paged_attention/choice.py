@@ -13,10 +13,11 @@ def paged_attention(
     requests: Requests,
     scale: float,
     sinks: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Same contract as `paged_attention_reference`; on GPUs nothing is read on the host."""
     if implementation(query.device) != "triton":
-        return paged_attention_reference(query, keys, values, requests, scale, sinks)
+        return paged_attention_reference(query, keys, values, requests, scale, sinks, window)
     from ultramem_megatron.kernels.paged_attention.triton_kernel import attend  # needs Triton
 
-    return attend(query, keys, values, requests, scale, sinks)
+    return attend(query, keys, values, requests, scale, sinks, window)

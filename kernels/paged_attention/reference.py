@@ -31,12 +31,14 @@ def paged_attention_reference(
     requests: Requests,
     scale: float,
     sinks: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention: softmax over a request's keys up to the query's own, times values.
 
     query (T, H, K), keys (blocks, B, G, K), values (blocks, B, G, V), of one floating dtype; head h
     reads group h * G // H. scale: of the products. sinks (H,): a logit that takes its share of the
-    weights and gives nothing. Returns (T, H, V); queries of no request get zeros.
+    weights and gives nothing. window: so many keys before its own are seen by a query, None: all.
+    Returns (T, H, V); queries of no request get zeros.
 
     A request with queries [1], keys [0, ln 3], values [4, 8] and scale 1 gets 7.
     """
@@ -54,7 +56,11 @@ def paged_attention_reference(
         )
         scores = torch.einsum("qhd,khd->hqk", query[start:end], own_keys).float() * scale
         positions = torch.arange(count, device=query.device)
-        scores.masked_fill_(positions > positions[count - (end - start) :, None], float("-inf"))
+        own = positions[count - (end - start) :, None]
+        hidden = positions > own
+        if window is not None:
+            hidden |= positions < own - window
+        scores.masked_fill_(hidden, float("-inf"))
         weights = scores.softmax(-1)
         if sinks is not None:
             share = scores.logsumexp(-1) - sinks[:, None].float()

@@ -24,6 +24,7 @@ from ultramem_megatron.tools.rows import write_as_made
 
 _PRESET = "ultramem-1.6b-x12"
 _LARGE = ("--ultramem-num-keys", "16384")  # 2.7e8 values in each memory
+_LARGEST = ("--ultramem-num-keys", "46080")  # 2.1e9: as many as a memory may have
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ CASES = (
     Case(64, 64, "number", _LARGE),
     Case(4096, 1024, "dimension", _LARGE),
     Case(16384, 4096, "number", _LARGE),
+    Case(16384, 16384, "number", _LARGEST),
 )
 _QUICK = (Case(64, 64, "number"), Case(512, 64, "number"))
 

@@ -38,6 +38,10 @@ KNOWN = {
     # 5 passes over 33.6 MB are 40 us of copying; the scatter kernel, which like this one streams
     # (470 MB in 157 us with aligned keys), reached 71 % of a copy: 56, and 5 for the weight's sums.
     "query convolution forward and backward, width 2048, T 8192": Known(1800, "<= 120", 40, 61),
+    # Keys and values of two groups of width 128 read once: 34, 67 and 134 MB.
+    "paged attention, decoding, batch 1, 32768 keys": Known(floor=7.9),
+    "paged attention, decoding, batch 8, 8192 keys": Known(floor=15.9),
+    "paged attention, decoding, batch 64, 2048 keys": Known(floor=31.7),
     # Device time with aligned keys and no convolution was 6,146 (kernels_and_layer.jsonl). Of it
     # are gone: copies of strided tensors 265; the query gradient's sum over heads 69; cast and
     # deviation of the output 90 (one read: 16); norms 278 (9 passes over 26 MB twice, at 71 % of
@@ -67,16 +71,18 @@ KNOWN = {
     "matrix product, bfloat16": Known(801),
     # Of 1,111 us: projections 97, norms 28 stay; lookup 149 -> 58; products 129 -> 91 and selection
     # 112 -> 71 as with 3,584 keys, then 58; convolution 156 -> 18, its history with it; grid 66,
-    # shuffle and addresses 215 -> 78 in one kernel; copies and casts are gone. The floor is their
-    # bytes.
-    "decode, six memories, batch 64": Known(1111, "<= 350", 60, 428),
+    # shuffle and addresses 215 -> 78 in one kernel; copies and casts are gone: 428. Of six
+    # selections then 2 us each are launches, the rest 4.4 cycles for each of 3,190 instructions of
+    # a warp; with 8 warps a program 1,640 of them: 37. So of the grid 3.5 cycles for each of 5,460,
+    # with 4 warps of 2,440, and 0.8 us of barriers: 46. The floor is their bytes.
+    "decode, six memories, batch 64": Known(1111, "<= 350", 60, 375),
     # Counted (tests/inference/test_decode_launches.py): 8 a memory, and the layer's sum (43 seen).
     "launches of six memories in a decode step": Known(258, "<= 60", None, 54),
-    # The same MoE (16.93, 18.85 ms) over dense (2.86, 3.30) and the 0.43 ms of the memories.
-    "decode, grouped MoE over UltraMem, batch 32": Known(4.2, ">= 5.2", None, 5.1),
+    # The same MoE (16.93, 18.85 ms) over dense (2.86, 3.30) and the 0.375 ms of the memories.
+    "decode, grouped MoE over UltraMem, batch 32": Known(4.2, ">= 5.2", None, 5.2),
     "decode, grouped MoE over UltraMem, batch 64": Known(4.2, ">= 5.2", None, 5.1),
-    "decode, UltraMem over dense, batch 32": Known(1.42, "<= 1.10", None, 1.15),
-    "decode, UltraMem over dense, batch 64": Known(1.36, "<= 1.10", None, 1.13),
+    "decode, UltraMem over dense, batch 32": Known(1.42, "<= 1.10", None, 1.13),
+    "decode, UltraMem over dense, batch 64": Known(1.36, "<= 1.10", None, 1.11),
 }
 """Both passes: the sum of the two, which were timed alone. Decoding (1.6B, 2 groups of keys and
 values, CUDA graphs) was timed there by a script, without positions; launches, by its profile."""

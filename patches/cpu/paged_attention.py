@@ -1,7 +1,7 @@
 """Megatron's dynamic batching without FlashAttention: attention over a paged cache by our kernels.
 
 Its context keeps keys and values in blocks that belong to requests; FlashAttention reads them
-there. It has no wheel to install; without it PyTorch reads on a CPU, one Triton kernel on a GPU.
+there. It has no wheel to install; without it PyTorch reads on a CPU, Triton kernels on a GPU.
 """
 
 from importlib.util import find_spec
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.paged_attention import Requests, paged_attention
 from ultramem_megatron.patches.cpu.devices import without_cuda
 from ultramem_megatron.patches.patch import Editor, Patch
@@ -60,11 +59,6 @@ def _paged_attention(
     last of its seqlens_k[r] keys, which lie in the blocks block_table[r]. Returns the shape of q;
     queries of no request get zeros. softmax_offset: logit of a sink, one for each head.
     """
-    if self.config.window_size is not None:
-        raise UltraMemError(
-            f"--window-size {self.config.window_size} with dynamic batching needs the package "
-            f"flash-attn, on a GPU. Use static batching."
-        )
     scale = getattr(self, "softmax_scale", None) or q.shape[-1] ** -0.5
     requests = Requests(cu_seqlens_q, seqlens_k, block_table, int(max_seqlen_q))
     if is_decode_only:
@@ -72,7 +66,19 @@ def _paged_attention(
         each = len(q) // count
         starts = torch.arange(0, (count + 1) * each, each, device=q.device, dtype=torch.int32)
         requests = requests._replace(starts=starts, most=each)
-    return paged_attention(q.squeeze(1), k, v, requests, scale, softmax_offset).unsqueeze(1)
+    window = _window(self.config, self.layer_number)
+    out = paged_attention(q.squeeze(1), k, v, requests, scale, softmax_offset, window)
+    return out.unsqueeze(1)
+
+
+def _window(config: Any, layer_number: int) -> int | None:
+    """So many keys before its own are seen in this layer, None: all."""
+    from megatron.core.transformer.utils import is_layer_window_attention
+
+    windows = config.window_size, config.window_attn_skip_freq
+    if not is_layer_window_attention(*windows, layer_number) or config.window_size[0] < 0:
+        return None
+    return int(config.window_size[0])
 
 
 def _install(editor: Editor) -> None:

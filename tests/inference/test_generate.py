@@ -1,10 +1,14 @@
 """Decoding with a KV cache gives what a forward pass over the whole text gives."""
 
 import argparse
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from tests import ROOT
 from tests.closeness import assert_close
 from tests.decoding import LOGITS, NumberTokenizer
 from tests.ranks import RanksFailed, run_on_ranks
@@ -130,3 +134,36 @@ def test_the_seed_decides_what_is_sampled(batching, checkpoint):
     ((first, again, other),) = run_on_ranks(1, _sampled, checkpoint, batching, [1, 1, 2])
     assert first == again
     assert first != other
+
+
+def _print_texts(folder):
+    """Greedy texts of static batching by PyTorch's kernels, of dynamic batching by Triton's."""
+    from ultramem_megatron.inference.loading import load_for_inference
+    from ultramem_megatron.inference.sampling import generate
+
+    loaded = load_for_inference(str(folder))._replace(tokenizer=NumberTokenizer())
+    settings = {"tokens": 6, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 1}
+    for kernels, batching in (("torch", "static"), ("triton", "dynamic")):
+        os.environ["ULTRAMEM_KERNELS"] = kernels
+        made = generate(loaded, ["1 2 3"], argparse.Namespace(**settings, batching=batching))
+        print("text:", *made[0].split())
+
+
+@pytest.mark.long
+def test_dynamic_batching_by_our_kernels(tmp_path):
+    """As a GPU without flash-attn would: attention with a window, memories, all in Triton."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    run_pretrain(1, tiny_gpt(**_FLAGS, save=tmp_path, window_size="2,0"))
+    program = f"from tests.inference.test_generate import _print_texts as f; f({str(tmp_path)!r})"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    texts = [line for line in run.stdout.splitlines() if line.startswith("text:")]
+    assert len(texts) == 2, run.stderr[-3000:]
+    assert texts[0] == texts[1]
+    assert len(texts[0].split()) == 1 + 6

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from launch.gpu_report.parts import parity
+from tests.closeness import assert_close
+from tests.kernels.lookup_cases import Sizes, inputs, main_grad_rounding, results
+from tests.ranks import run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron.faults.unseen_gpus import refuse_unseen_gpus
+from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference
 from ultramem_megatron.patches.registry import PATCH_MODULES
 
 pytestmark = [
@@ -18,7 +22,7 @@ pytestmark = [
     ),
 ]
 
-_MOST = {"float32": 1e-5, "bfloat16": 1e-2}
+_MOST = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 _NEAR_TIES = 3e-2
 """Of two keys that score alike one implementation takes the one, one the other."""
 
@@ -39,8 +43,69 @@ def test_every_op_equals_its_reference():
     assert errors
     for what, error in errors.items():
         exact = what.startswith(("lookup", "query convolution"))
-        most = _MOST["bfloat16" if "bfloat16" in what else "float32"] if exact else _NEAR_TIES
+        dtype = next(dtype for dtype in ("bfloat16", "float16", "float32") if dtype in what)
+        most = _MOST[dtype] if exact else _NEAR_TIES
         assert error <= most, what
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_micro_batches_add_up_in_main_grad(dtype, deterministic):
+    sizes = Sizes(33, 63, 2, 40, 4, rows=50)  # many tokens a row
+    table = inputs(sizes).table.detach().float().cuda().requires_grad_()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        added = []
+        for _ in range(2):
+            table.main_grad = torch.zeros_like(table, dtype=dtype)
+            for seed in (4, 5):
+                case = inputs(sizes, torch.float32, seed)
+                rows, groups, scores, grad = (case[i].detach().cuda() for i in (1, 2, 3, 5))
+                lookup_reduce(table, rows, groups, scores, case.num_groups).backward(grad)
+                table.grad = None  # as Megatron's hook does
+            added.append(table.main_grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    batches = [inputs(sizes, seed=seed)._replace(table=inputs(sizes).table) for seed in (4, 5)]
+    exact = sum(results(lookup_reduce_reference, batch)[1] for batch in batches)
+    assert_close(added[0].double().cpu(), exact, main_grad_rounding(dtype, sizes))
+    assert torch.equal(*added) or not deterministic
+
+
+@pytest.mark.parametrize("flags", [{}, {"ultramem_query_conv_kernel": 5, "ultramem_spans": "1:1"}])
+def test_a_training_has_the_losses_of_the_reference(flags):
+    memory = {"ultramem_spans": "1:2", "ultramem_num_keys": 40, "ultramem_topk": 16}
+    argv = tiny_gpt(**{**memory, **flags}, train_iters=5)
+    found, expected = (
+        run_pretrain(1, argv, env={"ULTRAMEM_KERNELS": kernels}).losses
+        for kernels in ("triton", "reference")
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def _graphed():
+    """Logits of a decode step, and of the graph of one, on new numbers in the same memory."""
+    from launch.benchmarks.decode_step import DecodeStep
+    from ultramem_megatron.inference.loading import prepare_for_inference
+    from ultramem_megatron.inference.untrained import untrained_model
+
+    memory = {"ultramem_spans": "1:2", "ultramem_num_keys": 12, "ultramem_topk": 6}
+    model, _ = untrained_model(tiny_gpt(**memory, bf16=True))
+    prepare_for_inference(model)
+    step = DecodeStep(model, [3, 3], 500)
+    with torch.no_grad():
+        step()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+        step.tokens.copy_(step.tokens.flip(0))
+        graph.replay()
+        return logits.cpu(), step().cpu()
+
+
+def test_a_graph_of_a_decode_step_computes_it():
+    ((replayed, stepped),) = run_on_ranks(1, _graphed)
+    assert torch.equal(replayed, stepped)
 
 
 def _where(trained):

@@ -21,6 +21,7 @@ SIZES = [
     ([5, 0, 1, 9], [9, 0, 33, 9], 6, 2, 20, 12, 8),  # of a group three heads
     ([40, 2], [100, 2], 2, 2, 16, 16, 256),  # a block longer than is read at a time
     ([3], [3], 1, 1, 4, 4, 3),
+    ([1, 2], [700, 90], 4, 2, 8, 8, 64),  # keys of a request over several programs
 ]
 
 
@@ -65,16 +66,34 @@ def test_worked_case(forced):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_the_reference_in_float64(forced, sizes, sinks, dtype):
+@pytest.mark.parametrize(
+    ("sinks", "window", "dtype"),
+    [
+        (False, None, torch.float32),
+        (True, None, torch.bfloat16),
+        (True, 0, torch.float32),
+        (False, 70, torch.bfloat16),
+    ],
+)
+def test_equals_the_reference_in_float64(forced, sizes, sinks, dtype, window):
     query, keys, values, requests, scale = _case(sizes, dtype)
     sink = torch.linspace(-1, 2, query.shape[1]) if sinks else None
     exact = (x.double() for x in (query, keys, values))
-    wanted = paged_attention_reference(*exact, requests, scale, sink)
-    out = paged_attention(query, keys, values, requests, scale, sink)
+    wanted = paged_attention_reference(*exact, requests, scale, sink, window)
+    out = paged_attention(query, keys, values, requests, scale, sink, window)
     assert out.dtype == dtype
     assert not out[requests.starts[-1] :].any()
     once = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0
     terms = sizes[4] + 2 * max(sizes[1])
     assert_close(out.double(), wanted, once + rounding(torch.float32, terms, condition=8))
+
+
+@pytest.mark.parametrize(
+    ("programs", "keys", "splits"),
+    [(2, 4096, 16), (2, 65536, 64), (2, 256, 1), (2, 257, 2), (128, 4096, 4), (264, 65536, 1)],
+)
+def test_keys_are_spread_where_programs_are_few(programs, keys, splits):
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    from ultramem_megatron.kernels.paged_attention.triton_kernel import splits_of
+
+    assert splits_of(programs, keys) == splits

@@ -129,13 +129,15 @@ def test_side_top_m_compiles_to_vector_loads_without_spills(capability, num_keys
     strides = ("by_rank", "by_query", "by_head", "by_side", "by_token", "width")
     loose = {"num_keys": "i32", "num_heads": "i32", "own_heads": "i32"}
     sizes = dict.fromkeys(strides, "i32")
-    constants = {"RANKS": 2, "TOPK": topk, **select_sizes(num_keys, topk)}
-    built = compile_for(
-        capability, select_kernel, {**pointers, **sizes}, constants, any_number=loose
-    )
-    assert built.spilled == 0
-    assert built.registers <= 128
-    assert f"ld.global.v{words}.b32" in built.ptx
+    cases = [(2**15, 128), (256, 64)]  # of training, of decoding
+    for programs, most in cases if capability == 90 else cases[:1]:
+        constants = {"RANKS": 2, "TOPK": topk, **select_sizes(num_keys, topk, programs)}
+        built = compile_for(
+            capability, select_kernel, {**pointers, **sizes}, constants, any_number=loose
+        )
+        assert built.spilled == 0
+        assert built.registers <= most
+        assert f"ld.global.v{words}.b32" in built.ptx
 
     pointers = {"grad_picked": "*fp32", "indices": "*i64", "grad": "*bf16"}
     loose = {"num_heads": "i32", "own_heads": "i32"}
@@ -169,24 +171,34 @@ def test_norms_compile_to_vector_loads_without_spills(capability, row, width):
         assert "st.global.v4.b32" in built.ptx
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("most", [1, 256])
+@pytest.mark.parametrize(("capability", "most"), [(80, 1), (90, 1), (90, 256), (100, 1)])
 def test_paged_attention_compiles_without_spills(capability, most):
     """Two groups of eight heads, and one head a group, of width 128."""
     import triton.language as tl
 
-    from ultramem_megatron.kernels.paged_attention.triton_kernel import (
-        attention_kernel,
-        attention_sizes,
-    )
+    from ultramem_megatron.kernels.paged_attention import triton_kernel
+    from ultramem_megatron.kernels.paged_attention.triton_kernel import attention_sizes
 
     pointers = dict.fromkeys(("query", "keys", "values", "sinks", "out"), "*bf16")
     pointers |= dict.fromkeys(("starts", "lengths", "blocks"), "*i32")
-    loose = {"blocks_stride": "i32", "scale": "fp32", "heads": "i32", "groups": "i32"}
-    for own_heads in (8, 1):
-        sizes = attention_sizes(own_heads, 128, 128, 256, most)
-        constants = {"BLOCK": 256, "WITH_SINKS": False, "OPERANDS": tl.bfloat16, **sizes}
-        built = compile_for(capability, attention_kernel, pointers, constants, any_number=loose)
+    pointers |= dict.fromkeys(("parts", "sums"), "*fp32")
+    loose = dict.fromkeys(("blocks_stride", "tokens", "heads", "groups", "splits"), "i32")
+    loose |= {"scale": "fp32"}
+    more = {"BLOCK": 256, "WITH_SINKS": False, "OPERANDS": tl.bfloat16, "WINDOW": -1}
+    for own_heads, kernel, split in (
+        (8, triton_kernel.attention_kernel, {"SPLIT": False}),
+        (8, triton_kernel.attention_kernel, {"SPLIT": True, "WINDOW": 500}),
+        (1, triton_kernel.attention_kernel, {"SPLIT": False}),
+        (8, triton_kernel.merge_kernel, {}),
+    ):
+        constants = {**more, **split, **attention_sizes(own_heads, 128, 128, 256, most)}
+        names = {*kernel.arg_names, "num_warps"}
+        of_kernel = [
+            {name: kind for name, kind in all_of.items() if name in names}
+            for all_of in (pointers | ({"out": "*fp32"} if split.get("SPLIT") else {}), constants)
+        ]
+        own_loose = {name: kind for name, kind in loose.items() if name in names}
+        built = compile_for(capability, kernel, *of_kernel, any_number=own_loose)
         assert built.spilled == 0
         assert built.registers <= 255
         assert "ld.global.v4.b32" in built.ptx or "cp.async.cg" in built.ptx
@@ -211,8 +223,8 @@ def test_grid_top_m_compiles_without_spills(topk, pairs, capability):
     types |= {"keys": "*i64", "addresses": "*i64", "positions": "*i32"}
     loose = {"keys_per_side": "i32", "num_heads": "i32"}
     constants = {"RANKS": 2, "CORES": 2, "TOPK": topk, "PAIRS": pairs}
-    for rounds in (0, 4):  # in training addresses are shuffled after they were counted
-        sizes = {"ROUNDS": rounds, **fused.grid_sizes(topk, pairs)}
+    for rounds, programs in ((0, 2**14), (4, 128)):  # of training, where addresses are counted
+        sizes = {"ROUNDS": rounds, **fused.grid_sizes(topk, pairs, programs)}
         kernel = triton_kernels.grid_kernel
         built = compile_for(capability, kernel, types, constants | sizes, any_number=loose)
         assert built.spilled == 0

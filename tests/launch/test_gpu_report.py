@@ -118,7 +118,20 @@ def test_what_is_known_is_asked_of_some_part():
     }
     asked |= {what.format(f", batch {batch}") for what in decode._PAIRS for batch in QUICK}
     asked |= {f"decode, six memories, batch {batch}" for batch in QUICK}
-    starts = ("decode, ", "lookup", "side top-m", "grid top-m", "layer", "launches, ", "host waits")
+    asked |= {
+        f"paged attention, decoding, batch {size.batch}, {size.context} keys"
+        for size in kernels._DECODING
+    }
+    starts = (
+        "decode, ",
+        "paged",
+        "lookup",
+        "side top-m",
+        "grid top-m",
+        "layer",
+        "launches, ",
+        "host waits",
+    )
     assert {name for name in KNOWN if name.startswith(starts)} <= asked
 
 

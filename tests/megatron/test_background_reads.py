@@ -24,7 +24,8 @@ def _arrays(**changes):
 
 
 def test_what_is_written_is_read(tmp_path):
-    tables = {n: TableReads(_READS + n, _READS.clamp(max=4)) for n in (1, 3)}
+    keys = {1: 2**32 - 1, 3: None}
+    tables = {n: TableReads(_READS + n, _READS.clamp(max=4), keys[n]) for n in (1, 3)}
     BackgroundReads(4, tables).write(tmp_path / "reads.npz")
     found = read_background(str(tmp_path / "reads.npz"), _DESIGN)
     assert found.batches == 4
@@ -32,6 +33,7 @@ def test_what_is_written_is_read(tmp_path):
     for number, table in tables.items():
         assert torch.equal(found.tables[number].reads, table.reads)
         assert torch.equal(found.tables[number].batches, table.batches)
+        assert found.tables[number].keys == keys[number]
     assert [file.name for file in tmp_path.iterdir()] == ["reads.npz"]
     with pytest.raises(UltraMemError, match=r"No such file or directory\. Give a file in"):
         BackgroundReads(4, tables).write(tmp_path / "nowhere" / "reads.npz")
@@ -44,6 +46,7 @@ def test_what_is_written_is_read(tmp_path):
         ({"1.reads": np.arange(8)}, "does not count 9 rows"),
         ({"1.reads": np.arange(9.0)}, "does not count 9 rows"),
         ({"1.reads": np.arange(9).reshape(3, 3)}, "does not count 9 rows"),
+        ({"1.keys": np.arange(9)}, "does not count 9 rows"),
         ({"batches": np.arange(2)}, "does not count 9 rows"),
         ({"batches": np.array([4] * 1000)}, "does not count 9 rows"),
         ({"1.reads": np.arange(9, dtype=object)}, "does not count 9 rows|damaged"),

@@ -8,18 +8,20 @@ import os
 import secrets
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor, from_numpy
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.memory.placement import placements
 
-_TOTAL, _KINDS = "batches", ("reads", "batches")
+_TOTAL, _KINDS, _KEYS = "batches", ("reads", "batches"), "keys"
 _HEADER = 1024  # bytes; more than NumPy writes before an array
 _NUMBER = np.dtype("<i8")
 FLAG = "--ultramem-background-reads"
@@ -28,10 +30,14 @@ _ADVICE = "Give one that `ultramem count` wrote."
 
 @dataclass(frozen=True)
 class TableReads:
-    """Of one table: reads (N,) and batches (N,), int64, by how many batches a row was read."""
+    """Of one table: reads (N,) and batches (N,), int64, by how many batches a row was read.
+
+    keys: `sum_of_keys` of the memories that read it; None where it was not taken.
+    """
 
     reads: Tensor
     batches: Tensor
+    keys: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class BackgroundReads:
         for number, table in self.tables.items():
             arrays[f"{number}.reads"] = table.reads.cpu().numpy().astype(_NUMBER)
             arrays[f"{number}.batches"] = table.batches.cpu().numpy().astype(_NUMBER)
+            if table.keys is not None:
+                arrays[f"{number}.{_KEYS}"] = np.array(table.keys, _NUMBER)
         partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
         try:
             with partial.open("xb") as opened:
@@ -57,6 +65,29 @@ class BackgroundReads:
             raise UltraMemError(
                 f"{file}: {error.strerror}. Give a file in a folder that can be written to."
             ) from None
+
+
+def sum_of_keys(layers: Iterable[UltraMemLayer]) -> int:
+    """CRC-32 of the weights by which memories choose rows: whose reads were counted.
+
+    In bfloat16, so that it is the same in either precision; of whole weights, so on every layout.
+    Training of values alone leaves it as it is.
+    """
+    found = 0
+    for layer in layers:
+        for weight in layer.retrieval.parameters():
+            rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
+            found = zlib.crc32(rounded.view(torch.uint8).numpy(), found)
+    return found
+
+
+def refuse_other_keys(number: int, table: TableReads, layers: Iterable[UltraMemLayer]) -> None:
+    """Raise UltraMemError if `table`, of layer `number`, counts the reads of other memories."""
+    if table.keys is not None and table.keys != sum_of_keys(layers):
+        raise UltraMemError(
+            f"{FLAG} counts the reads of another model: the keys of the table of layer {number} "
+            f"are others. Give what `ultramem count` wrote for the checkpoint that is trained here."
+        )
 
 
 def tables_of(config: UltraMemConfig) -> list[int]:
@@ -87,7 +118,9 @@ def _fits(sizes: Mapping[str, int], config: UltraMemConfig) -> bool:
     sizes: bytes of each member of the file.
     """
     counted = {f"{number}.{kind}.npy" for number in tables_of(config) for kind in _KINDS}
-    if sizes.keys() != counted | {f"{_TOTAL}.npy"} or sizes[f"{_TOTAL}.npy"] > _HEADER:
+    keys = {f"{number}.{_KEYS}.npy" for number in tables_of(config)} & sizes.keys()
+    single = keys | {f"{_TOTAL}.npy"}
+    if sizes.keys() != counted | single or any(sizes[name] > _HEADER for name in single):
         return False
     bytes_ = config.num_values * _NUMBER.itemsize
     return all(bytes_ <= sizes[name] <= bytes_ + _HEADER for name in counted)
@@ -99,7 +132,10 @@ def _unpacked(file: str) -> dict[str, np.ndarray]:
 
 
 def _checked(file: str, found: Mapping[str, np.ndarray], config: UltraMemConfig) -> BackgroundReads:
-    shapes = {name: () if name == _TOTAL else (config.num_values,) for name in found}
+    shapes = {
+        name: () if name == _TOTAL or name.endswith(_KEYS) else (config.num_values,)
+        for name in found
+    }
     if not found or any(
         (array.dtype, array.shape) != (_NUMBER, shapes[name]) for name, array in found.items()
     ):
@@ -116,5 +152,8 @@ def _checked(file: str, found: Mapping[str, np.ndarray], config: UltraMemConfig)
                 f"{FLAG} {file}: rows are read in more batches than there are, or less often than "
                 f"in batches. {_ADVICE}"
             )
-        tables[number] = TableReads(from_numpy(reads), from_numpy(batches))
+        keys = found.get(f"{number}.{_KEYS}")
+        tables[number] = TableReads(
+            from_numpy(reads), from_numpy(batches), None if keys is None else int(keys)
+        )
     return BackgroundReads(int(total), tables)

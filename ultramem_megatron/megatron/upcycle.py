@@ -19,6 +19,7 @@ from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.checkpoint.design import differing_flags
 from ultramem_megatron.megatron.checkpoint.folder import checkpoint_folder, stored_args
 from ultramem_megatron.megatron.checkpoint.gpt_layers import (
+    fresh_layers,
     has_key_for_each_layer,
     is_hybrid,
     point_at_gpt,
@@ -80,8 +81,25 @@ def start_from_dense(chunks: list[nn.Module], folder: str) -> None:
     """
     silence(layer for chunk in chunks for layer in memory_layers(chunk))
     of_gpt = not is_hybrid(stored_args(folder))
+    if of_gpt:
+        _say_what_starts_anew(chunks, folder)
     for chunk in chunks:
         _load_dense_weights(chunk, folder, of_gpt)
+
+
+def _say_what_starts_anew(chunks: list[nn.Module], folder: str) -> None:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.training import print_rank_0
+
+    first = chunks[0]
+    if not isinstance(first, HybridModel):
+        return
+    fresh = fresh_layers(first.hybrid_layer_pattern)
+    if fresh:
+        print_rank_0(
+            f"{UPCYCLE_FLAG} {folder}: layers {', '.join(map(str, fresh))} of "
+            f"{first.hybrid_layer_pattern} (Mamba) have no counterpart in a GPT and start anew"
+        )
 
 
 @torch.no_grad()

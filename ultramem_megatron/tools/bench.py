@@ -15,6 +15,7 @@ from ultramem_megatron.errors import CommandParser, UltraMemError
 
 BENCHMARKS = {
     "kernels": "lookup, selections and a whole layer, each way of computing them",
+    "layer": "forward and backward of a layer beside plain PyTorch's and beside its limit",
     "training": "tokens per second of dense, MoE, product keys and UltraMem",
     "decode": "latency and weight bytes of a decode step (figures 1b, 1c, 6c and 7)",
     "serving": "latency and throughput of vLLM, dense and UltraMem",

@@ -132,6 +132,7 @@ class _Counts:
         from ultramem_megatron.memory.layer import memory_layers
 
         self.tables: dict[int, Any] = {}
+        self.layers: dict[int, list[Any]] = {}
         self.counted: Any = None
         """(B, S) bool: positions that are no filling."""
         self._hooks = []
@@ -139,6 +140,7 @@ class _Counts:
             size = layer.config.num_values
             zeros = torch.zeros(3, size, dtype=torch.int64, device=layer.values.weight.device)
             self.tables.setdefault(layer.table_number, zeros)
+            self.layers.setdefault(layer.table_number, []).append(layer)
             self._hooks.append(layer.retrieval.register_forward_hook(self._hook(layer)))
 
     def _hook(self, layer: Any) -> Any:
@@ -167,11 +169,18 @@ class _Counts:
         """Added up over the replicas; a collective."""
         import torch.distributed as dist
 
-        from ultramem_megatron.megatron.background_reads import BackgroundReads, TableReads
+        from ultramem_megatron.megatron.background_reads import (
+            BackgroundReads,
+            TableReads,
+            sum_of_keys,
+        )
 
         for _, table in sorted(self.tables.items()):
             dist.all_reduce(table, group=replicas)
-        tables = {n: TableReads(table[0], table[1]) for n, table in sorted(self.tables.items())}
+        tables = {
+            n: TableReads(table[0], table[1], sum_of_keys(self.layers[n]))
+            for n, table in sorted(self.tables.items())
+        }
         return BackgroundReads(batches, tables)
 
 

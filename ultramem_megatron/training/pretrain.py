@@ -42,6 +42,7 @@ def main(
     from ultramem_megatron.megatron.checkpoint.source import named_where_not_finite
     from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
     from ultramem_megatron.megatron.flags.embedding_ranks import get_embedding_ranks
+    from ultramem_megatron.megatron.flags.late_arguments import LateArguments
     from ultramem_megatron.megatron.flags.refusals import refuse_other_tasks
     from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
     from ultramem_megatron.megatron.in_force import log_settings
@@ -49,12 +50,14 @@ def main(
     from ultramem_megatron.training.gpt_datasets import train_valid_test_datasets_provider
     from ultramem_megatron.training.gpt_step import forward_step
 
-    with megatron_refuses():
+    arguments = LateArguments()
+    with megatron_refuses(), arguments.held():
         args = parse_and_validate_args(extra_args_provider=add_ultramem_arguments)
     refuse_other_tasks(args)
     with only_run(None if args.skip_train else args.save):
         check_data(args)
         model_config = model_config_from_args(args, get_embedding_ranks)
+        arguments.show()
         log_settings(args, model_config)
         if before_training is not None:
             before_training()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.megatron.flags.late_arguments import LateArguments
 from ultramem_megatron.megatron.flags.process import open_process
 
 _USAGE = "ultramem run path/to/pretrain_gpt.py <its flags> --ultramem-..."
@@ -56,12 +57,12 @@ def _roads(script: Path) -> Iterator[None]:
     from megatron import training
     from megatron.training import argument_utils, arguments
 
-    running = contextlib.ExitStack()
+    running, late = contextlib.ExitStack(), LateArguments()
     places: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
-        (arguments, "parse_and_validate_args", functools.partial(_with_our_flags, running)),
+        (arguments, "parse_and_validate_args", functools.partial(_with_our_flags, running, late)),
         (argument_utils, "gpt_config_from_args", functools.partial(_with_memories, script)),
         (argument_utils, "hybrid_config_from_args", functools.partial(_with_memories, script)),
-        (training, "pretrain", functools.partial(_checked, script)),
+        (training, "pretrain", functools.partial(_checked, script, late)),
     )
     before = [getattr(owner, name) for owner, name, _ in places]
     try:
@@ -75,9 +76,12 @@ def _roads(script: Path) -> Iterator[None]:
 
 
 def _with_our_flags(
-    running: contextlib.ExitStack, original: Callable[..., Namespace]
+    running: contextlib.ExitStack, late: LateArguments, original: Callable[..., Namespace]
 ) -> Callable[..., Namespace]:
-    """Megatron's parser with our flags; from then on --save is held until `running` ends."""
+    """Megatron's parser with our flags; from then on --save is held until `running` ends.
+
+    The list of arguments is left to `late`.
+    """
     from ultramem_megatron.faults.run_lock import only_run
     from ultramem_megatron.megatron.flags.arguments import add_ultramem_arguments
     from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
@@ -88,7 +92,7 @@ def _with_our_flags(
             parser = parser if extra_args_provider is None else extra_args_provider(parser)
             return add_ultramem_arguments(parser)
 
-        with megatron_refuses():
+        with megatron_refuses(), late.held():
             args = original(both, *rest, **kw)
         running.close()  # of a script that parses twice
         running.enter_context(only_run(None if args.skip_train else args.save))
@@ -133,7 +137,7 @@ def _check_pattern(script: Path, maker: str, pattern: str | None) -> None:
         )
 
 
-def _checked(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(script: Path, late: LateArguments, original: Callable[..., Any]) -> Callable[..., Any]:
     from megatron.training import get_args
 
     from ultramem_megatron.data.check import check_data
@@ -152,6 +156,7 @@ def _checked(script: Path, original: Callable[..., Any]) -> Callable[..., Any]:
                 f"README.md."
             )
         check_data(get_args())
+        late.show()
         if isinstance(model, MemorySettings):
             log_settings(get_args(), model)
         with named_where_not_finite(get_args()):

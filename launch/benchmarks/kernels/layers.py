@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.lookups import table_gradient
@@ -19,18 +20,22 @@ _LAYERS = 12  # of the imagined model: it sets initial variances only
 _COMPARED_ROWS = 4096
 _ULTRA_MEM_CORES = 2  # what the package calls heads, by default
 MOE_EXPERTS = 32
+WITHOUT_MAIN_GRAD = "ours, dense gradient of its own"
 
 
 def candidates(shape: Shape, device: torch.device) -> list[Candidate]:
-    """Ours and the baseline; the reference first."""
+    """Ours and the baseline; the reference first, the last without Megatron's `main_grad`."""
     layer = _layer(shape, device)
     x = _input(shape, device)
-    leaves = [x, *layer.parameters()]
     table = layer.values.weight
+    alone = table.detach().requires_grad_()
+    leaves = [x, *layer.parameters(), alone]
 
-    def candidate(name: str, forward: Callable[[], Tensor], kernels: str = "") -> Candidate:
+    def candidate(
+        name: str, forward: Callable[[], Tensor], kernels: str = "", leaf: Tensor = table
+    ) -> Candidate:
         def gradients() -> dict[str, Tensor]:
-            gradient = table_gradient(table, table.shape)
+            gradient = table_gradient(leaf, table.shape)
             touched = gradient[: 2**16].abs().sum(1).nonzero().flatten()[:_COMPARED_ROWS]
             assert x.grad is not None
             small = {n: p.grad for n, p in layer.named_parameters() if p is not table}
@@ -44,8 +49,15 @@ def candidates(shape: Shape, device: torch.device) -> list[Candidate]:
             name=name, forward=forward, leaves=leaves, gradients=gradients, kernels=kernels
         )
 
-    found = [candidate(name, lambda: layer(x), name) for name in implementations(device)]
-    return [*found, candidate("plain", lambda: plain_layer(layer, x))]
+    def outside_megatron() -> Tensor:
+        out: Tensor = functional_call(layer, {"values.weight": alone}, (x,))
+        return out
+
+    names = implementations(device)
+    found = [candidate(name, lambda: layer(x), name) for name in names]
+    found.append(candidate("plain", lambda: plain_layer(layer, x)))
+    found.append(candidate(WITHOUT_MAIN_GRAD, outside_megatron, names[-1], alone))
+    return found
 
 
 def others(shape: Shape, device: torch.device) -> list[Candidate]:

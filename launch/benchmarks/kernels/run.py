@@ -11,6 +11,7 @@ import torch
 from launch.benchmarks.environment import environment_columns
 from launch.benchmarks.kernels import (
     convolutions,
+    fbgemm,
     layers,
     lookups,
     measure,
@@ -20,10 +21,10 @@ from launch.benchmarks.kernels import (
 from launch.benchmarks.kernels.candidate import Candidate, check
 from launch.benchmarks.kernels.ratios import print_ratios
 from launch.benchmarks.kernels.shapes import SWEEPS, Shape, sweeps
+from launch.benchmarks.kernels.timings import BOTH, timings
 from ultramem_megatron.tools.rows import write_as_made
 
 Row = dict[str, str | int | float]
-_FORWARD, _BOTH = "forward", "forward+backward"
 _LOOKUP_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 # Two keys of nearly equal score may change places between two orders of summation.
 _SELECTION_TOLERANCE = 3e-2
@@ -69,7 +70,8 @@ def _rows(
             if (op, shape) not in seen:
                 seen[op, shape] = list(_measured(op, shape, device, bandwidth))
             for row in seen[op, shape]:
-                yield {"sweep": sweep, "op": op, **shape.columns(), **row, **environment}
+                there = environment | {"torch": row.get("torch", environment["torch"])}
+                yield {"sweep": sweep, "op": op, **shape.columns(), **row, **there}
 
 
 def _measured(op: str, shape: Shape, device: torch.device, bandwidth: float) -> Iterator[Row]:
@@ -86,14 +88,21 @@ def _measured(op: str, shape: Shape, device: torch.device, bandwidth: float) -> 
     if op == "layer":
         candidates += layers.others(shape, device)
     for candidate in candidates:
-        for row in _timings(candidate, device):
-            backward = row["passes"] == _BOTH
-            row |= _rates(op, shape, backward, float(row["ms_min"]), bandwidth)
+        for row in timings(candidate, device):
             row["error"] = errors.get(candidate.name, "")
-            _print(row)
-            yield row
+            yield _with_rates(op, shape, row, bandwidth)
     del candidates
     gc.collect()
+    if op == "lookup":
+        for row in fbgemm.rows(shape, device, tolerance):
+            yield _with_rates(op, shape, row, bandwidth)
+
+
+def _with_rates(op: str, shape: Shape, row: Row, bandwidth: float) -> Row:
+    """Prints it, too."""
+    row |= _rates(op, shape, row["passes"] == BOTH, float(row["ms_min"]), bandwidth)
+    _print(row)
+    return row
 
 
 def _needed_bytes(op: str, shape: Shape) -> int:
@@ -104,30 +113,11 @@ def _needed_bytes(op: str, shape: Shape) -> int:
     widths = [shape.value_dim] * (2 if op == _PREVALUED else 1)
     widths += layers.widths_of_others(shape) if op == "layer" else []
     in_its_dtype = (sum(widths) + max(widths)) * shape.dtype.itemsize
+    if op == "layer":  # the gradient of a table without main_grad, which keeps its memory
+        in_its_dtype += shape.value_dim * shape.dtype.itemsize
     # main_grad, and a dense gradient of a slower candidate before it is rounded.
     in_float32 = 2 * shape.value_dim * torch.float32.itemsize * (2 if op == _PREVALUED else 1)
     return shape.values * (in_its_dtype + in_float32)
-
-
-def _timings(candidate: Candidate, device: torch.device) -> Iterator[Row]:
-    for passes, step in ((_FORWARD, candidate.inference), (_BOTH, candidate.training)):
-        timing = measure.timed(step, device)
-        peak = _peak_of_backward(candidate, device) if passes == _BOTH else ""
-        yield {
-            "candidate": candidate.name,
-            "passes": passes,
-            "ms_min": round(timing.minimum, 4),
-            "ms_median": round(timing.median, 4),
-            "repeats": timing.repeats,
-            "backward_extra_bytes": peak,
-        }
-
-
-def _peak_of_backward(candidate: Candidate, device: torch.device) -> int | str:
-    output = candidate.forced(candidate.forward)
-    peak = measure.extra_memory(lambda: candidate.backward_of(output), device)
-    candidate.clear()
-    return "" if peak is None else peak
 
 
 def _rates(op: str, shape: Shape, backward: bool, ms: float, bandwidth: float) -> Row:

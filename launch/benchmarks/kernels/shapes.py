@@ -73,13 +73,18 @@ class Shape:
         return (3 if backward else 1) * 2 * self.tokens * self.picks * self.value_dim
 
     def layer_macs(self) -> int:
-        """Multiply-adds of a layer per token: query, keys, grids, lookup, projection."""
+        """Multiply-adds of a layer per token: products, grids, lookup."""
+        grids = self.heads * self.cores * self.topk**2 * self.config().tucker_rank
+        return sum(self.product_macs().values()) + grids + self.picks * self.value_dim
+
+    def product_macs(self) -> dict[str, int]:
+        """Multiply-adds per token of a layer's matrix products, by name."""
         config = self.config()
-        query = self.hidden * 2 * config.key_dim * config.num_queries
-        keys = 2 * self.heads * config.keys_per_side * config.key_dim
-        grids = self.heads * self.cores * self.topk**2 * config.tucker_rank
-        lookup = self.picks * self.value_dim
-        return query + keys + grids + lookup + self.expansion * self.value_dim * self.hidden
+        return {
+            "query": self.hidden * 2 * config.key_dim * config.num_queries,
+            "keys": 2 * self.heads * config.keys_per_side * config.key_dim,
+            "projection": self.expansion * self.value_dim * self.hidden,
+        }
 
 
 DEFAULT = Shape()

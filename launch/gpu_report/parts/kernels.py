@@ -1,4 +1,4 @@
-"""Each operation at the paper's shapes, beside PyTorch's embedding_bag; the L2 cache is flushed."""
+"""Each operation at the paper's shapes, beside PyTorch's own; the L2 cache is flushed."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -6,11 +6,16 @@ from functools import partial
 
 import torch
 
-from launch.benchmarks.kernels import convolutions, lookups, prevalued_lookups, topks
+from launch.benchmarks.kernels import attentions, convolutions, lookups, prevalued_lookups, topks
 from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.measure import timed
 from launch.benchmarks.kernels.shapes import Shape
 from launch.gpu_report.row import Row, attempted
+
+_DECODING = [
+    attentions.Decoding(batch, context) for batch, context in ((1, 32768), (8, 8192), (64, 2048))
+]
+_FEW = attentions.Decoding(2, 600, heads=4, width=16, dtype=torch.float32)
 
 _Build = Callable[[Shape, torch.device], list[Candidate]]
 _PAPER = Shape(hidden=1600, num_keys=1789, topk=42, value_dim=1024, dtype=torch.bfloat16)
@@ -45,6 +50,18 @@ def rows(large: bool) -> Iterator[Row]:
             sized = dataclasses.replace(shape if large else _TINY, tokens=tokens)
             name = f"{words}, T {tokens}"
             yield from attempted(f"{op}, {name}", partial(_times, op, build, sized, name, device))
+    for size in _DECODING if large else [_FEW]:
+        where = f"decoding, batch {size.batch}, {size.context} keys"
+        yield from attempted(f"attention, {where}", partial(_attention, size, where, device))
+
+
+def _attention(size: attentions.Decoding, where: str, device: torch.device) -> Iterator[Row]:
+    steps = attentions.steps(size, device)
+    results = [step().float() for step in steps.values()]
+    error = float((results[0] - results[1]).norm() / results[1].norm())
+    yield Row(what=f"attention, {where}, difference", value=float(f"{error:.2e}"), unit="relative")
+    for whose, step in steps.items():
+        yield from attempted(whose, partial(_microseconds, step, f"{whose}, {where}", device))
 
 
 def _times(op: str, build: _Build, shape: Shape, name: str, device: torch.device) -> Iterator[Row]:
@@ -54,7 +71,8 @@ def _times(op: str, build: _Build, shape: Shape, name: str, device: torch.device
     default = [candidate.name for candidate in candidates if candidate.name in own][-1]
     for candidate in candidates:
         ours = candidate.name == default
-        compared = candidate.name == prevalued_lookups.TWO_PASSES or "bag" in candidate.name
+        known = ("bag" in candidate.name, "FBGEMM" in candidate.name)  # FBGEMM where installed
+        compared = candidate.name == prevalued_lookups.TWO_PASSES or any(known)
         if not ours and not compared:
             continue  # the others take seconds, and GBs, at these sizes
         whose = op if ours else candidate.name

@@ -14,6 +14,7 @@ from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.shapes import Shape
 from launch.gpu_report.parts import decoding_parity
 from launch.gpu_report.row import Row, attempted
+from ultramem_megatron.kernels.dispatch import implementation
 
 _OPS: dict[str, Callable[[Shape, torch.device], list[Candidate]]] = {
     "lookup": lookups.candidates,
@@ -34,7 +35,7 @@ def rows(large: bool) -> Iterator[Row]:
     """Relative errors, worst of outputs and gradients, and whether twice gives the same."""
     device = torch.device("cuda" if large else "cpu")
     for shape in _shapes(large):
-        for dtype in _DTYPES:
+        for dtype in _dtypes(shape):
             for op, build in _OPS.items():
                 if dtype != torch.float32 and op == "grid top-m":
                     continue  # its scores are float32 always
@@ -44,6 +45,7 @@ def rows(large: bool) -> Iterator[Row]:
             cast = dataclasses.replace(shape, dtype=dtype)
             name = f"decoding, {_words(cast)}"
             yield from attempted(name, partial(_decoding_errors, cast, name, device))
+    yield from attempted("AdamW on rows", partial(_adam_rows, device))
 
 
 def _shapes(large: bool) -> Sequence[Shape]:
@@ -53,9 +55,28 @@ def _shapes(large: bool) -> Sequence[Shape]:
     return [*some, *(dataclasses.replace(shape, tokens=33) for shape in (_ODD, _WIDE))]
 
 
+def _dtypes(shape: Shape) -> Sequence[torch.dtype]:
+    """float16 at one shape, as it takes the kernels of bfloat16."""
+    return (*_DTYPES, torch.float16) if shape.tokens == 64 else _DTYPES
+
+
 def _words(shape: Shape) -> str:
     dtype = str(shape.dtype).removeprefix("torch.")
     return f"{dtype}, T {shape.tokens}, n {shape.num_keys}, m {shape.topk}, Dv {shape.value_dim}"
+
+
+def _adam_rows(device: torch.device) -> Iterator[Row]:
+    """Whether our kernel's bits are those of PyTorch's fused AdamW, or that one serves."""
+    from ultramem_megatron.kernels.adam_rows import choice, native_path
+
+    if implementation(device) == "triton":
+        from ultramem_megatron.kernels.adam_rows import triton_path as path
+    elif implementation(device) == "native":
+        path = native_path
+    else:
+        return  # PyTorch's own serves
+    same = choice.agrees(path, device)
+    yield Row(what="AdamW on rows, ours and PyTorch's", value="equal" if same else "not equal")
 
 
 def _errors(

@@ -53,8 +53,8 @@ def test_memory_that_tables_and_gradients_need():
     # A table and its gradient in bf16; main_grad and a dense gradient in float32.
     assert run._needed_bytes("lookup", shape) == 100 * 4 * (2 * 2 + 2 * 4)
     # Beside them tables of two cores and of the hidden width, each twice ours, and the gradient
-    # of one of these in place of ours.
-    assert run._needed_bytes("layer", shape) == 100 * 4 * ((1 + 2 + 2 + 2) * 2 + 2 * 4)
+    # of one of these in place of ours; and what a table without main_grad keeps.
+    assert run._needed_bytes("layer", shape) == 100 * 4 * ((1 + 2 + 2 + 2 + 1) * 2 + 2 * 4)
     assert run._needed_bytes("lookup behind pre-values", shape) == 2 * 100 * 4 * (2 + 1 + 2 * 4)
     assert run._needed_bytes("side top-m", shape) == 0
 

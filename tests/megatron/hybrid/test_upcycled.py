@@ -35,7 +35,8 @@ def gpt(tmp_path_factory):
 
 def _losses(folder, ranks=1, **changes):
     start = {"ultramem_upcycle": folder, **_MEMORY, **_HYBRID, **_STILL}
-    return run_pretrain(ranks, tiny_gpt(**{**_GPT, **start, **changes})).losses
+    flags = tiny_gpt(**{**_GPT, **start, **changes})
+    return run_pretrain(ranks, flags, print_output=True).losses
 
 
 @pytest.mark.parametrize(
@@ -64,11 +65,13 @@ def test_experts_start_from_a_gpts(tmp_path, apart):
 
 
 @_long
-def test_mamba_layers_start_anew_among_a_gpts(gpt):
+def test_mamba_layers_start_anew_among_a_gpts(gpt, capfd):
+    """And the log says so."""
     mamba = {"mamba_head_dim": 8, "mamba_num_groups": 2, "hybrid_layer_pattern": "*-M*-"}
     losses = _losses(gpt[0], **mamba, ultramem_spans="2:3/5:5")
     assert losses != pytest.approx(gpt[1], rel=LOSS)
     assert losses == pytest.approx(gpt[1], rel=0.1)
+    assert capfd.readouterr().out.count("layers 3 of *-M*- (Mamba) have no counterpart") == 1
 
 
 @_long

@@ -17,10 +17,11 @@ from tests.whole_model import (
     whole,
 )
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.background_reads import BackgroundReads, TableReads
+from ultramem_megatron.megatron.background_reads import BackgroundReads, TableReads, sum_of_keys
 from ultramem_megatron.megatron.flags.train_rows_flags import refuse_train_rows
 from ultramem_megatron.megatron.optimizer.train_rows import move_touched_rows
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.layer import memory_layers
 from ultramem_megatron.memory.row_choice import choose_rows, rarity
 from ultramem_megatron.memory.spans import Span
 
@@ -250,6 +251,28 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(file, tmp_path):
     without = {"ultramem_train_rows": None, "ultramem_background_reads": None}
     with pytest.raises(RanksFailed, match=r"saved it had --ultramem-train-rows, .* --finetune"):
         train(1, _flags(file, ckpt_format="torch_dist", **folder, **without))
+
+
+def _sums(trained):
+    layers = memory_layers(trained.model[0])
+    return {layer.table_number: sum_of_keys([layer]) for layer in layers}
+
+
+def test_reads_of_another_model_are_refused_before_a_step(tmp_path):
+    """Its own, which training of rows does not make another's, are taken."""
+    zeros = torch.zeros(_VALUES, dtype=torch.int64)
+    file = tmp_path / "reads.npz"
+
+    def written(sums):
+        tables = {n: TableReads(zeros, zeros, sums.get(n)) for n in (1, 3)}
+        BackgroundReads(1, tables).write(file)
+        return _flags(file, ckpt_format="torch_dist")
+
+    (run,) = train(1, written({}), on_finish=_sums).ranks
+    (again,) = train(1, written(run.finished), on_finish=_sums).ranks
+    assert again.finished == run.finished
+    with pytest.raises(RanksFailed, match=r"another model: the keys of the table of layer 3 are"):
+        train(1, written({**run.finished, 3: 7}))
 
 
 @pytest.mark.long

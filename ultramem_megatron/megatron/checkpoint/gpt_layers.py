@@ -47,6 +47,11 @@ def pairs_of_layers(pattern: str) -> Any:
         raise UltraMemError(f"A GPT's checkpoint in a HybridModel: {error}") from error
 
 
+def fresh_layers(pattern: str) -> list[int]:
+    """The layers of a pattern, from 1, that have no counterpart in a GPT."""
+    return sorted(index + 1 for index in pairs_of_layers(pattern).fresh_init)
+
+
 def point_at_gpt(state: dict[str, Any], pattern: str, stored: Collection[str]) -> None:
     """Let a HybridModel's sharded state read a GPT's tensors, whose keys are `stored`. In place.
 

@@ -13,7 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.background_reads import BackgroundReads
+from ultramem_megatron.megatron.background_reads import (
+    BackgroundReads,
+    TableReads,
+    refuse_other_keys,
+)
 from ultramem_megatron.megatron.optimizer.lazy_adam import make_lazy
 from ultramem_megatron.megatron.optimizer.lazy_sgd import make_lazy_sgd
 from ultramem_megatron.memory.layer import UltraMemLayer
@@ -39,6 +43,7 @@ class TrainedRows:
         self.layers: dict[int, list[UltraMemLayer]] = {}
         """By table, those that read it."""
         self.rarity: dict[int, Tensor] = {}
+        self.unchecked: dict[int, TableReads] = dict(background.tables)
         for layer in layers:
             number, device = layer.table_number, layer.values.weight.device
             self.layers.setdefault(number, []).append(layer)
@@ -58,8 +63,14 @@ class TrainedRows:
 
     @torch.no_grad()
     def choose(self) -> None:
-        """Clear the gradients of all other rows; a collective, once after each step's backward."""
+        """Clear the gradients of all other rows; a collective, once after each step's backward.
+
+        Raises UltraMemError in the first step, the weights now being there, for background reads
+        of another model.
+        """
         for number, layers in sorted(self.layers.items()):
+            if number in self.unchecked:
+                refuse_other_keys(number, self.unchecked.pop(number), layers)
             reads = layers[0].statistics.take_rows()
             for layer in layers[1:]:
                 reads += layer.statistics.take_rows()
