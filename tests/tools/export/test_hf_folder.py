@@ -63,6 +63,22 @@ def test_sizes_of_files_that_cannot_be_are_refused(words, message):
         main(words.split())
 
 
+def test_the_size_of_files_comes_from_the_flag(tmp_path, monkeypatch):
+    """Of `_plain`, in the place of a checkpoint's model."""
+    command = "ultramem_megatron.tools.export.__main__"
+    found = type("Found", (), {"name": "iter_0000001"})
+    monkeypatch.setattr(f"{command}._loaded", lambda *_: (_plain(), None))
+    monkeypatch.setattr(
+        "ultramem_megatron.megatron.checkpoint.folder.loaded_iteration", lambda *_: found
+    )
+    monkeypatch.setattr(
+        "ultramem_megatron.tools.export.hf_tokenizer.tokenizer_of", lambda _: HFTokenizer()
+    )
+    monkeypatch.setattr("ultramem_megatron.tools.export.model_card.model_card", lambda *_: "card")
+    main(f"--load a --to hf {tmp_path}/out --max-shard-size 10KB".split())
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+
+
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "kept.txt").write_text("mine")
     with pytest.raises(UltraMemError, match=r"holds kept\.txt already\. Choose another folder"):

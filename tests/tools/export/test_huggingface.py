@@ -80,8 +80,7 @@ def _written(folder):
     args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", "moved/tokenizer"
     save_weights(model, args, folder / "checkpoint")
     moved = ["--tokenizer-model", f"{folder}/tokenizer"]
-    small = ["--max-shard-size", "90KB"]
-    main(["--load", f"{folder}/checkpoint", "--to", "hf", f"{folder}/hf", *moved, *small])
+    main(["--load", f"{folder}/checkpoint", "--to", "hf", f"{folder}/hf", *moved])
     main(["--from", "hf", f"{folder}/hf", "--save", f"{folder}/back"])
     assert stored_args(str(loaded_iteration(folder / "back"))).vocab_size is None
     out = io.StringIO()
@@ -118,7 +117,6 @@ def test_the_folder_writes_what_the_checkpoint_made_of_it_writes(exported, opene
     found, ours = opened["text"], exported[2]
     assert found["texts"][0] + "\n" == ours
     assert len(ours) > len(_PROMPT) + 12
-    assert len(list((exported[0] / "text/hf").glob("model-*.safetensors"))) > 1
     kept = exported[0] / "text/back/tokenizer"
     assert sorted(path.name for path in kept.iterdir()) == [
         "tokenizer.json",
