@@ -7,11 +7,16 @@ from pathlib import Path
 
 def resident(file: Path) -> int:
     """Bytes of this process' memory that are pages of the file."""
+    return mapped(str(file), "Rss")
+
+
+def mapped(name: str, what: str) -> int:
+    """Rss, Pss or another row of proc(5)'s smaps, in bytes, of files with `name` in theirs."""
     found, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            inside = line.endswith(str(file))
-        elif inside and line.startswith("Rss:"):
+            inside = name in line
+        elif inside and line.startswith(f"{what}:"):
             found += int(line.split()[1]) * 1024
     return found
 

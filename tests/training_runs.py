@@ -257,9 +257,14 @@ def _collect(model: list[Any], of: Callable[[Any], Any]) -> dict[str, Any]:
     found = {}
     for chunk_index, chunk in enumerate(model):
         prefix = f"{chunk_index}." if chunk_index else ""
+        if hasattr(chunk, "stop_communication"):  # Megatron-FSDP's wrapper
+            chunk.module._replace_param_with_distributed_if_needed()
         for name, parameter in chunk.named_parameters():
             value = of(parameter)
-            if value is not None:
+            if hasattr(parameter, "orig_param"):
+                if value is not None or parameter.requires_grad:
+                    found[prefix + name] = _whole_of_flat(parameter, value)
+            elif value is not None:
                 found[prefix + name] = _whole(value.detach()).clone()
     return found
 
@@ -267,3 +272,18 @@ def _collect(model: list[Any], of: Callable[[Any], Any]) -> dict[str, Any]:
 def _whole(tensor: Any) -> Any:
     """A shard of FSDP2's with those of the other ranks; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _whole_of_flat(parameter: Any, value: Any) -> Any:
+    """The shards of Megatron-FSDP's, which cuts flat buffers; None: a shard without a number."""
+    import torch
+    import torch.distributed as dist
+
+    flat = getattr(parameter, "megatron_fsdp_slice", None)
+    if flat is None:
+        return value._local_tensor.detach().clone()
+    whole = torch.zeros(parameter.orig_param.numel())
+    if value is not None:
+        whole[flat] = value._local_tensor.detach().flatten()
+    dist.all_reduce(whole, group=parameter.device_mesh.get_group(0))
+    return whole.view(parameter.orig_param.shape)

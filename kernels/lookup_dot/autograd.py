@@ -63,5 +63,9 @@ class _LookupDot(torch.autograd.Function):
             vectors = x.to(table.dtype).unsqueeze(1)
             table_grad, _ = table_gradient(vectors, table, rows, one_group, weights, False)
         if ctx.needs_input_grad[2]:
-            x_grad = pool_kernel(table)(table, rows, one_group, weights, 1).squeeze(1).to(x.dtype)
+            x_grad = (
+                pool_kernel(table, weights.device)(table, rows, one_group, weights, 1)
+                .squeeze(1)
+                .to(x.dtype)
+            )
         return table_grad, None, x_grad

@@ -33,9 +33,10 @@ def lookup_prevalued(
 ) -> Tensor:
     """Same contract as `lookup_prevalued_reference`; differentiable in tables, scores and x.
 
-    Each table's gradient goes where that of `lookup_reduce` goes.
+    Each table's gradient goes where that of `lookup_reduce` goes, and tables may lie where that
+    takes them from, but for an activation that is not IN_KERNELS.
     """
-    chosen = implementation(table.device)
+    chosen = implementation(scores.device)
     if chosen == "shapes":
         return lookup_prevalued_shapes(table, pre_table, rows, groups, scores, x, num_groups)
     about_to_read(table, rows)
@@ -64,7 +65,7 @@ class _LookupPrevalued(torch.autograd.Function):
         picked = Picks(
             table, pre_table, rows, groups, at_least_float32(scores), x.to(pre_table.dtype)
         )
-        out, dots = _kernels(table, act).forward(picked, num_groups, act)
+        out, dots = _kernels(table, scores.device, act).forward(picked, num_groups, act)
         ctx.save_for_backward(table, pre_table, rows, groups, scores, x, dots)
         ctx.act = act
         return out
@@ -79,7 +80,9 @@ class _LookupPrevalued(torch.autograd.Function):
         inputs, precise = x.to(pre_table.dtype), at_least_float32(scores)
         gates, slopes = gates_and_slopes(dots, ctx.act)
         picked = Picks(table, pre_table, rows, groups, precise, inputs)
-        found = _kernels(table, ctx.act).backward(grad, picked, gates, slopes, target, pre_target)
+        found = _kernels(table, scores.device, ctx.act).backward(
+            grad, picked, gates, slopes, target, pre_target
+        )
         table_grad = pre_grad = None
         if wants_table:
             pieces = row_gradients(grad, rows, groups, precise * gates.unsqueeze(2))
@@ -92,9 +95,9 @@ class _LookupPrevalued(torch.autograd.Function):
         return table_grad, pre_grad, None, None, of_scores, of_x, None, None
 
 
-def _kernels(table: Tensor, act: str) -> Any:
-    """`forward` and `backward` of the path for this table's device."""
-    chosen = implementation(table.device)
+def _kernels(table: Tensor, device: torch.device, act: str) -> Any:
+    """`forward` and `backward` of the path for this table where all else is on `device`."""
+    chosen = implementation(device)
     if act in IN_KERNELS and chosen == "triton":
         from ultramem_megatron.kernels.lookup_prevalued import triton_path  # needs Triton installed
 

@@ -21,7 +21,9 @@ def forward(picked: Picks, num_groups: int, act: str) -> tuple[Tensor, Tensor]:
     multiply = backward_kernel(pre_table)
     dots = multiply(x.unsqueeze(1), pre_table, rows, torch.zeros_like(rows), like, None, True)
     weights = scores * activation(act)(dots)
-    return pool_kernel(table)(table, rows, groups, weights, num_groups), dots.squeeze(2)
+    return pool_kernel(table, weights.device)(
+        table, rows, groups, weights, num_groups
+    ), dots.squeeze(2)
 
 
 def backward(
@@ -44,5 +46,5 @@ def backward(
     if pre_target is not None:
         add = backward_kernel(pre_table)
         add(x.unsqueeze(1), pre_table, rows, one_group, factors, pre_target, False)
-    of_x = pool_kernel(pre_table)(pre_table, rows, one_group, factors, 1).squeeze(1)
+    of_x = pool_kernel(pre_table, factors.device)(pre_table, rows, one_group, factors, 1).squeeze(1)
     return Gradients(by_weight * gates.unsqueeze(2), of_x, of_dots)

@@ -26,17 +26,17 @@ def in_flight(capability: int) -> int:
 
 
 def forward(picked: Picks, num_groups: int, act: str) -> tuple[Tensor, Tensor]:
-    """As `composed.forward`; sums in float32 or better."""
+    """As `composed.forward`; sums in float32 or better; tables also in pinned host memory."""
     table, pre_table, rows, groups, scores, x = (t.contiguous() for t in picked)
     tokens, picks, cores = scores.shape
     width, pre_width = table.shape[1], pre_table.shape[1]
-    out = table.new_empty(tokens, num_groups, width)
+    out = scores.new_empty(tokens, num_groups, width, dtype=table.dtype)
     dots = scores.new_empty(rows.shape)
     if out.numel() == 0:
         return out, dots
-    most = _in_flight_of(table)
+    most = _in_flight_of(scores)
     sizes = pool_sizes(tokens, picks, cores, width // cores, pre_width, num_groups, most)
-    with torch.cuda.device_of(table):
+    with torch.cuda.device_of(scores):
         pool_kernel[(tokens, triton.cdiv(width // cores, sizes["BLOCK_W"]))](
             *(table, pre_table, rows, groups, scores, x),
             out,

@@ -30,9 +30,10 @@ def lookup_reduce(
 
     The table's gradient is added to its `main_grad` if it has one (see main_grad.py); then nothing
     of the table's size is allocated. Otherwise it is an ordinary gradient, dense, or sparse if the
-    table says so; a dense one uses its memory again in the next step (see reused.py).
+    table says so; a dense one uses its memory again in the next step (see reused.py). Without a
+    graph, Triton's kernels read a table in pinned host memory, too; all else is on the GPU.
     """
-    chosen = implementation(table.device)
+    chosen = implementation(scores.device)
     if chosen == "shapes":
         return lookup_reduce_shapes(table, rows, groups, scores, num_groups)
     about_to_read(table, rows)
@@ -62,7 +63,7 @@ class _LookupReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table, rows, groups, scores, num_groups):
         ctx.save_for_backward(table, rows, groups, scores)
-        return pool_kernel(table)(table, rows, groups, scores, num_groups)
+        return pool_kernel(table, scores.device)(table, rows, groups, scores, num_groups)
 
     @staticmethod
     @once_differentiable
@@ -108,9 +109,9 @@ def gradient_to_return(table: Tensor, target: Tensor | None, pieces: RowGradient
     return target
 
 
-def pool_kernel(table: Tensor) -> Any:
-    """`pool` of the path for this table's device."""
-    if implementation(table.device) == "triton":
+def pool_kernel(table: Tensor, device: torch.device) -> Any:
+    """`pool` of the path for this table where all else is on `device`."""
+    if implementation(device) == "triton":
         from ultramem_megatron.kernels.lookup_reduce import triton_forward  # needs Triton installed
 
         return triton_forward.pool

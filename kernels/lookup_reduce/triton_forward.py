@@ -40,9 +40,13 @@ def pool(
     """Same contract as `lookup_reduce_reference`, without a graph; sums in float32 or better.
 
     groups: None where `rows` are addresses, group * N + row, below 2^31.
+
+    The table may be in pinned host memory, all else on the GPU. Triton's launcher asks the driver
+    for each pointer's address on the device (driver.c: cuPointerGetAttribute,
+    CU_POINTER_ATTRIBUTE_DEVICE_POINTER), which pinned memory has, and refuses only what has none.
     """
     tokens, picks, cores = scores.shape
-    out = table.new_empty(tokens, num_groups, table.shape[1])
+    out = scores.new_empty(tokens, num_groups, table.shape[1], dtype=table.dtype)
     if out.numel() == 0:
         return out
     slice_width = table.shape[1] // cores
@@ -50,7 +54,7 @@ def pool(
         sizes = tensor_core_sizes(tokens * cores, slice_width, picks, num_groups)
     else:
         sizes = block_sizes(tokens * cores, slice_width, num_groups)
-    with torch.cuda.device_of(table):
+    with torch.cuda.device_of(scores):
         pool_kernel[(tokens, cores * triton.cdiv(slice_width, sizes["BLOCK_W"]))](
             table.contiguous(),
             rows.contiguous(),

@@ -10,11 +10,13 @@ import torch
 
 from tests.decoding import full_logits, random_model
 from tests.ranks import RanksFailed, run_on_ranks
-from tests.resident import forget, resident
+from tests.resident import forget, mapped, resident
 from tests.training_runs import make_saving_fast, tiny_gpt
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.inference.generate import parse
 from ultramem_megatron.inference.layout import InferenceLayout
-from ultramem_megatron.inference.table_memory import check_table_memory
+from ultramem_megatron.inference.layout_flags import layout_from
+from ultramem_megatron.inference.table_memory import check_table_memory, describe_cache
 from ultramem_megatron.megatron.checkpoint.table_files import TableFiles
 from ultramem_megatron.memory.tables.mapped import pages_in_memory
 from ultramem_megatron.memory.tables.value_table import value_tables
@@ -66,6 +68,45 @@ def test_logits_do_not_depend_on_where_tables_are(saved):
         assert torch.equal(disk, device), case
 
 
+def _cached_logits(folder, cases, ranks):
+    """Of each case without a cache and with one, read twice; rows from caches, and of how many."""
+    from ultramem_megatron.inference.loading import load_for_inference
+
+    tokens, found = torch.randint(500, (3, 12), generator=torch.Generator().manual_seed(0)), {}
+    for kind, cut in cases:
+        case = folder / f"{kind}-{cut}"
+        expected = _logits(case, ranks, 1, "auto", "device")
+        for where in ("host", "disk"):
+            layout = InferenceLayout(ranks, 1, table_memory=where, table_cache_rows=40)
+            model = load_for_inference(str(case), layout=layout).model
+            logits = [full_logits(model, tokens) for _ in range(2)]
+            tables = [table.stored.hot for table in value_tables(model).values()]
+            equal = all(torch.equal(found, expected) for found in logits)
+            hits = [hot.hits for hot in tables]
+            found[kind, cut, where] = equal, hits, [hot.reads for hot in tables]
+    return found, describe_cache(model)
+
+
+def test_logits_do_not_depend_on_a_cache_of_rows(saved):
+    found, line = run_on_ranks(1, _cached_logits, saved, _FEW, 1)[0]
+    for case, (equal, hits, reads) in found.items():
+        assert equal, case
+        assert all(0 < hit < read for hit, read in zip(hits, reads, strict=True)), case
+    _, hits, reads = found["ultramemv2", "dimension", "disk"]
+    assert len(hits) == 4  # of two memories each, values and pre-values
+    assert f"{sum(hits):,} of {sum(reads):,} rows that steps read" in line
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_cache_changes_nothing_of_any_kind(tmp_path, ranks):
+    run_on_ranks(2, _save, tmp_path, _ALL)
+    for found, _ in run_on_ranks(ranks, _cached_logits, tmp_path, _ALL, ranks):
+        for case, (equal, hits, _) in found.items():
+            assert equal, case
+            assert all(hits), case
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_logits_of_every_kind_on_one_rank_and_two(tmp_path, ranks):
@@ -93,7 +134,7 @@ def test_of_a_table_on_disk_only_pages_with_rows_that_are_read_come_into_memory(
     (file,) = (tmp_path / "release").glob("*.distcp")
     forget(file)
     key, rows = "decoder.layers.0.memory.values.weight", torch.arange(0, 724**2, 20_000)
-    table = TableFiles(str(file.parent), in_memory=False).table(key, 0, 724**2)
+    table = TableFiles(str(file.parent), readahead=False).table(key, 0, 724**2)
     assert table.fetch(rows, 16).std() > 0
     pages = os.sysconf("SC_PAGESIZE") * len(rows)
     assert 0 < resident(file) <= 2 * pages  # a row may lie on two
@@ -128,12 +169,43 @@ def test_rows_come_while_the_layers_of_a_span_compute(tmp_path):
     assert before < beside == after
 
 
+def _shares(folder):
+    """Of a table of 32 MB that each rank reads whole: bytes in memory here, and this rank's share.
+
+    By where it is; one memory that several map is shared among them (Pss in proc(5)).
+    """
+    import torch.distributed as dist
+
+    from ultramem_megatron.inference.loading import load_for_inference
+
+    found = []
+    for where, name in (("host", "memfd:ultramem_table"), ("disk", ".distcp")):
+        model = load_for_inference(str(folder), layout=InferenceLayout(2, 1, "auto", where)).model
+        (table,) = value_tables(model).values()
+        assert table._reader.table.fetch(torch.arange(724**2), 16).std() > 0
+        dist.barrier()
+        found.append((mapped(name, "Rss"), mapped(name, "Pss")))
+        dist.barrier()
+        del model, table
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/smaps")
+def test_ranks_of_a_host_share_one_copy(tmp_path):
+    run_on_ranks(1, _save_large, tmp_path)
+    table = 724**2 * 16 * 4  # bytes
+    for of_rank in run_on_ranks(2, _shares, tmp_path):
+        for resident_bytes, share in of_rank:
+            assert resident_bytes >= table
+            assert share <= resident_bytes * 0.51
+
+
 def _damaged(folder):
     """What reading a table says of a shard that is not what the metadata says."""
     key, rows = "decoder.layers.0.memory.values.weight", 12 * 12
     messages = []
     for hurt in (_cut_short, _asks_for_code):
-        files = TableFiles(str(folder / "release"), in_memory=False)
+        files = TableFiles(str(folder / "release"), readahead=False)
         hurt(folder / "release", files, key)
         with pytest.raises(UltraMemError) as raised:
             files.table(key, 0, rows)
@@ -185,3 +257,18 @@ def test_what_needs_tables_on_the_device_is_refused(saved):
     folder = saved / "ultramem-conv-number"
     with pytest.raises(RanksFailed, match="Leave --ultramem-parallel-size 2 out"):
         run_on_ranks(1, _logits, folder, 1, 2, "auto", "disk")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--table-cache-rows", "9"], "--table-cache-rows 9: tables are on the device already"),
+        (
+            ["--table-cache-rows", "0", "--table-memory", "disk"],
+            "--table-cache-rows is 0; it must be a whole number >= 1",
+        ),
+    ],
+)
+def test_wrong_caches_are_refused(words, message):
+    with pytest.raises(UltraMemError, match=message):
+        layout_from(parse(["--load", "x", *words]))

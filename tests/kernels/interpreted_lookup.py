@@ -18,6 +18,7 @@ from tests.kernels.lookup_cases import (
     main_grad_rounding,
     results,
 )
+from ultramem_megatron.communication.pausing import run
 from ultramem_megatron.kernels.lookup_reduce import (
     lookup_addresses,
     lookup_reduce,
@@ -25,6 +26,7 @@ from ultramem_megatron.kernels.lookup_reduce import (
     triton_backward,
     triton_forward,
 )
+from ultramem_megatron.memory.tables.stored import HostTable, StoredReader
 
 
 @pytest.fixture(params=["atomics", "deterministic"], autouse=True)
@@ -114,3 +116,18 @@ def test_scores_only():
     fixed = case.table.detach()
     lookup_reduce(fixed, *case[1:5]).backward(case.grad)
     assert_close(case.scores.grad, results(lookup_reduce_reference, case)[2], exact_rounding(sizes))
+
+
+def test_a_table_in_host_memory_is_read_where_it_lies():
+    """None of its rows is fetched, and what is read is what the kernels read of a GPU's table."""
+    case = inputs(Sizes(3, 9, 2, 40, 4), torch.float32)
+    addresses = case.groups * len(case.table) + case.rows
+    reader = StoredReader(_NeverFetched(case.table.detach()), len(case.table), case.num_groups)
+    with torch.no_grad():
+        found = run(reader.read(case.table[:0], addresses, case.scores))
+        assert torch.equal(found, lookup_reduce(*case[:5]))
+
+
+class _NeverFetched(HostTable):
+    def fetch(self, rows, width):
+        raise AssertionError

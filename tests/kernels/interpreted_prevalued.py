@@ -15,11 +15,14 @@ from tests.kernels.prevalued_cases import (
     results,
     terms,
 )
+from ultramem_megatron.communication.pausing import run
 from ultramem_megatron.kernels.lookup_prevalued import (
     lookup_prevalued,
     lookup_prevalued_reference,
     triton_path,
 )
+from ultramem_megatron.memory.tables.contract import PreValues
+from ultramem_megatron.memory.tables.stored import HostTable, StoredReader
 
 
 @pytest.fixture(params=["atomics", "deterministic"], autouse=True)
@@ -68,3 +71,25 @@ def test_micro_batches_add_up_in_main_grad(dtype):
     for table, once in zip(case[:2], exact[1:3], strict=True):
         # The output's gradient and the inputs come in bfloat16 as they are; the interpreter cuts.
         assert_close(table.main_grad.double(), 2 * once, 2 * rounding(dtype, terms(sizes)))
+
+
+@pytest.mark.parametrize("act", ["gelu", "softplus"])
+def test_tables_in_host_memory_are_read_where_they_lie(act):
+    """Unless PyTorch has to compute the activation between the two."""
+    fetched = []
+
+    class Counted(HostTable):
+        def fetch(self, rows, width):
+            fetched.append(rows)
+            return super().fetch(rows, width)
+
+    case = inputs(Sizes(2, 9, 2, 20, 24, 4), torch.float32)
+    values, before = Counted(case.table.detach()), Counted(case.pre_table.detach())
+    reader = StoredReader(values, len(case.table), case.num_groups)
+    addresses = case.groups * len(case.table) + case.rows
+    with torch.no_grad():
+        pre = PreValues(case.pre_table[:0], case.x, act, before)
+        found = run(reader.read(case.table[:0], addresses, case.scores, pre))
+        expected = lookup_prevalued(*case[:7], act)
+    assert_close(found, expected, 1e-6)
+    assert (not fetched) == (act == "gelu")

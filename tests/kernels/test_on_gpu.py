@@ -11,6 +11,7 @@ from tests.kernels.lookup_cases import Sizes, inputs, main_grad_rounding, result
 from tests.ranks import run_on_ranks
 from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron.faults.unseen_gpus import refuse_unseen_gpus
+from ultramem_megatron.kernels.lookup_prevalued import lookup_prevalued
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce_reference
 from ultramem_megatron.patches.registry import PATCH_MODULES
 
@@ -46,6 +47,24 @@ def test_every_op_equals_its_reference():
         dtype = next(dtype for dtype in ("bfloat16", "float16", "float32") if dtype in what)
         most = _MOST[dtype] if exact else _NEAR_TIES
         assert error <= most, what
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [3, 600])
+def test_kernels_read_tables_in_pinned_host_memory(dtype, tokens):
+    """To the bit what they read of the same table on the GPU."""
+    table, before = (torch.randn(1000, width, dtype=dtype).pin_memory() for width in (96, 40))
+    rows = torch.randint(1000, (tokens, 20), device="cuda")
+    groups = torch.randint(4, (tokens, 20), device="cuda")
+    scores = torch.randn(tokens, 20, 2, device="cuda")
+    x = torch.randn(tokens, 40, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        found = lookup_reduce(table, rows, groups, scores, 4)
+        behind = lookup_prevalued(table, before, rows, groups, scores, x, 4, "gelu")
+        there, before = table.cuda(), before.cuda()
+        assert torch.equal(found, lookup_reduce(there, rows, groups, scores, 4))
+        expected = lookup_prevalued(there, before, rows, groups, scores, x, 4, "gelu")
+        assert torch.equal(behind, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

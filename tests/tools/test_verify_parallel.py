@@ -76,6 +76,7 @@ def test_models_of_other_shapes_are_not_compared():
         (["--ranks", "0", "2", "--", "--"], "--ranks has 0"),
         (["--ranks", "1", "2", "--steps", "0", "--", "--"], "--steps has 0"),
         (["--ranks", "1", "2", "--lr", "1", "--", "--load", "x", "--"], "--load: set by"),
+        (["--ranks", "1", "2", "--", "--", "--use-megatron-fsdp"], "of its own format alone"),
     ],
 )
 def test_wrong_calls_are_refused(argv, message):
@@ -106,13 +107,19 @@ _EXPERTS = {
             {"swiglu": True}, (1, ""), (2, "--tensor-model-parallel-size 2"), marks=pytest.mark.long
         ),
         pytest.param(
+            {"swiglu": True},
+            (1, ""),
+            (2, "--use-torch-fsdp2 --ultramem-partition number"),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
             {"swiglu": True, **_EXPERTS},
             (2, "--expert-model-parallel-size 2"),
             (4, "--expert-model-parallel-size 4"),
             marks=pytest.mark.long,
         ),
     ],
-    ids=["tables", "grid", "gated shards", "experts"],
+    ids=["tables", "grid", "gated shards", "FSDP2", "experts"],
 )
 def test_two_layouts_agree(model, first, second, capsys):
     common = tiny_gpt(

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Imported here: --help and a wrong flag need no torch.
     from ultramem_megatron.inference.loading import load_for_inference
     from ultramem_megatron.inference.sampling import check, generate
+    from ultramem_megatron.inference.table_memory import describe_cache
 
     check(options)
     layout = layout_from(options)
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if os.environ["RANK"] != "0":
         return
     print(f"{len(texts)} x up to {options.tokens} tokens in {seconds:.1f} s", file=sys.stderr)
+    if layout.table_cache_rows:
+        print(describe_cache(loaded.model), file=sys.stderr)
     for prompt, text in zip(prompts, texts, strict=True):
         print(prompt + text)
 

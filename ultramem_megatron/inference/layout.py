@@ -21,7 +21,8 @@ class InferenceLayout:
     """How ranks share a model. None: all ranks; partition and node_size as for training.
 
     table_memory: where value tables are, of TABLE_MEMORIES. Those that are not on the device are
-    whole on each rank, and processes of a host share what they read from disk.
+    whole on each rank, and processes of a host share what they read from disk. table_cache_rows:
+    of each of those, how many rows a cache on the device holds; 0: there is none.
     """
 
     tensor_parallel: int | None = None
@@ -29,6 +30,7 @@ class InferenceLayout:
     partition: str = "auto"
     table_memory: str = "device"
     node_size: int | None = None
+    table_cache_rows: int = 0
 
 
 def describe_ranks(

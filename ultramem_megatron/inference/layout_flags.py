@@ -50,10 +50,17 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
         "in the checkpoint's own files. From the last two only rows that are read come to the "
         "device; --ultramem-parallel-size is 1 then.",
     )
+    parser.add_argument(
+        "--table-cache-rows",
+        type=int,
+        metavar="N",
+        help="Of each table that --table-memory leaves in the host's memory or on disk, keep the N "
+        "rows that are read most on the device; says at the end how often they were read.",
+    )
 
 
 def layout_from(options: argparse.Namespace) -> "InferenceLayout":
-    """The layout those flags ask for. Raises UltraMemError for an unknown partition."""
+    """The layout those flags ask for. Raises UltraMemError for what cannot be."""
     from ultramem_megatron.inference.layout import InferenceLayout
     from ultramem_megatron.memory.tables.partitions import shared_partitions
 
@@ -63,10 +70,25 @@ def layout_from(options: argparse.Namespace) -> "InferenceLayout":
             f"--ultramem-partition is {options.ultramem_partition}; it must be one of "
             f"{', '.join(allowed)}."
         )
+    _check_cache(options)
     return InferenceLayout(
         options.tensor_parallel_size,
         options.ultramem_parallel_size,
         options.ultramem_partition,
         options.table_memory,
         options.ultramem_node_size,
+        options.table_cache_rows or 0,
     )
+
+
+def _check_cache(options: argparse.Namespace) -> None:
+    rows = options.table_cache_rows
+    if rows is None:
+        return
+    if rows < 1:
+        raise UltraMemError(f"--table-cache-rows is {rows}; it must be a whole number >= 1.")
+    if options.table_memory == "device":
+        raise UltraMemError(
+            f"--table-cache-rows {rows}: tables are on the device already. Leave it out, or give "
+            f"--table-memory host or disk."
+        )

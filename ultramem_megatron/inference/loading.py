@@ -94,12 +94,11 @@ def load_model(
     folder = checkpoint_folder(load, ckpt_step)
     args = completed(stored_args(folder))
     layout = layout or InferenceLayout()
+    check_table_memory(layout.table_memory, cuda_graphs, premultiply_values)
     on_device = layout.table_memory == "device"
-    if not on_device:
-        check_table_memory(layout.table_memory, cuda_graphs, premultiply_values)
     with contextlib.nullcontext() if on_device else without_rows():
         model = build_model(args, layout, local_layers=local_layers, cuda_graphs=cuda_graphs)
-    _load_weights(model, folder, layout.table_memory)
+    _load_weights(model, folder, layout)
     prepare_for_inference(model, premultiply_values)
     return model, args
 
@@ -188,15 +187,15 @@ def _build(args: Namespace, ultramem: UltraMemConfig | None, tables: TableSettin
     return Float16Module(config, model) if args.fp16 or args.bf16 else model
 
 
-def _load_weights(model: Any, folder: str, table_memory: str) -> None:
+def _load_weights(model: Any, folder: str, layout: InferenceLayout) -> None:
     from megatron.core import dist_checkpointing, parallel_state
 
     metadata = dist_checkpointing.load_content_metadata(folder) or {}
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
     sharded = {"model": model.sharded_state_dict(metadata=metadata)}
     left = {}
-    if table_memory != "device":
-        left = leave_tables(model, sharded["model"], folder, in_memory=table_memory == "host")
+    if layout.table_memory != "device":
+        left = leave_tables(model, sharded["model"], folder, layout)
     loaded = dist_checkpointing.load(sharded, folder, verify_integrity=True)["model"]
     with naming_where(folder):
         model.load_state_dict(loaded | left)

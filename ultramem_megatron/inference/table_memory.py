@@ -1,7 +1,7 @@
 """Value tables that decoding leaves in host memory or in the checkpoint's files.
 
-On an NVIDIA GPU the host fetches a token's rows and copies them there, for which it waits for the
-device.
+Of tables on disk the host fetches a token's rows and copies them to a GPU, for which it waits for
+the device.
 """
 
 from typing import Any
@@ -9,10 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.inference.layout import InferenceLayout
+from ultramem_megatron.memory.tables.stored import CachedTable, StoredTable
 
 
 def check_table_memory(table_memory: str, cuda_graphs: bool, premultiply_values: bool) -> None:
     """Raise UltraMemError for what needs its tables on the device."""
+    if table_memory == "device":
+        return
     reasons = {
         "--cuda-graphs": (cuda_graphs, "the host fetches rows in each step"),
         "--premultiply-values": (premultiply_values, "it multiplies whole tables"),
@@ -23,24 +27,44 @@ def check_table_memory(table_memory: str, cuda_graphs: bool, premultiply_values:
 
 
 def leave_tables(
-    model: Any, sharded: dict[str, Any], folder: str, *, in_memory: bool
+    model: Any, sharded: dict[str, Any], folder: str, layout: InferenceLayout
 ) -> dict[str, Tensor]:
     """Let a model's tables, built `without_rows`, read from the checkpoint in `folder`.
 
     sharded: the model's sharded state, from which they are taken, so that nothing loads them.
-    in_memory: read them into host memory now. Returns their parameters, without rows, by name.
-    Raises UltraMemError, see TableFiles.
+    Returns their parameters, without rows, by name. All ranks call it. Raises UltraMemError, see
+    TableFiles and `in_host_memory`.
     """
     from megatron.core.utils import unwrap_model
 
+    from ultramem_megatron.inference.host_memory import in_host_memory
     from ultramem_megatron.megatron.checkpoint.table_files import TableFiles
     from ultramem_megatron.memory.tables.value_table import value_tables
 
-    files, left = TableFiles(folder, in_memory), {}
+    in_memory, left = layout.table_memory == "host", {}
+    files = TableFiles(folder, readahead=in_memory)
     for module_name, table in value_tables(unwrap_model(model)).items():
         name = f"{module_name}.weight"
         place = sharded.pop(name)
-        stored = files.table(place.key, place.global_offset[0], table.layout.num_values)
+        on_disk = files.table(place.key, place.global_offset[0], table.layout.num_values)
+        stored: StoredTable = in_host_memory(on_disk, table) if in_memory else on_disk
+        if layout.table_cache_rows:
+            stored = CachedTable(stored, layout.table_cache_rows, table.weight.detach())
         table.leave_stored(stored)
         left[name] = table.weight.detach()
     return left
+
+
+def describe_cache(model: Any) -> str:
+    """A line on how often rows came from caches, of all tables of this rank together."""
+    from megatron.core.utils import unwrap_model
+
+    from ultramem_megatron.memory.tables.value_table import value_tables
+
+    tables = [table.stored for table in value_tables(unwrap_model(model)).values()]
+    caches = [table.hot for table in tables if isinstance(table, CachedTable)]
+    reads, hits = sum(hot.reads for hot in caches), sum(hot.hits for hot in caches)
+    return (
+        f"table cache: {hits:,} of {reads:,} rows that steps read came from it "
+        f"({hits / max(1, reads):.1%}); {sum(hot.bytes for hot in caches) / 1e6:.1f} MB"
+    )

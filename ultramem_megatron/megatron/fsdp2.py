@@ -7,7 +7,7 @@ not part of it; they stay over their own groups (patches/doors/fsdp2_units.py).
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensorFactory
@@ -28,6 +28,16 @@ def even_dim(shape: Sequence[int], ranks: int) -> int:
     return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
 
 
+class Unit(Protocol):
+    """What brings a layer's parameters together on every rank, and takes them away again."""
+
+    def unshard(self) -> object:
+        """A collective."""
+
+    def reshard(self) -> object:
+        """On every rank, after it."""
+
+
 def units(model: nn.Module) -> dict[UltraMemLayer, FSDPModule]:
     """The unit of each memory layer of a model; none without FSDP2."""
     return {
@@ -40,7 +50,7 @@ def units(model: nn.Module) -> dict[UltraMemLayer, FSDPModule]:
 
 
 @contextmanager
-def gathered(unit: FSDPModule | None) -> Iterator[None]:
+def gathered(unit: Unit | None) -> Iterator[None]:
     """Within it the parameters of a unit are whole on every rank; a collective. None: they are."""
     if unit is not None:
         unit.unshard()
@@ -52,10 +62,19 @@ def gathered(unit: FSDPModule | None) -> Iterator[None]:
 
 
 def like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """This rank's share of a tensor that is the same on all ranks, as `parameter` is cut."""
+    """This rank's share of a tensor that is the same on all ranks, as `parameter` is cut.
+
+    Megatron-FSDP cuts a flat buffer of several, and tags each with what a rank has of it.
+    """
     if not isinstance(parameter, DTensor):
         return whole
     mesh = parameter.device_mesh
+    flat = getattr(parameter, "megatron_fsdp_slice", None)
+    if flat is not None:
+        own = whole.flatten()[flat].view_as(parameter._local_tensor)
+        return DTensor.from_local(
+            own, mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        )
     replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return replicated.redistribute(placements=parameter.placements)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ultramem_megatron.megatron.checkpoint.finite_state import search_what_it_loads
+from ultramem_megatron.megatron.megatron_fsdp import place_tables, sum_over_all_ranks
 from ultramem_megatron.megatron.metrics import (
     MemoryMonitor,
     collapse_warning,
@@ -32,6 +33,7 @@ from ultramem_megatron.memory.tables.value_table import is_value_table
 from ultramem_megatron.patches.doors import (
     flops,
     footprint,
+    fsdp_dtensor_state,
     optimizer_built,
     optimizer_config,
     training_log,
@@ -69,8 +71,10 @@ class MemoryHooks:
             (optimizer_config.overrides, self.overrides),
             (optimizer_config.schedulers, self.make_scheduler),
             (optimizer_built.after, self.visit_rows),
+            (optimizer_built.after, sum_over_all_ranks),
             (flops.more, self.flops),
             (footprint.more, self.footprint),
+            (fsdp_dtensor_state.changes, place_tables),
         )
         if self.table_log is not None:  # before gradients are taken away
             doors = ((optimizer_built.after, self.table_log.watch), *doors)

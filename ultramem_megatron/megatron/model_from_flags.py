@@ -15,6 +15,7 @@ from ultramem_megatron.megatron.checkpoint.design import check_design
 from ultramem_megatron.megatron.checkpoint.optimizer_layout import check_optimizer_layout
 from ultramem_megatron.megatron.checkpoint.source import check_sums, settle_sums, source_of_weights
 from ultramem_megatron.megatron.flags.arguments import config_from_args
+from ultramem_megatron.megatron.flags.fsdp2_flags import refuse_torch_dcp
 from ultramem_megatron.megatron.flags.missing_packages import refuse_missing_packages
 from ultramem_megatron.megatron.flags.refusals import (
     refuse_unsupported_flags,
@@ -45,6 +46,7 @@ def model_config_from_args(
     ultramem = config_from_args(args)
     refuse_unsupported_flags(args, ultramem)
     require_eval_interval(args)
+    refuse_torch_dcp(args)
     settle_sums(args, ultramem is not None)
     refuse_slips_of_training(args)
     refuse_missing_packages(args)

@@ -25,6 +25,7 @@ PARTS = {
     "decode": 3.0,
     "speed": 3.0,
     "overlap": 2.0,
+    "host_tables": 1.0,
 }
 """In order of value; the minutes that each may take, less where fewer are left."""
 

@@ -13,6 +13,7 @@ from tests.ranks import RanksFailed
 from tests.training_runs import run_pretrain, tiny_gpt
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags import refusals
+from ultramem_megatron.megatron.flags.fsdp2_flags import refuse_torch_dcp
 from ultramem_megatron.megatron.flags.refusals import (
     refuse_unsupported_flags,
     refuse_unsupported_settings,
@@ -51,7 +52,11 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
         (1, {"optimizer": "muon", "ultramem_row_adam": True}, "--optimizer muon cannot be comb"),
         (1, {"ultramem_lazy_adam": True}, "--ultramem-lazy-adam is gone.* Use --ultramem-row-adam"),
         (1, {"dataloader_type": "external"}, "--dataloader-type external is for scripts"),
-        (1, {"use_megatron_fsdp": True, "ckpt_format": "fsdp_dtensor"}, "or torch's FSDP2"),
+        (
+            1,
+            {"use_megatron_fsdp": True, "ckpt_format": "fsdp_dtensor", "ultramem_overlap": True},
+            "--ultramem-overlap cannot be combined with --use-megatron-fsdp",
+        ),
         (
             1,
             {"use_torch_fsdp2": True, "ultramem_overlap": True},
@@ -105,7 +110,6 @@ _DESIGN = UltraMemConfig(spans=(), num_keys=4, key_dim=4, value_dim=4, row_adam=
         ("cuda_graph_impl", "transformer_engine", "--cuda-graph-impl transformer_engine"),
         ("cuda_graph_impl", "full_iteration", "--cuda-graph-impl full_iteration"),
         ("overlap_moe_expert_parallel_comm", True, "--overlap-moe-expert-parallel-comm"),
-        ("use_megatron_fsdp", True, "--use-megatron-fsdp"),
         ("freeze_all_layers", True, "--freeze-all-layers"),
         ("inprocess_restart", True, "--inprocess-restart"),
         ("non_persistent_ckpt_type", "local", "--non-persistent-ckpt-type local"),
@@ -155,6 +159,7 @@ _OTHERS = {
     "optimizer": "adam",
     "use_distributed_optimizer": False,
     "use_torch_fsdp2": False,
+    "use_megatron_fsdp": False,
     "ckpt_format": "torch_dist",
     "ckpt_convert_format": None,
 }
@@ -195,6 +200,53 @@ def test_what_needs_other_weights_than_shards_is_refused(changes, message):
         refuse_unsupported_flags(
             Namespace(**{**_OTHERS, "use_torch_fsdp2": True, **changes}), design
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ckpt_format": "torch_dist"}, "Use --ckpt-format fsdp_dtensor"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl cannot .* --use-megatron-fsdp"),
+        ({"ddp_average_in_collective": True}, "the mean would be over the ranks that have"),
+        ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size 2 cannot"),
+        ({"num_distributed_optimizer_instances": 2}, "--num-distributed-optimizer-instances 2"),
+        ({"swiglu": True, "save": "there"}, "can neither save nor load its weights"),
+        (
+            {"bf16": True, "pretrained_checkpoint": "there"},
+            "cannot take weights without the optimizer's state",
+        ),
+        ({"verify_integrity": True}, "nothing sums up its checkpoints"),
+    ],
+)
+def test_what_megatron_fsdp_cannot_do_with_tables_is_refused(changes, message):
+    given = {
+        **_OTHERS,
+        "use_megatron_fsdp": True,
+        "ckpt_format": "fsdp_dtensor",
+        "data_parallel_sharding_strategy": "no_shard",
+        "pipeline_model_parallel_size": 1,
+        "num_distributed_optimizer_instances": 1,
+        **dict.fromkeys(("swiglu", "bf16", "fp16", "finetune", "no_load_optim"), False),
+        **dict.fromkeys(("save", "load", "pretrained_checkpoint")),
+    }
+    design = dataclasses.replace(_DESIGN, row_adam=False)
+    refuse_unsupported_flags(Namespace(**given), design)
+    with pytest.raises(UltraMemError, match=message):
+        refuse_unsupported_flags(Namespace(**{**given, **changes}), design)
+
+
+def test_a_field_for_megatron_fsdp_is_refused():
+    with pytest.raises(UltraMemError, match=r"use_megatron_fsdp=True cannot .* Leave it out"):
+        refuse_unsupported_settings({"use_megatron_fsdp": True})
+
+
+@pytest.mark.parametrize("flag", ["save", "load", "pretrained_checkpoint"])
+def test_a_format_that_megatron_cannot_load_is_refused_for_every_model(flag):
+    folders = dict.fromkeys(("save", "load", "pretrained_checkpoint"))
+    refuse_torch_dcp(Namespace(ckpt_format="torch_dcp", **folders))
+    refuse_torch_dcp(Namespace(ckpt_format="torch_dist", **{**folders, flag: "there"}))
+    with pytest.raises(UltraMemError, match=r"torch_dcp: .* Use --ckpt-format torch_dist"):
+        refuse_torch_dcp(Namespace(ckpt_format="torch_dcp", **{**folders, flag: "there"}))
 
 
 @pytest.mark.parametrize("name", ["ckpt_format", "ckpt_convert_format"])

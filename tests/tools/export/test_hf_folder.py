@@ -16,10 +16,10 @@ from ultramem_megatron.tools.export.huggingface import hf_config
 from ultramem_megatron.tools.export.plain_model import PlainConfig, PlainGPT
 
 
-def _plain(num_keys=8, value_dim=8):
+def _plain(num_keys=8, value_dim=8, **others):
     sizes = {"num_attention_heads": 2, "num_query_groups": 1, "kv_channels": 8}
     table = {"num_keys": num_keys, "value_dim": value_dim}
-    memory = UltraMemConfig(spans=(Span(1, 2),), key_dim=8, topk=4, **table)
+    memory = UltraMemConfig(spans=(Span(1, 2),), key_dim=8, topk=4, **table, **others)
     plain = PlainGPT(
         PlainConfig(
             **sizes,

@@ -103,6 +103,31 @@ def test_rows_come_while_the_layers_of_a_span_compute(tmp_path):
     assert seen == [model.table_pages()[name][0]] > [at_start]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="madvise is Linux's")
+@pytest.mark.parametrize("kind", ["pooled", "prevalued", "pooled int8", "prevalued fp8"])
+def test_results_do_not_depend_on_a_cache_of_rows(tmp_path, kind):
+    values, _, bits = kind.partition(" ")
+    pre = {"values": values, "pre_value_dim": 6} if values == "prevalued" else {}
+    save_hf(_plain(num_keys=32, value_dim=16, **pre), tmp_path / "hf", HFTokenizer(), "card")
+    if bits:
+        quantize(tmp_path / "hf", tmp_path / bits, bits, None)
+    opened = UltraMemGPTForCausalLM.from_pretrained
+    whole = opened(tmp_path / (bits or "hf"))
+    cached = opened(tmp_path / (bits or "hf"), table_memory="disk", table_cache_rows=64)
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(cached(ids).logits, whole(ids).logits)
+    caches = cached.table_caches()
+    assert len(caches) == (2 if pre else 1)
+    for hot in caches.values():
+        assert 0 < hot.hits < hot.reads
+    assert not whole.table_caches()
+    if not bits:
+        cached.train()(ids, labels=ids).loss.backward()  # reads the whole table
+        assert cached.model.layers[0].memory.values.weight.grad is not None
+
+
 def test_what_cannot_be_left_on_disk_is_refused(tmp_path):
     save_hf(_plain(), tmp_path / "hf", HFTokenizer(), "card")
     with pytest.raises(
@@ -113,3 +138,5 @@ def test_what_cannot_be_left_on_disk_is_refused(tmp_path):
         )
     with pytest.raises(ValueError, match="table_memory is 'gpu'; this model knows host, disk"):
         UltraMemGPTForCausalLM.from_pretrained(tmp_path / "hf", table_memory="gpu")
+    with pytest.raises(ValueError, match="table_cache_rows is 8; it is a number of rows, of table"):
+        UltraMemGPTForCausalLM.from_pretrained(tmp_path / "hf", table_cache_rows=8)

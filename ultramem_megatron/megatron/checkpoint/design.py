@@ -81,10 +81,17 @@ def check_design(source: Source, args: Namespace, ultramem: UltraMemConfig | Non
     """Raise UltraMemError if the checkpoint to be loaded holds another model.
 
     Compares the flags stored in it; where a loop that is not Megatron's wrote none, nothing is.
-    Formats other than `torch_dist` are refused with memories, and said to go unchecked without.
+    Formats other than `torch_dist`, of Megatron-FSDP `fsdp_dtensor`, are refused with memories, and
+    said to go unchecked without.
     """
     folder = source.iteration()
-    if not is_torch_dist(folder):
+    if args.use_megatron_fsdp:
+        if is_torch_dist(folder):
+            raise UltraMemError(
+                f"{source} is a torch_dist checkpoint; Megatron-FSDP loads fsdp_dtensor alone, as "
+                f"it saves. Go on without --use-megatron-fsdp."
+            )
+    elif not is_torch_dist(folder):
         if ultramem is not None:
             raise UltraMemError(
                 f"{source} is no torch_dist checkpoint, which memory layers need: with others an "

@@ -78,7 +78,9 @@ def is_torch_dist(folder: Path) -> bool:
 
 
 def stored_args(folder: str) -> Namespace:
-    """The flags that describe the model of a `torch_dist` checkpoint, as `believed` takes them.
+    """The flags that describe the model of a checkpoint, as `believed` takes them.
+
+    It is in torch_dist or fsdp_dtensor.
 
     Raises UltraMemError where it has none, or something in it is not what Megatron stores, which is
     then not run.
@@ -97,7 +99,11 @@ def _stored(folder: str) -> Any:
 
     try:
         FileSystemReader(folder).read_metadata()  # read below, too, but refusals are lost there
-        common = dist_checkpointing.load_common_state_dict(folder)
+        common = (
+            dist_checkpointing.load_common_state_dict(folder)
+            if is_torch_dist(Path(folder))
+            else _flags_alone(folder)
+        )
     except UltraMemError:
         raise
     except pickle.UnpicklingError as error:  # common.pt, of older checkpoints
@@ -116,6 +122,15 @@ def _stored(folder: str) -> Any:
             f"ultramem train, or with a loop that puts its flags into the checkpoint as args."
         )
     return common["args"]
+
+
+def _flags_alone(folder: str) -> dict[str, Any]:
+    """Of a checkpoint in fsdp_dtensor, where they stand beside the weights."""
+    from torch.distributed import checkpoint
+
+    state: dict[str, Any] = {"args": None}
+    checkpoint.load(state, checkpoint_id=folder, no_dist=True)
+    return state
 
 
 def _latest(checkpoints: Path, flag: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.faults.trust import fault_of
-from ultramem_megatron.memory.tables.stored import Piece, StoredTable
+from ultramem_megatron.memory.tables.stored import DiskTable, Piece
 
 _NO_FLAG = -1
 _MADV_RANDOM: int = getattr(mmap, "MADV_RANDOM", _NO_FLAG)
@@ -23,20 +23,20 @@ _MADV_RANDOM: int = getattr(mmap, "MADV_RANDOM", _NO_FLAG)
 class TableFiles:
     """The tables of one iteration of a checkpoint."""
 
-    def __init__(self, folder: str, in_memory: bool) -> None:
-        """in_memory: copy tables into host memory, else leave them on disk.
+    def __init__(self, folder: str, readahead: bool) -> None:
+        """readahead: tables are read from beginning to end, not row by row.
 
         Raises UltraMemError where the system cannot map files so.
         """
         from torch.distributed.checkpoint import FileSystemReader
 
-        if not in_memory and _MADV_RANDOM == _NO_FLAG:
-            raise UltraMemError("--table-memory disk needs Linux. Use host or device.")
-        self._folder, self._in_memory = Path(folder), in_memory
+        if not readahead and _MADV_RANDOM == _NO_FLAG:
+            raise UltraMemError("--table-memory disk needs Linux. Use device.")
+        self._folder, self._readahead = Path(folder), readahead
         self._metadata = FileSystemReader(folder).read_metadata()
         self._mapped: dict[str, mmap.mmap] = {}
 
-    def table(self, key: str, first: int, rows: int) -> StoredTable:
+    def table(self, key: str, first: int, rows: int) -> DiskTable:
         """Rows first.. of the tensor stored as `key`; the table's row 0 is its row `first`.
 
         Raises UltraMemError where the checkpoint does not have all of them.
@@ -51,7 +51,7 @@ class TableFiles:
                 f"{self._folder} is damaged: of {rows} x {stored.size[1]} numbers of {key} its "
                 f"files hold {covered}. Load another iteration (--ckpt-step)."
             )
-        return StoredTable(pieces, stored.properties.dtype, on_disk=not self._in_memory)
+        return DiskTable(pieces, stored.properties.dtype)
 
     def _pieces(self, key: str, stored: Any, wanted: range) -> Iterator[Piece]:
         chunks = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in stored.chunks}
@@ -63,11 +63,9 @@ class TableFiles:
             if begin >= end:
                 continue
             content = self._content(place, stored.properties.dtype, (rows, columns), key)
-            content = content[begin - first : end - first]
-            if self._in_memory:
-                content = content.clone()
             here = range(begin - wanted.start, end - wanted.start)
-            yield Piece(here, range(column, column + columns), content)
+            inside = content[begin - first : end - first]
+            yield Piece(here, range(column, column + columns), inside)
 
     def _content(self, place: Any, dtype: torch.dtype, shape: tuple[int, int], key: str) -> Tensor:
         """The mapped numbers of a shard as bytes (rows, bytes of a row)."""
@@ -104,7 +102,7 @@ class TableFiles:
             with (self._folder / name).open("rb") as file:
                 # torch wants memory that could be written; what is written would stay in memory.
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            if not self._in_memory:  # rows lie anywhere: what the system reads ahead is for nothing
+            if not self._readahead:  # rows lie anywhere: what the system reads ahead is for nothing
                 mapped.madvise(_MADV_RANDOM)
             self._mapped[name] = mapped
         return self._mapped[name]

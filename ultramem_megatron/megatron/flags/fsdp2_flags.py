@@ -27,3 +27,13 @@ def refuse_beside_fsdp2(args: Namespace) -> None:
                 f"--{name.replace('_', '-')} cannot be combined with --use-torch-fsdp2: {reason}. "
                 f"Drop one of the two."
             )
+
+
+def refuse_torch_dcp(args: Namespace) -> None:
+    """Raise UltraMemError for checkpoints that Megatron writes and cannot load, memories or not."""
+    if args.ckpt_format == "torch_dcp" and (args.save or args.load or args.pretrained_checkpoint):
+        raise UltraMemError(
+            "--ckpt-format torch_dcp: Megatron saves in it, but fails to load it again (it asks "
+            "the optimizer for a state that it does not have, checkpointing.py). Use --ckpt-format "
+            "torch_dist, which --use-torch-fsdp2 takes as well."
+        )

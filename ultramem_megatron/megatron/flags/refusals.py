@@ -8,6 +8,7 @@ import torch
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags.fsdp2_flags import refuse_beside_fsdp2
+from ultramem_megatron.megatron.flags.megatron_fsdp_flags import refuse_beside_megatron_fsdp
 from ultramem_megatron.megatron.flags.missing_packages import refuse_low_precision
 from ultramem_megatron.megatron.flags.row_adam_flags import refuse_row_adam
 from ultramem_megatron.megatron.flags.table_memory_flags import refuse_table_memory
@@ -17,7 +18,6 @@ from ultramem_megatron.memory.placement import placements
 
 _MEMORIES_REFUSE = {
     "overlap_moe_expert_parallel_comm": "its schedule does not call the layer's forward",
-    "use_megatron_fsdp": "value tables need Megatron's DDP or torch's FSDP2 (--use-torch-fsdp2)",
     "kitchen_config_file": "memory layers compute in fp32, fp16 or bf16",
     "freeze_all_layers": "Megatron's model builders freeze nothing, and all weights would be "
     "trained (--ultramem-train-only memory freezes all but the memories)",
@@ -61,11 +61,12 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
         )
     _check_graphs(args)
     other = args.ckpt_convert_format or args.ckpt_format
-    if other != "torch_dist":
+    wanted = "fsdp_dtensor" if args.use_megatron_fsdp else "torch_dist"
+    if other != wanted:
         raise UltraMemError(
             f"checkpoints in the format {other} cannot hold memory layers: with it an optimizer's "
             f"state may be of another iteration than its weights, and damage, other designs and "
-            f"other layouts go unnoticed. Use --ckpt-format torch_dist, without conversion."
+            f"other layouts go unnoticed. Use --ckpt-format {wanted}, without conversion."
         )
     _check_log_tables_interval(args)
     if _share(ultramem) and args.overlap_grad_reduce and args.recompute_granularity == "full":
@@ -77,6 +78,7 @@ def refuse_unsupported_flags(args: Namespace, ultramem: UltraMemConfig | None) -
         )
     _check_sgd(args)
     refuse_beside_fsdp2(args)
+    refuse_beside_megatron_fsdp(args)
     refuse_train_rows(args, ultramem)
     refuse_row_adam(args, ultramem)
     refuse_table_memory(args, ultramem)
@@ -175,6 +177,11 @@ def refuse_unsupported_settings(settings: Mapping[str, Any]) -> None:
     for name, value, reason in _refused(settings):
         raise UltraMemError(
             f"{name}={value} cannot be combined with memory layers: {reason}. Leave it out."
+        )
+    if settings.get("use_megatron_fsdp"):
+        raise UltraMemError(
+            "use_megatron_fsdp=True cannot be combined with memory layers here: only ultramem "
+            "train and run save parts of tables in its format. Leave it out."
         )
     if settings.get("cuda_graph_impl") == "local" and settings.get("memory_overlap"):
         raise UltraMemError(

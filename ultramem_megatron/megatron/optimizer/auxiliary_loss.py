@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.utils import get_model_config
-from torch.distributed.fsdp import FSDPModule
 
 from ultramem_megatron.kernels.precision import at_least_float32
-from ultramem_megatron.megatron.fsdp2 import gathered, like, units
+from ultramem_megatron.megatron.fsdp2 import Unit, gathered, like, units
+from ultramem_megatron.megatron.megatron_fsdp import cut_layers
 from ultramem_megatron.megatron.optimizer.host_gradients import complete_gradients
 from ultramem_megatron.memory.layer import UltraMemLayer, memory_layers
 
@@ -40,7 +40,7 @@ def finalize_then_auxiliary_loss(
     complete_gradients(model)
     loss_scale = _loss_scale(get_model_config(model[0]))
     for chunk in model:
-        add_auxiliary_gradients(memory_layers(chunk), loss_scale, units(chunk))
+        add_auxiliary_gradients(memory_layers(chunk), loss_scale, units(chunk) | cut_layers(chunk))
         for layer in memory_layers(chunk):
             layer.end_batch()
 
@@ -48,11 +48,11 @@ def finalize_then_auxiliary_loss(
 def add_auxiliary_gradients(
     layers: Iterable[UltraMemLayer],
     loss_scale: float,
-    units: Mapping[UltraMemLayer, FSDPModule] = MappingProxyType({}),
+    units: Mapping[UltraMemLayer, Unit] = MappingProxyType({}),
 ) -> None:
     """Add loss_scale * d(auxiliary loss)/d(parameter) to each main_grad (or grad).
 
-    units: of FSDP2, of those layers whose weights are in shards.
+    units: of those layers whose weights are in shards.
     """
     for layer in layers:
         with gathered(units.get(layer)):
@@ -75,11 +75,15 @@ def _gradients(layer: UltraMemLayer) -> dict[str, torch.Tensor]:
 def _add(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
     target = getattr(parameter, "main_grad", None)
     if target is None:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        target = parameter.grad
+        target = parameter if parameter.grad is None else parameter.grad
     # Scaled before the cast: too large a loss scale must show as infinity, and skip the step.
-    target.add_(like(parameter, gradient.to(target.dtype)))
+    share = like(parameter, gradient.to(target.dtype))
+    if not getattr(share, "_local_tensor", share).numel():
+        return  # more ranks than rows: no gradient here
+    if target is parameter:
+        parameter.grad = torch.zeros_like(parameter)
+        target = parameter.grad
+    target.add_(share)
 
 
 def _loss_scale(config: Any) -> float:

@@ -2,22 +2,27 @@
 
 For decoding and evaluation: of each read, only the rows that it names are brought to the device,
 each once. Nothing is written, and nothing has a gradient. A read of a table on disk asks for its
-rows and pauses until they have come; a memory's branch (--ultramem-overlap) then computes layers.
+rows and pauses until they have come; a memory's branch (--ultramem-overlap) then computes layers. A
+GPU reads tables in host memory, which are pinned, where they lie: its lookup's kernels take their
+addresses (unified addressing), and the host waits for nothing.
 
-R rows that are fetched, V value dim; T tokens, P picks per token, C cores.
+R rows that are fetched, N rows of a table, V value dim; T tokens, P picks per token, C cores.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ultramem_megatron.communication.pausing import Pausing
+from ultramem_megatron.kernels.dispatch import implementation
 from ultramem_megatron.kernels.lookup_prevalued import lookup_prevalued
+from ultramem_megatron.kernels.lookup_prevalued.activations import IN_KERNELS
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
 from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.memory.tables.contract import PreValues
+from ultramem_megatron.memory.tables.hot_rows import HotRows
 from ultramem_megatron.memory.tables.mapped import bring
 
 
@@ -32,25 +37,41 @@ class Piece(NamedTuple):
     content: Tensor
 
 
-@dataclass(frozen=True)
-class StoredTable:
-    """A table of numbers of this dtype in pieces that cover it, none of them overlapping.
+class StoredTable(Protocol):
+    """A table that is not on the device.
 
-    on_disk: pieces are mapped from files, so that rows may have to be waited for.
+    values: (N, V) in host memory, where a GPU can read it; None: rows have to be fetched.
     """
+
+    @property
+    def values(self) -> Tensor | None:
+        """See above."""
+        ...
+
+    def ask_for(self, rows: Tensor) -> None:
+        """Have fetched what `fetch` of the same rows will read, without waiting for it."""
+        ...
+
+    def fetch(self, rows: Tensor, width: int) -> Tensor:
+        """Rows (R,), int64, ascending and on the CPU, as (R, width) in their own dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class DiskTable:
+    """Numbers of this dtype in pieces of mapped files, which cover it; none of them overlap."""
 
     pieces: tuple[Piece, ...]
     dtype: torch.dtype
-    on_disk: bool
+    values = None
 
     def ask_for(self, rows: Tensor) -> None:
-        """Have the disk fetch what `fetch` of the same rows will read, without waiting for it."""
-        if self.on_disk:
-            for piece in self.pieces:
-                bring(piece.content, rows[self._of(piece, rows)] - piece.rows.start)
+        """See StoredTable."""
+        for piece in self.pieces:
+            bring(piece.content, rows[self._of(piece, rows)] - piece.rows.start)
 
     def fetch(self, rows: Tensor, width: int) -> Tensor:
-        """Rows (R,), int64, ascending and on the CPU, as (R, width) of the table's dtype there."""
+        """See StoredTable."""
         size = self.dtype.itemsize  # bytes
         found = torch.empty(len(rows), width * size, dtype=torch.uint8)
         for piece in self.pieces:
@@ -67,6 +88,44 @@ class StoredTable:
 
 
 @dataclass(frozen=True)
+class HostTable:
+    """All of a table in host memory, (N, V); pinned where there is a GPU."""
+
+    values: Tensor
+
+    def ask_for(self, rows: Tensor) -> None:
+        """See StoredTable: it is there."""
+
+    def fetch(self, rows: Tensor, width: int) -> Tensor:
+        """See StoredTable."""
+        return self.values[rows]
+
+
+class CachedTable:
+    """A table behind a cache of its rows in the device's memory."""
+
+    values = None
+
+    def __init__(self, table: StoredTable, rows: int, like: Tensor) -> None:
+        """rows: how many the cache holds. like: a tensor of its device and dtype."""
+        self._table, self._like = table, like
+        self.hot = HotRows(rows)
+
+    def ask_for(self, rows: Tensor) -> None:
+        """See StoredTable."""
+        self._table.ask_for(rows[~self.hot.holds(rows.to(self._like.device)).cpu()])
+
+    def fetch(self, rows: Tensor, width: int) -> Tensor:
+        """See StoredTable; on the device."""
+
+        def missing(rows: Tensor) -> tuple[Tensor]:
+            return (self._table.fetch(rows.cpu(), width).to(self._like),)
+
+        (found,) = self.hot.read(rows.to(self._like.device), missing)
+        return found
+
+
+@dataclass(frozen=True)
 class StoredReader:
     """A TableReader of a whole table that is not on the device.
 
@@ -79,8 +138,8 @@ class StoredReader:
 
     @property
     def pauses(self) -> int:
-        """See TableReader: once, for the disk."""
-        return int(self.table.on_disk)
+        """See TableReader: once, for rows that are fetched."""
+        return int(self.table.values is None)
 
     @property
     def prevalued_pauses(self) -> int:
@@ -92,11 +151,17 @@ class StoredReader:
     ) -> Pausing:
         """See TableReader.read."""
         rows, groups = split_address(addresses, self.num_values)
+        if self.table.values is not None and _read_where_they_lie(part, pre):
+            picked = (rows, groups, scores)
+            if pre is None:
+                return lookup_reduce(self.table.values, *picked, self.num_groups)
+            tables = (self.table.values, pre.stored.values)
+            return lookup_prevalued(*tables, *picked, pre.x, self.num_groups, pre.act)
         unique, places = rows.unique(return_inverse=True)  # (R,), and where each pick is (T, P)
         unique = unique.cpu()
         for table in (self.table,) if pre is None else (self.table, pre.stored):
             table.ask_for(unique)
-        if self.table.on_disk:
+        for _ in range(self.pauses):
             yield
         fetched = self.table.fetch(unique, part.shape[1]).to(part)
         if pre is None:
@@ -104,3 +169,9 @@ class StoredReader:
         before = pre.stored.fetch(unique, pre.part.shape[1]).to(pre.part)
         given = (fetched, before, places, groups, scores, pre.x)
         return lookup_prevalued(*given, self.num_groups, pre.act)
+
+
+def _read_where_they_lie(part: Tensor, pre: PreValues | None) -> bool:
+    """Whether kernels read a table in host memory themselves."""
+    in_kernels = pre is None or pre.act in IN_KERNELS
+    return implementation(part.device) == "triton" and in_kernels

@@ -62,6 +62,7 @@ class ValueTable(nn.Module):
         if on_host:
             self.stand_in = nn.Parameter(torch.zeros(1, 1, dtype=torch.float32))
             self.rows = HostRows(self.weight, self.stand_in)
+        self.stored: StoredTable | None = None
         mark_as_values(self.trained)
         self._config, self._group = config, group
         exchange = exchange_of(config, size, self.weight.element_size(), node_size)
@@ -135,6 +136,7 @@ class ValueTable(nn.Module):
 
     def leave_stored(self, table: StoredTable) -> None:
         """Fetch rows from there; of a whole table that was built `without_rows`, for inference."""
+        self.stored = table
         self._reader = StoredReader(table, self.layout.num_values, self._config.value_expansion)
 
     def serve(self, pre: PreValues | None = None) -> bool:
@@ -147,15 +149,13 @@ class ValueTable(nn.Module):
 class PreValueTable(ValueTable):
     """N pre-values, which are read together with the values they stand before."""
 
-    _stored: StoredTable | None = None
-
     def forward(self, x: Tensor, act: str) -> PreValues:  # type: ignore[override]  # reads nothing
         """For inputs (T, Dp). Called before the read, for the sake of Megatron's gather as well."""
-        return PreValues(self.part, x, act, self._stored)
+        return PreValues(self.part, x, act, self.stored)
 
     def leave_stored(self, table: StoredTable) -> None:
         """See ValueTable.leave_stored."""
-        self._stored = table
+        self.stored = table
 
 
 @contextlib.contextmanager

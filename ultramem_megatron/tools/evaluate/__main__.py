@@ -60,9 +60,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _perplexities(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from ultramem_megatron.inference.loading import load_model
+    from ultramem_megatron.inference.table_memory import describe_cache
     from ultramem_megatron.tools.evaluate.perplexity import perplexity, read_stream
 
-    model, args = load_model(options.load, ckpt_step=options.ckpt_step, layout=layout_from(options))
+    layout = layout_from(options)
+    model, args = load_model(options.load, ckpt_step=options.ckpt_step, layout=layout)
     window = options.window or args.seq_length
     if window > args.max_position_embeddings:
         raise UltraMemError(
@@ -78,6 +80,8 @@ def _perplexities(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "loss": round(found.loss, 6),
             "perplexity": round(found.perplexity, 4),
         }
+    if layout.table_cache_rows:
+        print(describe_cache(model))
 
 
 def _tasks(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -86,6 +90,7 @@ def _tasks(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             f"--tasks needs lm-evaluation-harness, which is not installed. {how_to_get('lm_eval')}"
         )
     from ultramem_megatron.inference.loading import load_for_inference
+    from ultramem_megatron.inference.table_memory import describe_cache
     from ultramem_megatron.tools.evaluate.harness import run_tasks
 
     layout = layout_from(options)
@@ -106,6 +111,8 @@ def _tasks(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     )
     for task, result in results.items():
         yield {"task": task, **result}
+    if layout.table_cache_rows:
+        print(describe_cache(loaded.model))
 
 
 if __name__ == "__main__":

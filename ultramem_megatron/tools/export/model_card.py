@@ -28,7 +28,7 @@ from transformers import {imports}
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True){tokenizer}
 ```
 
-`trust_remote_code=True` runs the nine `*_ultramem.py` files of this folder: read them first. They
+`trust_remote_code=True` runs the eleven `*_ultramem.py` files of this folder: read them first. They
 need torch and transformers (5.9 or later) only.
 """
 _TOKENIZER = "\ntokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)"

@@ -76,6 +76,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[list
         raise UltraMemError(
             f"{', '.join(sorted(taken))}: set by this command itself; use --steps for the length."
         )
+    if any("--use-megatron-fsdp" in flags for flags in sets):
+        raise UltraMemError(
+            "--use-megatron-fsdp: it reads checkpoints of its own format alone, so that the two "
+            "layouts cannot start from one. Leave it out; --use-torch-fsdp2 can be compared."
+        )
     return options, [*common, *_OVERRIDES], sets[1:]
 
 

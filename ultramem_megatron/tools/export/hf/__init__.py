@@ -7,6 +7,7 @@ that decoding in Megatron needs as well is a link to where that finds it.
 
 SOURCES = (
     "configuration_ultramem.py",
+    "hot_rows_ultramem.py",
     "layers_ultramem.py",
     "mamba_ultramem.py",
     "mapped_ultramem.py",

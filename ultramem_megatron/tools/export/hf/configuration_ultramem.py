@@ -52,6 +52,8 @@ class UltraMemGPTConfig(PreTrainedConfig):
 
     table_memory: of a model on a CPU, "host": value tables come into memory as the system reads
     their files, ahead of what is asked for; "disk": nothing but the pages with rows that are read.
+    table_cache_rows: of each table on disk, so many rows that are read most are kept beside it; 0:
+    none.
     """
 
     model_type = "ultramem"
@@ -97,6 +99,7 @@ class UltraMemGPTConfig(PreTrainedConfig):
     memory: dict[str, Any] | None = None
     value_quantization: dict[str, Any] | None = None
     table_memory: str = "host"
+    table_cache_rows: int = 0
     use_cache: bool = True
     initializer_range: float = 0.02
     pad_token_id: int | None = None
@@ -136,6 +139,11 @@ class UltraMemGPTConfig(PreTrainedConfig):
         for name, (given, allowed) in known.items():
             if given not in allowed:
                 raise ValueError(f"{name} is {given!r}; this model knows {', '.join(allowed)}.")
+        if self.table_cache_rows < 0 or (self.table_cache_rows and self.table_memory != "disk"):
+            raise ValueError(
+                f"table_cache_rows is {self.table_cache_rows}; it is a number of rows, of tables "
+                f"on disk: give table_memory='disk', too, or leave it out."
+            )
         if len(self.layer_pattern or "") not in (0, self.num_hidden_layers):
             raise ValueError(
                 f"layer_pattern {self.layer_pattern} has not {self.num_hidden_layers} layers."

@@ -18,6 +18,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ultramem import UltraMemGPTConfig
+from .hot_rows_ultramem import HotRows
 from .layers_ultramem import UltraMemAttention, UltraMemDecoderLayer, UltraMemRouter, norm
 from .mamba_ultramem import UltraMemMamba
 from .mapped_ultramem import leave_on_disk, pages_in_memory
@@ -69,6 +70,14 @@ class UltraMemPreTrainedModel(PreTrainedModel):
         """Pages of each that are in memory, and all of them, where files are mapped (Linux)."""
         return {name: pages_in_memory(tensor) for name, tensor in self.table_tensors().items()}
 
+    def table_caches(self) -> dict[str, HotRows]:
+        """The cache of each table on disk, where `table_cache_rows` is given: `reads`, `hits`."""
+        return {
+            name: module.hot
+            for name, module in self.named_modules()
+            if isinstance(module, (ValueTable, QuantizedTable)) and module.hot is not None
+        }
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initial values of a model that is not loaded; to train one, start in Megatron."""
@@ -111,6 +120,9 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
             UltraMemTables(config.memory or {}, config.value_quantization)
             for _ in range(config.shared_tables)
         )
+        for module in self.modules():
+            if isinstance(module, (ValueTable, QuantizedTable)) and config.table_cache_rows:
+                module.hot = HotRows(config.table_cache_rows)
         if config._attn_implementation == "vllm":
             serve_tables(self, config.table_memory)
         self.gradient_checkpointing = False

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .hot_rows_ultramem import HotRows
 from .mapped_ultramem import bring
 from .retrieval_ultramem import Float32Buffers, precise
 
@@ -33,6 +34,7 @@ class QuantizedTable(Float32Buffers):
         # Bytes, whatever they stand for: numbers would be converted with the model's.
         self.register_buffer("codes", torch.zeros(number, width, dtype=torch.uint8))
         self.register_buffer("scales", torch.ones(number, blocks, dtype=torch.float32))
+        self.hot: HotRows | None = None
 
     def forward(self, addresses: Tensor, scores: Tensor) -> Tensor:
         """(T, E*V), float32, for virtual addresses (T, P) and scores (T, P, C)."""
@@ -47,13 +49,20 @@ class QuantizedTable(Float32Buffers):
 
     def bring(self, addresses: Tensor) -> None:
         """Have the rows of virtual addresses fetched, where the table is on disk."""
+        rows = addresses % len(self.codes)
         for part in (self.codes, self.scales):
-            bring(part, addresses % len(self.codes))
+            bring(part, rows if self.hot is None else self.hot.missing(rows))
 
     def read(self, rows: Tensor) -> Tensor:
         """Values (R, V), float32, of rows (R,)."""
-        codes = self.codes.index_select(0, rows).view(self.format).float()
-        scales = self.scales.index_select(0, rows)
+        codes, scales = self.codes, self.scales
+        if self.hot is not None and not torch.compiler.is_compiling():
+            unique, rows = rows.unique(return_inverse=True)
+            codes, scales = self.hot.read(
+                unique, lambda missing: (self.codes[missing], self.scales[missing])
+            )
+        codes = codes.index_select(0, rows).view(self.format).float()
+        scales = scales.index_select(0, rows)
         return (codes.unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(2)).flatten(1)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_ultramem import table_rows
+from .hot_rows_ultramem import HotRows
 from .mapped_ultramem import bring
 from .quantized_ultramem import QuantizedPreValues, QuantizedTable, products
 
@@ -22,12 +23,14 @@ class ValueTable(nn.Module):
         super().__init__()
         self.expansion = expansion
         self.weight = nn.Parameter(torch.empty(number, width))
+        self.hot: HotRows | None = None
 
     def forward(self, addresses: Tensor, scores: Tensor) -> Tensor:
         """(T, E*V) for virtual addresses (T, P) and scores (T, P, C)."""
         number, width = self.weight.shape
         tokens, _, cores = scores.shape
-        rows, groups = addresses % number, addresses // number
+        weight, rows = self.held(addresses % number)
+        groups = addresses // number
         core = torch.arange(cores, device=rows.device)
         token = torch.arange(tokens, device=rows.device).unsqueeze(1)
         slices = (rows.unsqueeze(2) * cores + core).flatten()
@@ -36,16 +39,25 @@ class ValueTable(nn.Module):
         every = torch.arange(tokens * self.expansion * cores, device=rows.device)
         sums = F.embedding_bag(
             slices[order],
-            self.weight.view(number * cores, width // cores),
+            weight.view(-1, width // cores),
             torch.searchsorted(bags, every),
             mode="sum",
-            per_sample_weights=scores.flatten()[order].to(self.weight.dtype),
+            per_sample_weights=scores.flatten()[order].to(weight.dtype),
         )
         return sums.view(tokens, self.expansion * width)
 
+    def held(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """A table, the whole or of what is read alone, and where these rows are in it."""
+        if self.hot is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.weight, rows
+        unique, places = rows.unique(return_inverse=True)
+        (found,) = self.hot.read(unique, lambda missing: (self.weight[missing],))
+        return found, places
+
     def bring(self, addresses: Tensor) -> None:
         """Have the rows of virtual addresses fetched, where the table is on disk."""
-        bring(self.weight, addresses % len(self.weight))
+        rows = addresses % len(self.weight)
+        bring(self.weight, rows if self.hot is None else self.hot.missing(rows))
 
 
 class PreValueTable(ValueTable):
@@ -53,7 +65,8 @@ class PreValueTable(ValueTable):
 
     def forward(self, addresses: Tensor, x: Tensor) -> Tensor:
         """(T, P), at least float32, for virtual addresses (T, P) and inputs (T, W)."""
-        rows = F.embedding(addresses % len(self.weight), self.weight)
+        weight, places = self.held(addresses % len(self.weight))
+        rows = F.embedding(places, weight)
         return products(rows, x.to(rows.dtype))
 
 

@@ -1,0 +1,145 @@
+"""Door: Megatron-FSDP keeps out of its units what is not the same on all data-parallel ranks.
+
+A parameter with `allreduce=False` that is no expert's (a part of a value table) would be cut over
+all data-parallel ranks as any other. Here it gets a buffer of its own over those ranks that have
+the same part, as experts have. That one is of no unit: it is gathered once a step, not for each use
+of its layer, and its gradient is reduced over these ranks alone.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ultramem_megatron.patches.patch import Editor, Patch
+
+KEPT_TAGS = {"allreduce"}
+"""Attributes of parameters that the optimizer's have too; who needs another one adds its name."""
+
+_FSDP = "megatron.core.distributed.fsdp"
+_BUFFER = f"{_FSDP}.src.megatron_fsdp.param_and_grad_buffer"
+_ADAPTER = f"{_FSDP}.mcore_fsdp_adapter.FullyShardedDataParallel"
+_GROUPS = f"{_BUFFER}._get_parameter_groups"
+_NAMED = f"{_BUFFER}.ParamAndGradBuffer._init_optimizer_named_parameters"
+_RELEASE = f"{_BUFFER}.AllGatherPipeline.release_bucket"
+
+
+def is_part(name: str, parameter: Any) -> bool:
+    """Whether a parameter is of fewer ranks than all data-parallel ones; of experts is another."""
+    return not getattr(parameter, "allreduce", True) and ".experts." not in name
+
+
+def _telling_parts(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def told(
+        self: Any, config: Any, ddp_config: Any, module: Any, *args: Any, **settings: Any
+    ) -> None:
+        self.has_parts = any(is_part(*named) for named in module.named_parameters())
+        init(self, config, ddp_config, module, *args, **settings)
+
+    return told
+
+
+def _with_their_mesh(init_index: Callable[..., Any]) -> Callable[..., Any]:
+    """The mesh of experts' groups, in a model without experts as well."""
+
+    @functools.wraps(init_index)
+    def _init_dist_index(self: Any, pg_collection: Any) -> Any:
+        experts = self.num_moe_experts
+        if self.has_parts and experts is None:
+            self.num_moe_experts = 0
+        try:
+            return init_index(self, pg_collection)
+        finally:
+            self.num_moe_experts = experts
+
+    return _init_dist_index
+
+
+@contextmanager
+def _without(parts: dict[str, Any], module: Any) -> Iterator[None]:
+    owners = {module.get_submodule(name.rpartition(".")[0]) for name in parts}
+    before = {owner: dict(owner._parameters) for owner in owners}
+    for owner, own in before.items():
+        for name, parameter in own.items():
+            if parameter is not None and any(parameter is part for part in parts.values()):
+                del owner._parameters[name]
+    try:
+        yield
+    finally:
+        for owner, own in before.items():
+            owner._parameters.clear()
+            owner._parameters.update(own)
+
+
+def _in_groups_of_their_own(get_groups: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(get_groups)
+    def _get_parameter_groups(module: Any, *args: Any, **settings: Any) -> Any:
+        from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
+
+        parts = {n: p for n, p in module.named_parameters() if is_part(n, p)}
+        with _without(parts, module):
+            groups, group_of, together = get_groups(module, *args, **settings)
+        uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+        for part in parts.values():
+            # Of several modules it has a gradient when all of backward is done.
+            part._is_shared = uses[id(part)] > 1
+            group_of[part] = number = len(groups)
+            together[number] = [number]
+            groups.append(
+                param_and_grad_buffer.ParameterGroup(
+                    [part],
+                    dtype=part.dtype,
+                    is_expert_param=True,
+                    requires_grad=part.requires_grad,
+                    chunk_size_factor=part.shape[1:].numel(),
+                )
+            )
+        return groups, group_of, together
+
+    return _get_parameter_groups
+
+
+def _with_their_tags(init_named: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(init_named)
+    def _init_optimizer_named_parameters(self: Any) -> Any:
+        named = init_named(self)
+        for _, parameter in named:
+            for tag in KEPT_TAGS & vars(parameter.orig_param).keys():
+                setattr(parameter, tag, getattr(parameter.orig_param, tag))
+        return named
+
+    return _init_optimizer_named_parameters
+
+
+def _of_units_alone(release: Callable[..., None]) -> Callable[..., None]:
+    """As upstream's own comment on it has it; a part was released with the unit that it is in."""
+
+    @functools.wraps(release)
+    def release_bucket(self: Any, bucket_id: int, bwd: bool, lazy: bool = False) -> None:
+        group = self.buffer.parameter_groups[bucket_id]
+        if not (group.is_expert_param and group.fsdp_unit_id is None):
+            release(self, bucket_id, bwd, lazy)
+
+    return release_bucket
+
+
+def _install(editor: Editor) -> None:
+    given = ("self", "config", "ddp_config", "module", "fsdp_unit_modules", "disable_bucketing")
+    editor.wrap(f"{_ADAPTER}.__init__", _telling_parts, (*given, "device", "pg_collection"))
+    editor.wrap(f"{_ADAPTER}._init_dist_index", _with_their_mesh, ("self", "pg_collection"))
+    groups = ("module", "policy", "meta_device_init_fp8_params", "bucket_group_by_fsdp_unit")
+    editor.wrap(_GROUPS, _in_groups_of_their_own, groups)
+    editor.wrap(_NAMED, _with_their_tags, ("self",))
+    editor.wrap(_RELEASE, _of_units_alone, ("self", "bucket_id", "bwd", "lazy"))
+
+
+PATCH = Patch(
+    name="doors.megatron_fsdp_parts",
+    symbols=(f"{_ADAPTER}._init_dist_index", _GROUPS, _NAMED, _RELEASE),
+    reason="Megatron-FSDP knows experts by their names, and puts them into units.",
+    delete_when="It takes parameters with allreduce=False over the ranks that have the same.",
+    install=_install,
+    versions=">=0.19",
+)

@@ -1,0 +1,1 @@
+../../../memory/tables/hot_rows.py
