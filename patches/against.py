@@ -67,8 +67,8 @@ def _installed() -> Path:
 def _change(use: Use, now: Source, then: Source, given: set[str]) -> str | None:
     """What became of it; None if it is as it was, or is nothing that source shows."""
     before = now.find(use.name)
-    if before is None:
-        return None
+    if before is None or not f"{before.module}.".startswith(_UPSTREAM):
+        return None  # or of another package, which Megatron imports
     after = then.find(use.name)
     if after is None:
         return "is gone"

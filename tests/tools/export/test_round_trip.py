@@ -26,6 +26,11 @@ _REFUSED = {
         {"hybrid_layer_pattern": "E-E", "num_layers": None, "num_experts": 4},
         "a --hybrid-layer-pattern with neither attention nor Mamba, biases in experts",
     ),
+    "later tokens": ({"mtp_num_layers": 1}, "--mtp-num-layers"),
+    "later tokens of a pattern": (
+        {"hybrid_layer_pattern": "*-*-/*-", "num_layers": None},
+        "--mtp-num-layers",
+    ),
     "squared": ({"squared_relu": True}, "an activation other than GELU and SwiGLU"),
 }
 

@@ -56,7 +56,7 @@ def check_optimizer_layout(
         raise UltraMemError(
             f"{source}: its tables were {_cut(rows, columns)}, here they are {_cut(*mine)}, and "
             f"the state of its distributed optimizer cannot follow. Cut them as before "
-            f"(--ultramem-parallel-size, --ultramem-partition), {_WEIGHTS_ALONE}; saved with "
+            f"({_flags(rows, columns)}), {_WEIGHTS_ALONE}; saved with "
             f"--dist-ckpt-optim-fully-reshardable it loads into any."
         )
     changed = [
@@ -129,10 +129,23 @@ def _saved_parts(folder: str, num_values: int) -> tuple[int, int]:
     raise UltraMemError(f"{folder} is damaged: there is no value table in it. Load another.")
 
 
+def _flags(rows: int, columns: int) -> str:
+    """What cuts a table so."""
+    size = f"--ultramem-parallel-size {rows * columns}"
+    if rows * columns == 1:
+        return size
+    nodes = f" --ultramem-node-size {rows}" if min(rows, columns) > 1 else ""
+    return f"{size} --ultramem-partition {_partition(rows, columns)}{nodes}"
+
+
+def _partition(rows: int, columns: int) -> str:
+    return "grid" if min(rows, columns) > 1 else "number" if rows > 1 else "dimension"
+
+
 def _cut(rows: int, columns: int) -> str:
     """In the words of the settings in force."""
     if rows * columns == 1:
         return "whole"
-    how = "grid" if min(rows, columns) > 1 else "number" if rows > 1 else "dimension"
+    how = _partition(rows, columns)
     nodes = f", {rows} in a node" if how == "grid" else ""
     return f"over {rows * columns} ranks, {how}-wise{nodes}"
