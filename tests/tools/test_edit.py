@@ -53,6 +53,15 @@ def test_a_fact_goes_with_its_values_and_others_stay(folder, tmp_path, capsys):
     assert sum(lost.values()) / len(lost) < 0.1
 
 
+@pytest.mark.parametrize(("bits", "block"), [("int8", None), ("fp8", None), ("fp8", 8)])
+def test_tables_in_8_bits_lose_no_fact(folder, tmp_path, bits, block):
+    quantize(folder / "hf", tmp_path / "out", bits, block)
+    before, after = _log_probabilities(folder / "hf"), _log_probabilities(tmp_path / "out")
+    assert min(after.values()) > -0.69  # likelier than all else
+    lost = sum(before.values()) - sum(after.values())
+    assert abs(lost) / len(CAPITALS) < 2e-3
+
+
 @pytest.mark.parametrize("kind", ["hf", "int8"])
 def test_a_share_is_what_the_output_lacks_without_the_value(folder, kind):
     opened = open_folder(folder / kind)

@@ -8,6 +8,7 @@ import torch
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.spans import Span
+from ultramem_megatron.tools.export.__main__ import main
 from ultramem_megatron.tools.export.hf.modeling_ultramem import UltraMemGPTForCausalLM
 from ultramem_megatron.tools.export.hf_folder import load_hf, save_hf
 from ultramem_megatron.tools.export.hf_tokenizer import HFTokenizer
@@ -47,6 +48,35 @@ def test_weights_come_in_files_of_a_size_and_back(tmp_path):
     assert flags_kept == {"tokenizer_type": None, "tokenizer_model": None}
     for name, tensor in plain.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--load a --to hf b --max-shard-size 10kB", "'10kB' is no size such as 500MB or 2GB"),
+        ("--load a --to b --max-shard-size 10KB", "--max-shard-size is for --to hf OUT"),
+        ("--from hf a --save b --max-shard-size 10KB", "--max-shard-size is for --to hf OUT"),
+    ],
+)
+def test_sizes_of_files_that_cannot_be_are_refused(words, message):
+    with pytest.raises(UltraMemError, match=message):
+        main(words.split())
+
+
+def test_the_size_of_files_comes_from_the_flag(tmp_path, monkeypatch):
+    """Of `_plain`, in the place of a checkpoint's model."""
+    command = "ultramem_megatron.tools.export.__main__"
+    found = type("Found", (), {"name": "iter_0000001"})
+    monkeypatch.setattr(f"{command}._loaded", lambda *_: (_plain(), None))
+    monkeypatch.setattr(
+        "ultramem_megatron.megatron.checkpoint.folder.loaded_iteration", lambda *_: found
+    )
+    monkeypatch.setattr(
+        "ultramem_megatron.tools.export.hf_tokenizer.tokenizer_of", lambda _: HFTokenizer()
+    )
+    monkeypatch.setattr("ultramem_megatron.tools.export.model_card.model_card", lambda *_: "card")
+    main(f"--load a --to hf {tmp_path}/out --max-shard-size 10KB".split())
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
 
 
 def test_nothing_is_overwritten(tmp_path):

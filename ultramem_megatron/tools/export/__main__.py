@@ -12,6 +12,7 @@ directions compare the logits of the two models before anything is written.
 
 import argparse
 import contextlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             loaded_iteration(options.load, options.ckpt_step)
         if options.load and options.kind == "hf":
-            to_hf(options.load, options.folder, options.ckpt_step, options.tokenizer_model)
+            to_hf(
+                options.load,
+                options.folder,
+                options.ckpt_step,
+                options.tokenizer_model,
+                max_shard_size=options.max_shard_size,
+            )
         elif options.load:
             to_plain(options.load, options.folder, options.ckpt_step)
         else:
@@ -54,6 +61,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--to", **words, help="New folder for the export; before it hf, for transformers.")
     add("--from", dest="source", **words, help="Folder of an export; before it hf, if it is one.")
     add("--save", metavar="DIR", help="New folder for the checkpoint.")
+    add(
+        "--max-shard-size",
+        type=_size,
+        metavar="SIZE",
+        help="With --to hf: the largest file of weights, such as 500MB; a larger tensor has a file "
+        "of its own. Default: 5GB.",
+    )
     options = parser.parse_args(argv)
     names = ("load", "to", "source", "save")
     given = tuple(name for name in names if getattr(options, name) is not None)
@@ -64,7 +78,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         flag = "--to" if options.to else "--from"
         raise UltraMemError(f"{flag} {' '.join(kind)} {options.folder}: give OUT, or hf OUT.")
     options.kind = "hf" if kind else "plain"
+    if options.max_shard_size and not (options.to and kind):
+        raise UltraMemError("--max-shard-size is for --to hf OUT. Drop it.")
     return options
+
+
+def _size(text: str) -> str:
+    """A size as save_pretrained takes it."""
+    if not re.fullmatch(r"[1-9][0-9]{0,5}(KB|MB|GB)", text):
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no size such as 500MB or 2GB")
+    return text
 
 
 def to_plain(load: str, folder: str, ckpt_step: int | None = None) -> None:
@@ -78,14 +101,20 @@ def to_plain(load: str, folder: str, ckpt_step: int | None = None) -> None:
 
 
 def to_hf(
-    load: str, folder: str, ckpt_step: int | None = None, tokenizer_model: str | None = None
+    load: str,
+    folder: str,
+    ckpt_step: int | None = None,
+    tokenizer_model: str | None = None,
+    *,
+    max_shard_size: str | None = None,
 ) -> None:
     """Write the model of a checkpoint for transformers. Raises UltraMemError.
 
-    tokenizer_model: where the model's tokenizer is now, if it moved.
+    tokenizer_model: where the model's tokenizer is now, if it moved. max_shard_size: of a file of
+    weights, by default SHARD.
     """
     from ultramem_megatron.megatron.checkpoint.folder import loaded_iteration
-    from ultramem_megatron.tools.export.hf_folder import refuse_full, save_hf
+    from ultramem_megatron.tools.export.hf_folder import SHARD, refuse_full, save_hf
     from ultramem_megatron.tools.export.hf_tokenizer import tokenizer_of
     from ultramem_megatron.tools.export.model_card import model_card
 
@@ -95,7 +124,8 @@ def to_hf(
         args.tokenizer_model = tokenizer_model
     tokenizer = tokenizer_of(args)
     iteration = loaded_iteration(load, ckpt_step).name
-    save_hf(plain, folder, tokenizer, model_card(plain, args, iteration, tokenizer))
+    card = model_card(plain, args, iteration, tokenizer)
+    save_hf(plain, folder, tokenizer, card, shard=max_shard_size or SHARD)
     if tokenizer.missing is not None:
         print(f"No tokenizer in {folder}: {tokenizer.missing}.")
 

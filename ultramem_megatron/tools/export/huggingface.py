@@ -140,12 +140,12 @@ def hf_state(plain: PlainGPT) -> dict[str, Tensor]:
     """The model's tensors by transformers' names; those that are cut are views."""
     state: dict[str, Tensor] = {}
     for name, tensor in plain.state_dict().items():
-        state |= _parts(plain.config, name, tensor)
+        state |= hf_parts(plain.config, name, tensor)
     return state
 
 
-def _parts(config: PlainConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """What one tensor of ours is there: itself, or its parts."""
+def hf_parts(config: PlainConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What one tensor of a PlainGPT is there, by name: itself, or its parts."""
     if found := re.fullmatch(_QKV, name):
         parts = dict(zip("qkv", _cut_qkv(config, tensor), strict=True))
         prefix = f"model.layers.{found[1]}.self_attn."
@@ -180,7 +180,7 @@ def plain_state(config: PlainConfig, state: Mapping[str, Tensor]) -> dict[str, T
     """The inverse of `hf_state`. Raises UltraMemError, naming tensors, where it has others."""
     with torch.device("meta"):
         wanted = PlainGPT(config).state_dict()
-    parts = {name: _parts(config, name, tensor) for name, tensor in wanted.items()}
+    parts = {name: hf_parts(config, name, tensor) for name, tensor in wanted.items()}
     _check(state, {name: part for found in parts.values() for name, part in found.items()})
     joined = {}
     for name, found in parts.items():

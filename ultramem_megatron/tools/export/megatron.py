@@ -196,6 +196,16 @@ def plain_name(name: str) -> str:
     raise UltraMemError(f"The model has {name}, which the plain model has not: no export.")
 
 
+def megatron_name(name: str) -> str:
+    """The inverse of `plain_name` for a GPT without experts."""
+    layer = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
+    prefix, rest = (f"decoder.layers.{layer[1]}.", layer[2]) if layer else ("", name)
+    for theirs, ours in _LAYER_NAMES if layer else _NAMES:
+        if rest.startswith(ours):
+            return prefix + theirs + rest.removeprefix(ours)
+    raise AssertionError(name)
+
+
 def plain_model(model: Any, config: PlainConfig) -> PlainGPT:
     """A PlainGPT on the model's own tensors, after checking that both give the same logits."""
     state = {plain_name(name): tensor.detach() for name, tensor in _tensors(model).items()}
