@@ -34,6 +34,7 @@ def _break_gradient(value: float, of_table: bool = True) -> None:
     start, steps = _ParamAndGradBucketGroup.start_grad_sync, [0]
     last_rank = str(int(os.environ["WORLD_SIZE"]) - 1)
 
+    @functools.wraps(start)
     def start_grad_sync(group, *args, **kwargs):
         parameters = [p for bucket in group.buckets for p in bucket.params]
         chosen = [p for p in parameters if hasattr(p, "ultramem_values") == of_table]

@@ -175,6 +175,7 @@ def _options(tokens, layout, batching):
         seed=1,
         batching=batching,
         table_memory="device",
+        table_cache_rows=None,
         ultramem_node_size=None,
         **dict(zip(names, layout, strict=True)),
     )
