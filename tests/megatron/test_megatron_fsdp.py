@@ -20,6 +20,7 @@ from tests.megatron.test_table_parallelism import (
 from tests.ranks import RanksFailed
 from tests.training_runs import TrainingRun, run_pretrain, tiny_gpt
 from tests.whole_model import AFTER_STEPS, assert_same_training, first_decided, train, train_watched
+from ultramem_megatron.patches import registry
 
 _FSDP = {"use_megatron_fsdp": True, "ckpt_format": "fsdp_dtensor"}
 _STRATEGY = "data_parallel_sharding_strategy"
@@ -168,3 +169,22 @@ def test_an_overflow_skips_the_step_of_tables_and_dense_parts(strategy: str) -> 
     flags = {**_NUMBER, "fp16": True, "initial_loss_scale": 2**32, "train_iters": 2}
     run = run_pretrain(2, _flags(**flags, **_FSDP, **{_STRATEGY: strategy}))
     assert [step["skipped"] for step in run.iterations] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("without", "flags", "ending"),
+    [
+        ("gated_names", {"swiglu": True}, "has no attribute `module`"),
+        ("loss_scale", {"fp16": True, "initial_loss_scale": 4096}, "'NoneType' .* 'data'"),
+    ],
+)
+@_long
+def test_upstreams_defects_end_a_plain_gpt(
+    tmp_path: Any, without: str, flags: dict[str, Any], ending: str
+) -> None:
+    names = [patch.name for patch in registry.all_patches()]
+    names.remove(f"defects.megatron_fsdp_{without}")
+    plain = tiny_gpt(**_FULL, **flags, train_iters=1, save=tmp_path, save_interval=1)
+    with pytest.raises(RanksFailed, match=ending):
+        run_pretrain(2, plain, patches=names)
+    run_pretrain(2, plain)

@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.closeness import assert_close, rounding
-from tests.training_runs import run_pretrain, tiny_gpt
+from tests.megatron.optimizer.few_reads import few_reads
+from tests.training_runs import run_pretrain
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags.table_memory_flags import refuse_table_memory
 from ultramem_megatron.memory.config import UltraMemConfig
@@ -22,24 +23,7 @@ _LONG = pytest.mark.long
 
 
 def _flags(**changes):
-    """A table of 529 rows, of which a step's 16 tokens read at most 128; 16 divides its parts."""
-    design = {
-        "ultramem_spans": "1:2",
-        "ultramem_num_keys": 24,
-        "ultramem_topk": 4,
-        "ultramem_value_dim": 16,
-        "disable_bias_linear": True,
-        "weight_decay": 0.1,
-        "lr_warmup_iters": 2,
-        "lr": 0.01,
-        "clip_grad": 0.1,
-        "train_iters": 4,
-        "adam_eps": 1e-5,
-        "global_batch_size": 2,
-        "micro_batch_size": 1,
-        "seq_length": 8,
-    }
-    return tiny_gpt(**{**design, **changes})
+    return few_reads(**{"train_iters": 4, "adam_eps": 1e-5, **changes})
 
 
 def _tables(trained):

@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from tests.training_runs import tiny_gpt
+from tests.megatron.optimizer.few_reads import few_reads
 from tests.whole_model import train
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags.row_adam_flags import refuse_row_adam
@@ -15,25 +15,11 @@ from ultramem_megatron.memory.spans import Span
 from ultramem_megatron.memory.tables.value_table import ValueTable
 
 _ROWS = {"ultramem_row_adam": True}
-_FEW_READS = {"global_batch_size": 2, "micro_batch_size": 1, "seq_length": 8}
 _WHOLE = {"ultramem_parallel_size": 1}
 
 
 def _flags(**changes):
-    """A table of 529 rows, of which a step's 16 tokens read at most 128; 16 divides its parts."""
-    design = {
-        "ultramem_spans": "1:2",
-        "ultramem_num_keys": 24,
-        "ultramem_topk": 4,
-        "ultramem_value_dim": 16,
-        "disable_bias_linear": True,
-        "weight_decay": 0.1,
-        "lr_warmup_iters": 2,
-        "lr": 0.01,
-        "clip_grad": 0.1,
-        "train_iters": 6,
-    }
-    return tiny_gpt(**{**design, **_FEW_READS, **changes})
+    return few_reads(**{"train_iters": 6, **changes})
 
 
 _behind: list[int] = []

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultramem_megatron.kernels.adam_rows import AdamRows, AdamStep, Moments
-from ultramem_megatron.kernels.reading import UPKEEP
-from ultramem_megatron.megatron.optimizer.row_adam import refuse_other_optimizers
+from ultramem_megatron.kernels.adam_rows import AdamStep, Moments
+from ultramem_megatron.megatron.optimizer.visited_rows import (
+    VisitedRows,
+    begin_step,
+    refuse_other_optimizers,
+)
 from ultramem_megatron.memory.tables.host_rows import HostRows
 from ultramem_megatron.memory.tables.value_table import ValueTable, value_tables
 
@@ -48,49 +51,26 @@ def train_on_host(optimizer: Any, layers: Iterable[Any]) -> None:
             _Trainer(single, trained).take_over()
 
 
-class _HostAdam:
-    """The Upkeep of one table, with its optimizer state."""
+class _HostAdam(VisitedRows):
+    """Of one table, with its optimizer state."""
 
     def __init__(self, table: ValueTable) -> None:
         assert table.rows is not None
+        super().__init__(table)
         self.home: HostRows = table.rows
-        self.weight = table.weight
         precise = self.weight.dtype == torch.float32
         self.master = self.weight if precise else self.weight.detach().float()
         self.state: dict[str, Tensor] = {}
-        self._rows = AdamRows(len(self.weight), self.weight.device)
-        setattr(self.weight, UPKEEP, self)
-        table.register_state_dict_pre_hook(lambda *_: self.catch_up())
-        table.register_load_state_dict_pre_hook(lambda *_: self.catch_up())
-
-    @torch.no_grad()
-    def read(self, rows: Tensor) -> None:
-        """See Upkeep."""
-        self._rows.read(self._moments() if self._rows.begun else None, rows)
-
-    @torch.no_grad()
-    def catch_up(self) -> None:
-        """See Upkeep."""
-        if self._rows.begun:
-            self._rows.catch_up(self._moments())
 
     def step(self, norm: Tensor, group: Mapping[str, Any]) -> None:
         """norm: the stand-in's gradient, after what Megatron has done to it."""
-        self._begin()
-        self.state["step"] += 1
+        number = begin_step(self.state, self.master)
         rows, gradient = self.home.complete(), self.home.gradient
         assert gradient is not None, "a step without a backward"
         self._rows.touched.index_fill_(0, rows, 1)  # also those that other ranks have read
         if float(norm) != self.home.norm:
             gradient.index_copy_(0, rows, gradient[rows] * (float(norm) / self.home.norm))
-        self._rows.step(self._moments(), gradient, AdamStep.of(group, int(self.state["step"])))
-
-    def _begin(self) -> None:
-        """State before the first step, as AdamW makes it."""
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name not in self.state:
-                self.state[name] = torch.zeros_like(self.master)
-        self.state.setdefault("step", torch.zeros((), dtype=torch.float32))
+        self._rows.step(self._moments(), gradient, AdamStep.of(group, number))
 
     def _moments(self) -> Moments:
         tensors = (self.master, self.state["exp_avg"], self.state["exp_avg_sq"])

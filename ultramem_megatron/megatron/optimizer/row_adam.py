@@ -16,9 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.kernels.adam_rows import AdamRows, AdamStep, Moments
-from ultramem_megatron.kernels.reading import UPKEEP
+from ultramem_megatron.kernels.adam_rows import AdamStep, Moments
 from ultramem_megatron.megatron.optimizer.lazy_rows import update_instead
+from ultramem_megatron.megatron.optimizer.visited_rows import (
+    VisitedRows,
+    begin_step,
+    refuse_other_optimizers,
+)
 from ultramem_megatron.megatron.table_steps import trained_parts
 from ultramem_megatron.memory.tables.value_table import ValueTable, value_tables
 
@@ -60,16 +64,16 @@ def _take_over(optimizer: torch.optim.Optimizer, kept: Mapping[int, "_KeptRows"]
     optimizer.register_load_state_dict_pre_hook(catch_up)
 
 
-class _KeptRows:
-    """The Upkeep of one table, or of this rank's part."""
+class _KeptRows(VisitedRows):
+    """Of one table, or of this rank's part."""
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, table: ValueTable, replicas: Any, part: Tensor
     ) -> None:
         """replicas: ranks that add up their gradients. part: of the table, what AdamW trains."""
         refuse_other_optimizers(optimizer, _FLAG)
-        self.weight, self.replicas, self.part = table.weight, replicas, part
-        if part.numel() != self.weight.numel() or (part.dim() == 1 and replicas.size() > 1):
+        self.replicas, self.part = replicas, part
+        if part.numel() != table.weight.numel() or (part.dim() == 1 and replicas.size() > 1):
             raise UltraMemError(
                 f"{_FLAG} with --use-distributed-optimizer needs whole tables on every rank, but "
                 f"here {replicas.size()} ranks hold the same part of a table, and it is cut "
@@ -77,49 +81,19 @@ class _KeptRows:
                 f"drop one of the two."
             )
         self._state = optimizer.state
-        self._rows = AdamRows(len(self.weight), self.weight.device)
-        setattr(self.weight, UPKEEP, self)
-        table.register_state_dict_pre_hook(lambda *_: self.catch_up())
-        table.register_load_state_dict_pre_hook(lambda *_: self.catch_up())
-
-    @torch.no_grad()
-    def read(self, rows: Tensor) -> None:
-        """See Upkeep."""
-        self._rows.read(self._moments() if self._rows.begun else None, rows)
-
-    @torch.no_grad()
-    def catch_up(self) -> None:
-        """See Upkeep."""
-        if self._rows.begun:
-            self._rows.catch_up(self._moments())
+        super().__init__(table)
 
     def step(self, group: dict[str, Any], state: dict[str, Tensor]) -> None:
         """The optimizer's, with the gradient of `part`, which is reduced over the replicas."""
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name not in state:
-                state[name] = torch.zeros_like(self.part)
-        state.setdefault("step", torch.zeros((), dtype=torch.float32))
-        state["step"] += 1
+        number = begin_step(state, self.part)
         if self.replicas.size() > 1:  # a row has a gradient that any of them has read
             dist.all_reduce(self._rows.touched, dist.ReduceOp.MAX, group=self.replicas)
         grad = self.part.grad
         assert grad is not None
-        step = AdamStep.of(group, int(state["step"]))
-        self._rows.step(self._moments(), grad.view(self.weight.shape), step)
+        self._rows.step(self._moments(), grad.view(self.weight.shape), AdamStep.of(group, number))
 
     def _moments(self) -> Moments:
         state, shape = self._state[self.part], self.weight.shape
         trained = (self.part, state["exp_avg"], state["exp_avg_sq"])
         copy = None if self.weight.dtype == self.part.dtype else self.weight.detach()
         return Moments(*(tensor.detach().view(shape) for tensor in trained), copy)
-
-
-def refuse_other_optimizers(optimizer: torch.optim.Optimizer, given: str) -> None:
-    """Raise UltraMemError where `given`, a flag, does not find PyTorch's AdamW."""
-    if not isinstance(optimizer, torch.optim.AdamW):
-        raise UltraMemError(
-            f"{given} works with PyTorch's AdamW; the optimizer here is "
-            f"{type(optimizer).__name__} (Megatron takes Transformer Engine's or Apex's where they "
-            f"are installed, and Adam with --no-decoupled-weight-decay). Drop the flag: every step "
-            f"then visits every row, with the same result."
-        )
