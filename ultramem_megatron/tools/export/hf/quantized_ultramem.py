@@ -94,7 +94,7 @@ def decoded(codes: Tensor, kind: torch.dtype) -> Tensor:
     """What codes, bytes, stand for, float32.
 
     e4m3 is moved to the places of a half's sign, exponent and fraction, which is 2^8 too small:
-    PyTorch's own conversion takes numbers one by one on a CPU. NaN, which no table has, becomes 480.
+    PyTorch's own conversion takes numbers one by one on a CPU. NaN, in no table, becomes 480.
     """
     if kind == torch.int8:
         return codes.view(kind).float()
