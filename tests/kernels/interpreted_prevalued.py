@@ -15,12 +15,14 @@ from tests.kernels.prevalued_cases import (
     results,
     terms,
 )
+from tests.kernels.quantized_cases import PREVALUED, assert_prevalued_equals_reference
 from ultramem_megatron.communication.pausing import run
 from ultramem_megatron.kernels.lookup_prevalued import (
     lookup_prevalued,
     lookup_prevalued_reference,
     triton_path,
 )
+from ultramem_megatron.kernels.quantized import FORMATS
 from ultramem_megatron.memory.tables.contract import PreValues
 from ultramem_megatron.memory.tables.stored import HostTable, StoredReader
 
@@ -93,3 +95,16 @@ def test_tables_in_host_memory_are_read_where_they_lie(act):
         expected = lookup_prevalued(*case[:7], act)
     assert_close(found, expected, 1e-6)
     assert (not fetched) == (act == "gelu")
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("int8", torch.bfloat16), ("fp8", torch.float32)])
+@pytest.mark.parametrize(("sizes", "block", "pre_block"), PREVALUED, ids=str)
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_codes_are_decoded_where_they_are_read(sizes, block, pre_block, kind, dtype):
+    assert_prevalued_equals_reference(sizes, (block, pre_block), kind, "gelu", dtype)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_codes_before_an_activation_of_pytorchs(kind):
+    sizes, *blocks = PREVALUED[1]
+    assert_prevalued_equals_reference(sizes, tuple(blocks), kind, "softplus", torch.float32)

@@ -101,7 +101,7 @@ def quantize_table(table: "Tensor", kind: str, block: int) -> "tuple[Tensor, Ten
     """
     import torch
 
-    from ultramem_megatron.tools.export.hf.quantized_ultramem import FORMATS
+    from ultramem_megatron.kernels.quantized import quantized
 
     number, width = table.shape
     codes = torch.empty(number, width, dtype=torch.uint8)
@@ -109,29 +109,12 @@ def quantize_table(table: "Tensor", kind: str, block: int) -> "tuple[Tensor, Ten
     missed = total = 0.0
     for start in range(0, number, _AT_ONCE):
         rows = slice(start, min(start + _AT_ONCE, number))
-        values = table[rows].float().unflatten(1, (-1, block))
-        if not values.isfinite().all():
-            raise UltraMemError("A value table holds NaN or infinity: the model is damaged.")
-        kept = _scale(values, kind)
-        exact = values / kept
-        coded = (exact.round() if kind == "int8" else exact).to(FORMATS[kind])
-        codes[rows] = coded.view(torch.uint8).flatten(1)
-        scales[rows] = kept.squeeze(2)
-        missed += float((coded.float() * kept - values).double().square().sum())
+        values = table[rows].float()
+        found = quantized(values, kind, block)
+        codes[rows], scales[rows] = found.codes.view(torch.uint8), found.scales
+        missed += float((found.values() - values).double().square().sum())
         total += float(values.double().square().sum())
     return codes, scales, (missed / total) ** 0.5 if total else 0.0
-
-
-def _scale(values: "Tensor", kind: str) -> "Tensor":
-    """(R, blocks, 1): what the largest code of each block is multiplied by; 1 where all is zero."""
-    import torch
-
-    from ultramem_megatron.tools.export.hf.quantized_ultramem import FORMATS
-
-    most = 127.0 if kind == "int8" else torch.finfo(FORMATS[kind]).max
-    scale = values.abs().amax(2, keepdim=True) / most
-    # Subnormal scales would lose the values: those are nothing beside others.
-    return torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
 
 
 def _say_so(card: Path, kind: str, block: int | None) -> None:
