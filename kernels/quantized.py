@@ -36,6 +36,16 @@ def format_of(codes: Tensor) -> str:
     return next(name for name, dtype in FORMATS.items() if dtype == codes.dtype)
 
 
+def check_block(flag: str, block: int | None, value_dim: int, pre_value_dim: int | None) -> None:
+    """Raise UltraMemError unless so many values in common with a scale divide every table's row."""
+    for what, width in (("values", value_dim), ("pre-values", pre_value_dim or value_dim)):
+        if block is not None and (block < 1 or width % block):
+            raise UltraMemError(
+                f"{flag} is {block}; {what} are {width} wide. Give a divisor of {width}, or leave "
+                f"{flag} out for one scale a row."
+            )
+
+
 def quantized(values: Tensor, kind: str, block: int | None = None) -> QuantizedRows:
     """Codes and scales of values (N, V); a block's largest value gets the largest code.
 

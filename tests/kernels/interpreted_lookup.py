@@ -28,7 +28,7 @@ from ultramem_megatron.kernels.lookup_reduce import (
     triton_backward,
     triton_forward,
 )
-from ultramem_megatron.kernels.quantized import FORMATS, QuantizedRows
+from ultramem_megatron.kernels.quantized import FORMATS, QuantizedRows, quantized
 from ultramem_megatron.memory.tables.stored import HostTable, StoredReader
 
 
@@ -121,14 +121,21 @@ def test_scores_only():
     assert_close(case.scores.grad, results(lookup_reduce_reference, case)[2], exact_rounding(sizes))
 
 
-def test_a_table_in_host_memory_is_read_where_it_lies():
+@pytest.mark.parametrize("kind", [None, *FORMATS])
+def test_a_table_in_host_memory_is_read_where_it_lies(kind):
     """None of its rows is fetched, and what is read is what the kernels read of a GPU's table."""
     case = inputs(Sizes(3, 9, 2, 40, 4), torch.float32)
     addresses = case.groups * len(case.table) + case.rows
-    reader = StoredReader(_NeverFetched(case.table.detach()), len(case.table), case.num_groups)
+    values = case.table.detach()
+    values = values if kind is None else quantized(values, kind, 8)
+    reader = StoredReader(_NeverFetched(values), len(case.table), case.num_groups)
     with torch.no_grad():
         found = run(reader.read(case.table[:0], addresses, case.scores))
-        assert torch.equal(found, lookup_reduce(*case[:5]))
+        if kind is None:
+            assert torch.equal(found, lookup_reduce(*case[:5]))
+        else:
+            expected = lookup_reduce_reference(values.values(), *case[1:5])
+            assert_close(found, expected, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -22,9 +22,9 @@ from ultramem_megatron.kernels.lookup_prevalued import (
     lookup_prevalued_reference,
     triton_path,
 )
-from ultramem_megatron.kernels.quantized import FORMATS
+from ultramem_megatron.kernels.quantized import FORMATS, quantized
 from ultramem_megatron.memory.tables.contract import PreValues
-from ultramem_megatron.memory.tables.stored import HostTable, StoredReader
+from ultramem_megatron.memory.tables.stored import HostTable, QuantizedHostTable, StoredReader
 
 
 @pytest.fixture(params=["atomics", "deterministic"], autouse=True)
@@ -76,23 +76,28 @@ def test_micro_batches_add_up_in_main_grad(dtype):
 
 
 @pytest.mark.parametrize("act", ["gelu", "softplus"])
-def test_tables_in_host_memory_are_read_where_they_lie(act):
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_tables_in_host_memory_are_read_where_they_lie(act, kind):
     """Unless PyTorch has to compute the activation between the two."""
     fetched = []
 
-    class Counted(HostTable):
+    class Counted(HostTable if kind is None else QuantizedHostTable):
         def fetch(self, rows, width):
             fetched.append(rows)
             return super().fetch(rows, width)
 
     case = inputs(Sizes(2, 9, 2, 20, 24, 4), torch.float32)
-    values, before = Counted(case.table.detach()), Counted(case.pre_table.detach())
+    tables = [table.detach() for table in case[:2]]
+    if kind is not None:
+        tables = [quantized(table, kind) for table in tables]
+    values, before = map(Counted, tables)
     reader = StoredReader(values, len(case.table), case.num_groups)
     addresses = case.groups * len(case.table) + case.rows
     with torch.no_grad():
         pre = PreValues(case.pre_table[:0], case.x, act, before)
         found = run(reader.read(case.table[:0], addresses, case.scores, pre))
-        expected = lookup_prevalued(*case[:7], act)
+        decoded = tables if kind is None else [table.values() for table in tables]
+        expected = lookup_prevalued(*decoded, *case[2:7], act)
     assert_close(found, expected, 1e-6)
     assert (not fetched) == (act == "gelu")
 

@@ -10,7 +10,7 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 
@@ -42,6 +42,7 @@ def quantize(folder: Path, out: Path, kind: str, block: int | None) -> None:
     kind: int8 or fp8 (e4m3). block: values of a row with a scale in common, None for all. Raises
     UltraMemError.
     """
+    from ultramem_megatron.kernels.quantized import check_block
     from ultramem_megatron.tools.export import hf_folder
 
     hf_folder.refuse_full(out)
@@ -49,7 +50,8 @@ def quantize(folder: Path, out: Path, kind: str, block: int | None) -> None:
     hf_folder.check_sums(folder)
     if config.memory is None:
         raise UltraMemError(f"{folder} holds a model without memories: nothing to quantize.")
-    _check_block(block, config.memory)
+    widths = (config.memory["value_dim"], config.memory["pre_value_dim"])
+    check_block("--block", block, *widths)
     state = _quantized(hf_folder.read_weights(folder, "cpu"), kind, block)
     config.value_quantization = {"format": kind, "block": block}
     hf_folder.with_weights(config, state).save_pretrained(out, max_shard_size=hf_folder.SHARD)
@@ -60,17 +62,6 @@ def quantize(folder: Path, out: Path, kind: str, block: int | None) -> None:
     _say_so(out / "README.md", kind, block)
     hf_folder.copy_sources(out)
     hf_folder.finish(out)
-
-
-def _check_block(block: int | None, memory: dict[str, Any]) -> None:
-    for field in ("value_dim", "pre_value_dim"):
-        width = memory[field] or memory["value_dim"]
-        if block is not None and (block < 1 or width % block):
-            what = "pre-values" if field == "pre_value_dim" else "values"
-            raise UltraMemError(
-                f"--block is {block}; {what} are {width} wide. Give a divisor of {width}, or leave "
-                f"--block out for one scale a row."
-            )
 
 
 def _quantized(state: "dict[str, Tensor]", kind: str, block: int | None) -> "dict[str, Tensor]":
