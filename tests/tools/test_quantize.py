@@ -25,6 +25,17 @@ def _table(number=300, width=12):
     return table
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_codes_stand_for_what_pytorch_says(kind):
+    from ultramem_megatron.tools.export.hf.quantized_ultramem import decoded
+
+    codes = torch.arange(256).byte()
+    said = codes.view(kind).float()
+    finite = said.isfinite()
+    assert finite.sum() >= 254
+    assert torch.equal(decoded(codes, kind)[finite], said[finite])
+
+
 @pytest.mark.parametrize("block", [12, 4])
 @pytest.mark.parametrize(("kind", "step"), [("int8", 1 / 254), ("fp8", 1 / 16)])
 def test_no_value_is_off_by_more_than_half_a_step(kind, step, block):
