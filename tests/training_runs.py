@@ -39,7 +39,11 @@ _TINY_GPT: dict[str, Any] = {
     "eval_interval": 1000,
 }
 
-IN_BACKGROUND: dict[str, str | int | float | bool] = {"async_save": True, "use_persistent_ckpt_worker": True, "async_strategy": "mcore"}
+IN_BACKGROUND: dict[str, str | int | float | bool] = {
+    "async_save": True,
+    "use_persistent_ckpt_worker": True,
+    "async_strategy": "mcore",
+}
 """Megatron's flags for saves that training does not wait for; it needs all three."""
 
 
