@@ -11,6 +11,8 @@ per token, C cores, E groups.
 import triton
 import triton.language as tl
 
+from ultramem_megatron.kernels.triton_decoding import decoded, scales_of
+
 
 @triton.jit
 def _activated(x, ACTIVATION: tl.constexpr):
@@ -39,6 +41,14 @@ def pool_kernel(
     pre_width,
     cores,
     num_groups,
+    scales,
+    pre_scales,
+    block,
+    pre_block,
+    num_scales,
+    pre_num_scales,
+    FORMAT: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISE: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -47,7 +57,10 @@ def pool_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Grid (T, blocks of a slice): sums of all picks of a token on these columns of every core."""
+    """Grid (T, blocks of a slice): sums of all picks of a token on these columns of every core.
+
+    Of tables in 8 bits (FORMAT), block and pre_block: columns with a scale in common.
+    """
     token = tl.program_id(0).to(tl.int64)
     core_c = tl.arange(0, CORES)
     within_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -69,6 +82,10 @@ def pool_kernel(
             x_k = tl.load(x + token * pre_width + k, k < pre_width, 0).to(PRECISE)
             inside_pk = real_p[:, None] & (k < pre_width)[None, :]
             pre_pk = tl.load(pre_table + row_p[:, None] * pre_width + k[None, :], inside_pk, 0)
+            if FORMAT != "":
+                at = scales_of(row_p[:, None], k[None, :], pre_block, pre_num_scales, ONE_SCALE)
+                pre_pk = decoded(pre_pk, FORMAT, PRECISE)
+                pre_pk *= tl.load(pre_scales + at, real_p[:, None], 0)
             dot_p += tl.sum(pre_pk.to(PRECISE) * x_k[None, :], 1)
         if tl.program_id(1) == 0:
             tl.store(dots + at_p, dot_p, real_p)
@@ -82,7 +99,13 @@ def pool_kernel(
             table + row_p[:, None, None] * width + column_cw[None, :, :],
             real_p[:, None, None] & inside_cw[None, :, :],
             0,
-        ).to(PRECISE)
+        )
+        if FORMAT != "":
+            column = column_cw[None, :, :]
+            at = scales_of(row_p[:, None, None], column, block, num_scales, ONE_SCALE)
+            value_pcw = decoded(value_pcw, FORMAT, PRECISE)
+            value_pcw *= tl.load(scales + at, real_p[:, None, None], 0)
+        value_pcw = value_pcw.to(PRECISE)
         if GROUPS == 1:
             sums += weight_pc[:, :, None] * value_pcw
         else:

@@ -1,5 +1,7 @@
 """Launches the Triton kernels of the lookup behind pre-values. Letters as in triton_kernels.py."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -12,6 +14,7 @@ from ultramem_megatron.kernels.lookup_reduce.triton_backward import (
     sorted_picks,
 )
 from ultramem_megatron.kernels.lookup_reduce.triton_forward import FEW_PROGRAMS, precise
+from ultramem_megatron.kernels.quantized import QuantizedRows, format_of
 
 MOST_COLUMNS = 2048
 """Of one row that a program takes."""
@@ -27,13 +30,43 @@ def in_flight(capability: int) -> int:
 
 def forward(picked: Picks, num_groups: int, act: str) -> tuple[Tensor, Tensor]:
     """As `composed.forward`; sums in float32 or better; tables also in pinned host memory."""
+    dtype = picked.table.dtype
+    out = picked.scores.new_empty(len(picked.rows), num_groups, picked.table.shape[1], dtype=dtype)
+    whole = {"scales": picked.table, "pre_scales": picked.pre_table, "FORMAT": ""}
+    counts = dict.fromkeys(("block", "pre_block", "num_scales", "pre_num_scales"), 1)
+    return out, _pool(picked, out, act, {**whole, **counts, "ONE_SCALE": True})
+
+
+def forward_quantized(
+    tables: tuple[QuantizedRows, QuantizedRows], picked: Picks, out: Tensor, act: str
+) -> Tensor:
+    """Sums (T, E, V) of tables in 8 bits into `out`, which is returned.
+
+    tables: values and pre-values, in one format; picked: their codes as int8.
+    """
+    (codes, scales), (_, pre_scales) = tables
+    coded = {
+        "scales": scales.contiguous(),
+        "pre_scales": pre_scales.contiguous(),
+        "block": codes.shape[1] // scales.shape[1],
+        "pre_block": tables[1].codes.shape[1] // pre_scales.shape[1],
+        "num_scales": scales.shape[1],
+        "pre_num_scales": pre_scales.shape[1],
+        "FORMAT": format_of(codes),
+        "ONE_SCALE": scales.shape[1] == pre_scales.shape[1] == 1,
+    }
+    _pool(picked, out, act, coded)
+    return out
+
+
+def _pool(picked: Picks, out: Tensor, act: str, coded: dict[str, Any]) -> Tensor:
+    """Fill out (T, E, V); returns the products (T, P)."""
     table, pre_table, rows, groups, scores, x = (t.contiguous() for t in picked)
-    tokens, picks, cores = scores.shape
-    width, pre_width = table.shape[1], pre_table.shape[1]
-    out = scores.new_empty(tokens, num_groups, width, dtype=table.dtype)
+    (tokens, num_groups, width), pre_width = out.shape, pre_table.shape[1]
+    picks, cores = scores.shape[1:]
     dots = scores.new_empty(rows.shape)
     if out.numel() == 0:
-        return out, dots
+        return dots
     most = _in_flight_of(scores)
     sizes = pool_sizes(tokens, picks, cores, width // cores, pre_width, num_groups, most)
     with torch.cuda.device_of(scores):
@@ -49,9 +82,10 @@ def forward(picked: Picks, num_groups: int, act: str) -> tuple[Tensor, Tensor]:
             num_groups,
             ACTIVATION=act,
             PRECISE=precise(table),
+            **coded,
             **sizes,
         )
-    return out, dots
+    return dots
 
 
 def backward(

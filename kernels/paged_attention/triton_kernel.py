@@ -71,7 +71,7 @@ def attend(
             WINDOW=-1 if window is None else window,
             WITH_SINKS=sinks is not None,
             SPLIT=splits > 1,
-            OPERANDS=operands(query),
+            OPERANDS=operands(query.dtype),
             **sizes,
         )
         if splits > 1:

@@ -176,6 +176,8 @@ def _options(tokens, layout, batching):
         batching=batching,
         table_memory="device",
         table_cache_rows=None,
+        table_format=None,
+        table_block=None,
         ultramem_node_size=None,
         **dict(zip(names, layout, strict=True)),
     )

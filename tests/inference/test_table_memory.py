@@ -118,6 +118,47 @@ def test_logits_of_every_kind_on_one_rank_and_two(tmp_path, ranks):
             assert torch.equal(disk, device), case
 
 
+def _quantized_logits(folder, cases, ranks):
+    """From 8 bits; from tables on the device, which are overwritten by what was decoded; bytes."""
+    from ultramem_megatron.inference.loading import load_for_inference
+
+    tokens, found = torch.randint(500, (3, 12), generator=torch.Generator().manual_seed(0)), {}
+    for (kind, cut), (table_format, block) in cases.items():
+        case = str(folder / f"{kind}-{cut}")
+        layout = InferenceLayout(ranks, 1, "auto", "host", None, 0, table_format, block)
+        coded = load_for_inference(case, layout=layout).model
+        whole = load_for_inference(case, layout=InferenceLayout(ranks, 1)).model
+        tables = value_tables(coded)
+        for name, table in value_tables(whole).items():
+            decoded = tables[name].stored.values.values()
+            assert 0 < (decoded - table.weight).norm() / table.weight.norm() < 0.05, name
+            table.weight.data.copy_(decoded)
+        held = [(t.stored.values, t.layout.num_values) for t in tables.values()]
+        rows = [sum(part.nbytes for part in values) / number for values, number in held]
+        found[kind, cut] = full_logits(coded, tokens), full_logits(whole, tokens), rows
+    return found
+
+
+def test_tables_in_eight_bits_give_the_logits_of_what_was_decoded(saved):
+    cases = dict(zip(_FEW, (("int8", None), ("fp8", 4)), strict=True))
+    found = run_on_ranks(1, _quantized_logits, saved, cases, 1)[0]
+    for case, (coded, whole, _) in found.items():
+        assert torch.equal(coded, whole), case
+    assert set(found[_FEW[0]][2]) == {16 + 4}  # bytes of a row
+    assert 16 + 4 * 4 in found[_FEW[1]][2]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_eight_bits_of_every_kind_on_one_rank_and_two(tmp_path, ranks):
+    run_on_ranks(2, _save, tmp_path, _ALL)
+    for of_rank in run_on_ranks(
+        ranks, _quantized_logits, tmp_path, dict.fromkeys(_ALL, ("fp8", 2)), ranks
+    ):
+        for case, (coded, whole, _) in of_rank.items():
+            assert torch.equal(coded, whole), case
+
+
 def _save_large(folder):
     """One table of 32 MB."""
     from ultramem_megatron.inference.untrained import untrained_model
@@ -257,6 +298,8 @@ def test_what_needs_tables_on_the_device_is_refused(saved):
     folder = saved / "ultramem-conv-number"
     with pytest.raises(RanksFailed, match="Leave --ultramem-parallel-size 2 out"):
         run_on_ranks(1, _logits, folder, 1, 2, "auto", "disk")
+    with pytest.raises(RanksFailed, match="--table-block is 3; values are 16 wide"):
+        run_on_ranks(1, _logits, folder, 1, 1, "auto", "host", None, 0, "int8", 3)
 
 
 @pytest.mark.parametrize(
@@ -267,8 +310,10 @@ def test_what_needs_tables_on_the_device_is_refused(saved):
             ["--table-cache-rows", "0", "--table-memory", "disk"],
             "--table-cache-rows is 0; it must be a whole number >= 1",
         ),
+        (["--table-format", "fp8"], "--table-format fp8: of tables in the host's memory alone"),
+        (["--table-block", "4"], "--table-block 4: there are no scales. Give --table-format"),
     ],
 )
-def test_wrong_caches_are_refused(words, message):
+def test_wrong_caches_and_formats_are_refused(words, message):
     with pytest.raises(UltraMemError, match=message):
         layout_from(parse(["--load", "x", *words]))

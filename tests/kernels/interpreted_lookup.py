@@ -18,14 +18,17 @@ from tests.kernels.lookup_cases import (
     main_grad_rounding,
     results,
 )
+from tests.kernels.quantized_cases import CASES, assert_lookup_equals_reference
 from ultramem_megatron.communication.pausing import run
 from ultramem_megatron.kernels.lookup_reduce import (
     lookup_addresses,
+    lookup_quantized,
     lookup_reduce,
     lookup_reduce_reference,
     triton_backward,
     triton_forward,
 )
+from ultramem_megatron.kernels.quantized import FORMATS, QuantizedRows, quantized
 from ultramem_megatron.memory.tables.stored import HostTable, StoredReader
 
 
@@ -118,14 +121,43 @@ def test_scores_only():
     assert_close(case.scores.grad, results(lookup_reduce_reference, case)[2], exact_rounding(sizes))
 
 
-def test_a_table_in_host_memory_is_read_where_it_lies():
+@pytest.mark.parametrize("kind", [None, *FORMATS])
+def test_a_table_in_host_memory_is_read_where_it_lies(kind):
     """None of its rows is fetched, and what is read is what the kernels read of a GPU's table."""
     case = inputs(Sizes(3, 9, 2, 40, 4), torch.float32)
     addresses = case.groups * len(case.table) + case.rows
-    reader = StoredReader(_NeverFetched(case.table.detach()), len(case.table), case.num_groups)
+    values = case.table.detach()
+    values = values if kind is None else quantized(values, kind, 8)
+    reader = StoredReader(_NeverFetched(values), len(case.table), case.num_groups)
     with torch.no_grad():
         found = run(reader.read(case.table[:0], addresses, case.scores))
-        assert torch.equal(found, lookup_reduce(*case[:5]))
+        if kind is None:
+            assert torch.equal(found, lookup_reduce(*case[:5]))
+        else:
+            expected = lookup_reduce_reference(values.values(), *case[1:5])
+            assert_close(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(("sizes", "block"), CASES, ids=str)
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_codes_are_decoded_where_they_are_read(sizes, block, kind, dtype):
+    assert_lookup_equals_reference(sizes, block, kind, dtype)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_code_is_decoded_exactly(kind):
+    """One value a row, read once with a score of 1; NaN of e4m3 is no code that is written."""
+    codes = torch.arange(256, dtype=torch.uint8).view(256, 1).view(FORMATS[kind])
+    table = QuantizedRows(codes, torch.ones(256, 1))
+    rows, groups = torch.arange(256).view(8, 32), torch.arange(32).expand(8, 32)
+    one = torch.ones(8, 32, 1)
+    found = lookup_quantized(table, rows, groups, one, 32, torch.float32).view(256)
+    expected = codes.float().view(256)
+    kept = expected.isfinite()
+    assert kept.sum() >= 254
+    assert torch.equal(found[kept], expected[kept])
 
 
 class _NeverFetched(HostTable):

@@ -15,14 +15,16 @@ from tests.kernels.prevalued_cases import (
     results,
     terms,
 )
+from tests.kernels.quantized_cases import PREVALUED, assert_prevalued_equals_reference
 from ultramem_megatron.communication.pausing import run
 from ultramem_megatron.kernels.lookup_prevalued import (
     lookup_prevalued,
     lookup_prevalued_reference,
     triton_path,
 )
+from ultramem_megatron.kernels.quantized import FORMATS, quantized
 from ultramem_megatron.memory.tables.contract import PreValues
-from ultramem_megatron.memory.tables.stored import HostTable, StoredReader
+from ultramem_megatron.memory.tables.stored import HostTable, QuantizedHostTable, StoredReader
 
 
 @pytest.fixture(params=["atomics", "deterministic"], autouse=True)
@@ -74,22 +76,40 @@ def test_micro_batches_add_up_in_main_grad(dtype):
 
 
 @pytest.mark.parametrize("act", ["gelu", "softplus"])
-def test_tables_in_host_memory_are_read_where_they_lie(act):
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_tables_in_host_memory_are_read_where_they_lie(act, kind):
     """Unless PyTorch has to compute the activation between the two."""
     fetched = []
 
-    class Counted(HostTable):
+    class Counted(HostTable if kind is None else QuantizedHostTable):
         def fetch(self, rows, width):
             fetched.append(rows)
             return super().fetch(rows, width)
 
     case = inputs(Sizes(2, 9, 2, 20, 24, 4), torch.float32)
-    values, before = Counted(case.table.detach()), Counted(case.pre_table.detach())
+    tables = [table.detach() for table in case[:2]]
+    if kind is not None:
+        tables = [quantized(table, kind) for table in tables]
+    values, before = map(Counted, tables)
     reader = StoredReader(values, len(case.table), case.num_groups)
     addresses = case.groups * len(case.table) + case.rows
     with torch.no_grad():
         pre = PreValues(case.pre_table[:0], case.x, act, before)
         found = run(reader.read(case.table[:0], addresses, case.scores, pre))
-        expected = lookup_prevalued(*case[:7], act)
+        decoded = tables if kind is None else [table.values() for table in tables]
+        expected = lookup_prevalued(*decoded, *case[2:7], act)
     assert_close(found, expected, 1e-6)
     assert (not fetched) == (act == "gelu")
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("int8", torch.bfloat16), ("fp8", torch.float32)])
+@pytest.mark.parametrize(("sizes", "block", "pre_block"), PREVALUED, ids=str)
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_codes_are_decoded_where_they_are_read(sizes, block, pre_block, kind, dtype):
+    assert_prevalued_equals_reference(sizes, (block, pre_block), kind, "gelu", dtype)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_codes_before_an_activation_of_pytorchs(kind):
+    sizes, *blocks = PREVALUED[1]
+    assert_prevalued_equals_reference(sizes, tuple(blocks), kind, "softplus", torch.float32)

@@ -29,6 +29,7 @@ def test_in_the_interpreter():
 
 _POINTERS = {"rows": "*i64", "groups": "*i64"}
 _SIXTEEN_BYTES = r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global \[.*0x10"
+_EIGHT_CODES = r"ld\.global\.v[24]\.b32|cp\.async\.c.\.shared\.global \[.*0x(8|10)"
 _SIZE_TYPES = {"picks": "i32", "width": "i32", "slice_width": "i32"}
 
 
@@ -37,7 +38,8 @@ def _types(dtype, *, floats, **others):
     return {**dict.fromkeys(floats, f"*{dtype}"), **_POINTERS, **_SIZE_TYPES, **others}
 
 
-def _compile_pool(capability, dtype, tokens, slice_width, picks, groups, addresses=False):
+def _compile_pool(capability, dtype, tokens, slice_width, picks, groups, addresses=False, coded=""):
+    """coded: what int8 codes stand for, or nothing; `slice_width` of them have one scale then."""
     import triton.language as tl
 
     from ultramem_megatron.kernels.lookup_reduce import triton_forward
@@ -46,10 +48,14 @@ def _compile_pool(capability, dtype, tokens, slice_width, picks, groups, address
         operands, sizes = tl.float32, triton_forward.block_sizes(2 * tokens, slice_width, groups)
     else:
         operands = {"bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
-        sizes = triton_forward.tensor_core_sizes(2 * tokens, slice_width, picks, groups)
+        in_flight = triton_forward.CODES_IN_FLIGHT if coded else triton_forward.IN_FLIGHT
+        shape = (2 * tokens, slice_width, picks, groups)
+        sizes = triton_forward.tensor_core_sizes(*shape, in_flight)
     types = _types(dtype, floats=("table", "out"), scores="*fp32", cores="i32", num_groups="i32")
+    types |= {"table": "*i8", "scales": "*fp32"} if coded else {"scales": f"*{dtype}"}
     constants = {"PRECISE": tl.float32, "OPERANDS": operands, "ADDRESSES": addresses, **sizes}
-    loose = {"num_rows": "i32"}
+    constants["FORMAT"] = coded
+    loose = dict.fromkeys(("num_rows", "of_core", "of_scale", "num_scales"), "i32")
     return compile_for(capability, triton_forward.pool_kernel, types, constants, any_number=loose)
 
 
@@ -75,6 +81,28 @@ def test_forward_on_tensor_cores_compiles(capability, shape):
     assert built.registers <= 210
     assert "mma.sync.aligned.m16n8k16" in built.ptx
     assert re.search(_SIXTEEN_BYTES, built.ptx)
+
+
+_CODED_SHAPES = [(8192, 512, 84, 4), (64, 512, 84, 4), (8192, 64, 84, 4)]
+_LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "capability", [90, pytest.param(80, marks=_LONG), pytest.param(100, marks=_LONG)]
+)
+@pytest.mark.parametrize("coded", ["int8", "fp8"])
+@pytest.mark.parametrize("shape", _CODED_SHAPES, ids=str)
+def test_codes_are_read_eight_at_a_time_and_decoded_without_spills(capability, coded, shape):
+    """A scale a row, for many tokens and few, and one for 64 values; for sums of either kind."""
+    built = _compile_pool(capability, "bf16", *shape, coded=coded)
+    assert built.spilled == 0
+    assert built.registers <= 210
+    assert "mma.sync.aligned.m16n8k16" in built.ptx
+    assert re.search(_EIGHT_CODES, built.ptx)
+    built = _compile_pool(capability, "fp32", *shape, coded=coded)
+    assert built.spilled == 0
+    assert built.registers <= 168
+    assert re.search(_EIGHT_CODES, built.ptx)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -30,14 +30,17 @@ def test_in_the_interpreter():
 _TABLES = ("table", "pre_table", "x", "out", "grad")
 _FLOATS = ("scores", "dots", "gates", "slopes", "target", "pre_target", "score_grad", "dot_grad")
 _SIZES = ("picks", "width", "slice_width", "pre_width")
-_COUNTS = ("cores", "num_groups")
+_SCALES = ("scales", "pre_scales")
+_COUNTS = ("cores", "num_groups", "block", "pre_block", "num_scales", "pre_num_scales")
 
 
-def _compile(capability, kernel, dtype, constants):
+def _compile(capability, kernel, dtype, constants, coded=False):
     types = {**dict.fromkeys(_TABLES, f"*{dtype}"), **dict.fromkeys(_FLOATS, "*fp32")}
+    types |= dict.fromkeys(_SCALES, "*fp32" if coded else f"*{dtype}")
+    types |= dict.fromkeys(("table", "pre_table"), "*i8") if coded else {}
     types |= {"rows": "*i64", "groups": "*i64", "x_grad": "*fp32", **dict.fromkeys(_SIZES, "i32")}
     own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
-    loose = dict.fromkeys(_COUNTS, "i32")
+    loose = {name: "i32" for name in _COUNTS if name in kernel.arg_names}
     return compile_for(capability, kernel, own, constants, any_number=loose)
 
 
@@ -63,12 +66,31 @@ def test_forward_compiles_to_vector_loads_without_spills(capability, shape):
 
     most = triton_path.in_flight(capability)
     constants = {
+        "FORMAT": "",
+        "ONE_SCALE": True,
         "ACTIVATION": "gelu",
         "PRECISE": tl.float32,
         **triton_path.pool_sizes(*shape, most),
     }
     built = _compile(capability, triton_kernels.pool_kernel, "bf16", constants)
     assert built.spilled == 0
+    assert built.registers <= 168
+    assert "ld.global.v4.b32" in built.ptx
+
+
+@pytest.mark.parametrize("capability", _CAPABILITIES)
+@pytest.mark.parametrize(("coded", "one_scale"), [("int8", True), ("fp8", False)])
+@pytest.mark.parametrize("shape", _SHAPES[1:4], ids=str)
+def test_codes_are_decoded_in_registers(capability, shape, coded, one_scale):
+    import triton.language as tl
+
+    from ultramem_megatron.kernels.lookup_prevalued import triton_kernels, triton_path
+
+    most = triton_path.in_flight(capability)
+    constants = {"FORMAT": coded, "ONE_SCALE": one_scale, "ACTIVATION": "gelu"}
+    constants |= {"PRECISE": tl.float32, **triton_path.pool_sizes(*shape, most)}
+    built = _compile(capability, triton_kernels.pool_kernel, "bf16", constants, coded=True)
+    assert built.spilled <= (12 if capability == 80 else 0)  # with 72 registers, of 255
     assert built.registers <= 168
     assert "ld.global.v4.b32" in built.ptx
 

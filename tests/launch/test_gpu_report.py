@@ -15,6 +15,7 @@ from tests import ROOT
 from tests.inference.test_decode_launches import BETWEEN, PRODUCTS
 from tests.launch.launches import launches_of_a_layer
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.kernels.quantized import FORMATS
 from ultramem_megatron.tools.gpu_report import PARTS
 
 
@@ -103,7 +104,7 @@ def test_what_ran_beside_something_is_counted_once():
 def test_what_is_known_is_asked_of_some_part():
     """Names of rows: a row that was renamed would lose its target."""
     from launch.benchmarks.decode import QUICK
-    from launch.gpu_report.parts import decode, kernels, layer
+    from launch.gpu_report.parts import decode, eight_bits, kernels, layer
 
     asked = {
         f"{op} {passes}, {words}, T {tokens}"
@@ -122,6 +123,7 @@ def test_what_is_known_is_asked_of_some_part():
         f"paged attention, decoding, batch {size.batch}, {size.context} keys"
         for size in kernels._DECODING
     }
+    asked |= {f"lookup of {kind} codes, T {max(eight_bits._TOKENS)}" for kind in FORMATS}
     starts = (
         "decode, ",
         "paged",

@@ -9,6 +9,7 @@ import torch
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.dispatch import implementation
+from ultramem_megatron.kernels.quantized import check_block
 from ultramem_megatron.megatron.flags.layout_flags import lay_on_one_rank
 from ultramem_megatron.megatron.flags.table_flags import settings_from_args
 from ultramem_megatron.memory.config import UltraMemConfig
@@ -22,7 +23,8 @@ class InferenceLayout:
 
     table_memory: where value tables are, of TABLE_MEMORIES. Those that are not on the device are
     whole on each rank, and processes of a host share what they read from disk. table_cache_rows:
-    of each of those, how many rows a cache on the device holds; 0: there is none.
+    of each of those, how many rows a cache on the device holds; 0: there is none. table_format,
+    table_block: what `quantized` makes of tables in host memory; None: they stay as they are.
     """
 
     tensor_parallel: int | None = None
@@ -31,6 +33,8 @@ class InferenceLayout:
     table_memory: str = "device"
     node_size: int | None = None
     table_cache_rows: int = 0
+    table_format: str | None = None
+    table_block: int | None = None
 
 
 def describe_ranks(
@@ -59,6 +63,7 @@ def _with_whole_tables(ultramem: UltraMemConfig | None, layout: InferenceLayout)
             f"--table-memory {layout.table_memory}: tables that are not on the device are not cut "
             f"over ranks. Leave --ultramem-parallel-size {layout.table_ranks} out."
         )
+    check_block("--table-block", layout.table_block, ultramem.value_dim, ultramem.pre_value_dim)
     return replace(layout, table_ranks=1)
 
 

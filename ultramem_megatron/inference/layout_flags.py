@@ -57,6 +57,17 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
         help="Of each table that --table-memory leaves in the host's memory or on disk, keep the N "
         "rows that are read most on the device; says at the end how often they were read.",
     )
+    parser.add_argument(
+        "--table-format",
+        choices=("int8", "fp8"),
+        help="With --table-memory host: keep value tables in 8 bits, decoded where they are read.",
+    )
+    parser.add_argument(
+        "--table-block",
+        type=int,
+        metavar="N",
+        help="Values of a row that have a scale of --table-format in common. Default: all.",
+    )
 
 
 def layout_from(options: argparse.Namespace) -> "InferenceLayout":
@@ -71,6 +82,7 @@ def layout_from(options: argparse.Namespace) -> "InferenceLayout":
             f"{', '.join(allowed)}."
         )
     _check_cache(options)
+    _check_format(options)
     return InferenceLayout(
         options.tensor_parallel_size,
         options.ultramem_parallel_size,
@@ -78,6 +90,8 @@ def layout_from(options: argparse.Namespace) -> "InferenceLayout":
         options.table_memory,
         options.ultramem_node_size,
         options.table_cache_rows or 0,
+        options.table_format,
+        options.table_block,
     )
 
 
@@ -91,4 +105,17 @@ def _check_cache(options: argparse.Namespace) -> None:
         raise UltraMemError(
             f"--table-cache-rows {rows}: tables are on the device already. Leave it out, or give "
             f"--table-memory host or disk."
+        )
+
+
+def _check_format(options: argparse.Namespace) -> None:
+    if options.table_format and options.table_memory != "host":
+        raise UltraMemError(
+            f"--table-format {options.table_format}: of tables in the host's memory alone, and "
+            f"--table-memory is {options.table_memory}. Give --table-memory host, or leave it out."
+        )
+    if options.table_block is not None and not options.table_format:
+        raise UltraMemError(
+            f"--table-block {options.table_block}: there are no scales. Give --table-format int8 "
+            f"or fp8, or leave it out."
         )

@@ -37,7 +37,7 @@ def leave_tables(
     """
     from megatron.core.utils import unwrap_model
 
-    from ultramem_megatron.inference.host_memory import in_host_memory
+    from ultramem_megatron.inference.host_memory import in_eight_bits, in_host_memory
     from ultramem_megatron.megatron.checkpoint.table_files import TableFiles
     from ultramem_megatron.memory.tables.value_table import value_tables
 
@@ -47,7 +47,11 @@ def leave_tables(
         name = f"{module_name}.weight"
         place = sharded.pop(name)
         on_disk = files.table(place.key, place.global_offset[0], table.layout.num_values)
-        stored: StoredTable = in_host_memory(on_disk, table) if in_memory else on_disk
+        stored: StoredTable = on_disk
+        if layout.table_format:
+            stored = in_eight_bits(on_disk, table, layout.table_format, layout.table_block)
+        elif in_memory:
+            stored = in_host_memory(on_disk, table)
         if layout.table_cache_rows:
             stored = CachedTable(stored, layout.table_cache_rows, table.weight.detach())
         table.leave_stored(stored)

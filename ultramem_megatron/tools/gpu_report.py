@@ -26,6 +26,7 @@ PARTS = {
     "speed": 3.0,
     "overlap": 2.0,
     "host_tables": 1.0,
+    "eight_bits": 1.0,
 }
 """In order of value; the minutes that each may take, less where fewer are left."""
 

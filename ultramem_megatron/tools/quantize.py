@@ -10,7 +10,7 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 
@@ -42,6 +42,7 @@ def quantize(folder: Path, out: Path, kind: str, block: int | None) -> None:
     kind: int8 or fp8 (e4m3). block: values of a row with a scale in common, None for all. Raises
     UltraMemError.
     """
+    from ultramem_megatron.kernels.quantized import check_block
     from ultramem_megatron.tools.export import hf_folder
 
     hf_folder.refuse_full(out)
@@ -49,7 +50,8 @@ def quantize(folder: Path, out: Path, kind: str, block: int | None) -> None:
     hf_folder.check_sums(folder)
     if config.memory is None:
         raise UltraMemError(f"{folder} holds a model without memories: nothing to quantize.")
-    _check_block(block, config.memory)
+    widths = (config.memory["value_dim"], config.memory["pre_value_dim"])
+    check_block("--block", block, *widths)
     state = _quantized(hf_folder.read_weights(folder, "cpu"), kind, block)
     config.value_quantization = {"format": kind, "block": block}
     hf_folder.with_weights(config, state).save_pretrained(out, max_shard_size=hf_folder.SHARD)
@@ -60,17 +62,6 @@ def quantize(folder: Path, out: Path, kind: str, block: int | None) -> None:
     _say_so(out / "README.md", kind, block)
     hf_folder.copy_sources(out)
     hf_folder.finish(out)
-
-
-def _check_block(block: int | None, memory: dict[str, Any]) -> None:
-    for field in ("value_dim", "pre_value_dim"):
-        width = memory[field] or memory["value_dim"]
-        if block is not None and (block < 1 or width % block):
-            what = "pre-values" if field == "pre_value_dim" else "values"
-            raise UltraMemError(
-                f"--block is {block}; {what} are {width} wide. Give a divisor of {width}, or leave "
-                f"--block out for one scale a row."
-            )
 
 
 def _quantized(state: "dict[str, Tensor]", kind: str, block: int | None) -> "dict[str, Tensor]":
@@ -101,7 +92,7 @@ def quantize_table(table: "Tensor", kind: str, block: int) -> "tuple[Tensor, Ten
     """
     import torch
 
-    from ultramem_megatron.tools.export.hf.quantized_ultramem import FORMATS
+    from ultramem_megatron.kernels.quantized import quantized
 
     number, width = table.shape
     codes = torch.empty(number, width, dtype=torch.uint8)
@@ -109,29 +100,12 @@ def quantize_table(table: "Tensor", kind: str, block: int) -> "tuple[Tensor, Ten
     missed = total = 0.0
     for start in range(0, number, _AT_ONCE):
         rows = slice(start, min(start + _AT_ONCE, number))
-        values = table[rows].float().unflatten(1, (-1, block))
-        if not values.isfinite().all():
-            raise UltraMemError("A value table holds NaN or infinity: the model is damaged.")
-        kept = _scale(values, kind)
-        exact = values / kept
-        coded = (exact.round() if kind == "int8" else exact).to(FORMATS[kind])
-        codes[rows] = coded.view(torch.uint8).flatten(1)
-        scales[rows] = kept.squeeze(2)
-        missed += float((coded.float() * kept - values).double().square().sum())
+        values = table[rows].float()
+        found = quantized(values, kind, block)
+        codes[rows], scales[rows] = found.codes.view(torch.uint8), found.scales
+        missed += float((found.values() - values).double().square().sum())
         total += float(values.double().square().sum())
     return codes, scales, (missed / total) ** 0.5 if total else 0.0
-
-
-def _scale(values: "Tensor", kind: str) -> "Tensor":
-    """(R, blocks, 1): what the largest code of each block is multiplied by; 1 where all is zero."""
-    import torch
-
-    from ultramem_megatron.tools.export.hf.quantized_ultramem import FORMATS
-
-    most = 127.0 if kind == "int8" else torch.finfo(FORMATS[kind]).max
-    scale = values.abs().amax(2, keepdim=True) / most
-    # Subnormal scales would lose the values: those are nothing beside others.
-    return torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
 
 
 def _say_so(card: Path, kind: str, block: int | None) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.kernels.dispatch import implementation
-from ultramem_megatron.kernels.lookup_prevalued import lookup_prevalued
+from ultramem_megatron.kernels.lookup_prevalued import lookup_prevalued, lookup_prevalued_quantized
 from ultramem_megatron.kernels.lookup_prevalued.activations import IN_KERNELS
-from ultramem_megatron.kernels.lookup_reduce import lookup_reduce
+from ultramem_megatron.kernels.lookup_reduce import lookup_quantized, lookup_reduce
+from ultramem_megatron.kernels.quantized import QuantizedRows
 from ultramem_megatron.memory.retrieval.addresses import split_address
 from ultramem_megatron.memory.tables.contract import PreValues
 from ultramem_megatron.memory.tables.hot_rows import HotRows
@@ -40,11 +41,12 @@ class Piece(NamedTuple):
 class StoredTable(Protocol):
     """A table that is not on the device.
 
-    values: (N, V) in host memory, where a GPU can read it; None: rows have to be fetched.
+    values: (N, V) in host memory, where a GPU can read it; None: rows have to be fetched. Tables
+    that are read together are all of one kind.
     """
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | QuantizedRows | None:
         """See above."""
         ...
 
@@ -101,6 +103,20 @@ class HostTable:
         return self.values[rows]
 
 
+@dataclass(frozen=True)
+class QuantizedHostTable:
+    """The same in 8 bits."""
+
+    values: QuantizedRows
+
+    def ask_for(self, rows: Tensor) -> None:
+        """See StoredTable: it is there."""
+
+    def fetch(self, rows: Tensor, width: int) -> Tensor:
+        """See StoredTable; decoded, in float32."""
+        return self.values.at(rows)
+
+
 class CachedTable:
     """A table behind a cache of its rows in the device's memory."""
 
@@ -152,11 +168,7 @@ class StoredReader:
         """See TableReader.read."""
         rows, groups = split_address(addresses, self.num_values)
         if self.table.values is not None and _read_where_they_lie(part, pre):
-            picked = (rows, groups, scores)
-            if pre is None:
-                return lookup_reduce(self.table.values, *picked, self.num_groups)
-            tables = (self.table.values, pre.stored.values)
-            return lookup_prevalued(*tables, *picked, pre.x, self.num_groups, pre.act)
+            return self._in_kernels(self.table.values, rows, groups, scores, pre, part.dtype)
         unique, places = rows.unique(return_inverse=True)  # (R,), and where each pick is (T, P)
         unique = unique.cpu()
         for table in (self.table,) if pre is None else (self.table, pre.stored):
@@ -169,6 +181,25 @@ class StoredReader:
         before = pre.stored.fetch(unique, pre.part.shape[1]).to(pre.part)
         given = (fetched, before, places, groups, scores, pre.x)
         return lookup_prevalued(*given, self.num_groups, pre.act)
+
+    def _in_kernels(
+        self,
+        values: Tensor | QuantizedRows,
+        rows: Tensor,
+        groups: Tensor,
+        scores: Tensor,
+        pre: PreValues | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        picked = (rows, groups, scores)
+        if pre is not None:
+            tables, given = (values, pre.stored.values), (*picked, pre.x, self.num_groups, pre.act)
+            if isinstance(values, QuantizedRows):
+                return lookup_prevalued_quantized(*tables, *given, dtype)
+            return lookup_prevalued(*tables, *given)
+        if isinstance(values, QuantizedRows):
+            return lookup_quantized(values, *picked, self.num_groups, dtype)
+        return lookup_reduce(values, *picked, self.num_groups)
 
 
 def _read_where_they_lie(part: Tensor, pre: PreValues | None) -> bool:
