@@ -64,8 +64,8 @@ def initialize_model_parallel(
         if made != size:
             raise UltraMemError(
                 f"value tables are to be cut over {size} ranks, but Megatron was initialised "
-                f"before, with expert groups of {made}. Use --ultramem-parallel-size {made}, or make the "
-                f"model config before initialize_megatron()."
+                f"before, with expert groups of {made}. Use --ultramem-parallel-size {made}, or "
+                f"make the model config before initialize_megatron()."
             )
         return
     own = (args.expert_model_parallel_size, args.expert_tensor_parallel_size)
