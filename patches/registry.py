@@ -63,6 +63,7 @@ PATCH_MODULES = (
     "defects.distopt_initial_state",
     "defects.distopt_missing_step",
     "defects.distopt_shared_step",
+    "defects.distopt_empty_shard",
     "defects.distopt_load_without_grad",
     "defects.adam_first_steps",
     "defects.fused_adam",

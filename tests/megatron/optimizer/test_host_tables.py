@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.closeness import assert_close, rounding
-from tests.megatron.optimizer.few_reads import few_reads
+from tests.closeness import rounding
+from tests.megatron.optimizer.host_runs import assert_same, flags, trained
 from tests.training_runs import run_pretrain
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags.table_memory_flags import refuse_table_memory
@@ -22,52 +22,10 @@ _HALF = 1e-2
 _LONG = pytest.mark.long
 
 
-def _flags(**changes):
-    return few_reads(**{"train_iters": 4, "adam_eps": 1e-5, **changes})
-
-
-def _tables(trained):
-    """Every table with its float32 weights and moments, by name, wherever they are."""
-    from ultramem_megatron.kernels.reading import UPKEEP, about_to_read_all
-    from ultramem_megatron.memory.tables.value_table import value_tables
-
-    singles = getattr(trained.optimizer, "chained_optimizers", [trained.optimizer])
-    found = {}
-    for chunk in trained.model:
-        for name, table in value_tables(chunk).items():
-            about_to_read_all(table.weight)
-            keeper = getattr(table.weight, UPKEEP, None)
-            if keeper is not None:
-                main, state = keeper.master, keeper.state
-            else:
-                main = getattr(table.weight, "main_param", table.weight)
-                state = next(s.optimizer.state[main] for s in singles if main in s.optimizer.state)
-            found[name] = [main, state["exp_avg"], state["exp_avg_sq"]]
-    return found
-
-
-def _trained(world_size, flags, **options):
-    return run_pretrain(world_size, flags, parameters=True, on_finish=_tables, **options)
-
-
-def _assert_same(ours, device, tolerance):
-    """tolerance: relative, of squares twice as much; 0: to the bit."""
-    for kind in ("losses", "grad_norms"):
-        for mine, theirs in zip(getattr(ours, kind), getattr(device, kind), strict=True):
-            assert abs(mine - theirs) <= tolerance * abs(theirs) or repr(mine) == repr(theirs)
-    for mine, theirs in zip(ours.ranks, device.ranks, strict=True):
-        for name, parameter in theirs.parameters.items():
-            assert_close(mine.parameters[name], parameter, tolerance, name)
-        assert mine.finished.keys() == theirs.finished.keys()
-        for name, tensors in theirs.finished.items():
-            for found, wanted in zip(mine.finished[name], tensors, strict=True):
-                assert_close(found, wanted, 2 * tolerance, name)
-
-
 def test_one_micro_batch_without_clipping_is_the_device_s_to_the_bit():
     """Nothing is then added up in another order, nor scaled."""
-    flags = {"global_batch_size": 1, "clip_grad": 0.0}
-    _assert_same(*(_trained(1, _flags(**flags, **more)) for more in (_HOST, {})), 0)
+    given = {"global_batch_size": 1, "clip_grad": 0.0}
+    assert_same(*(trained(1, flags(**given, **more)) for more in (_HOST, {})), 0)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +110,12 @@ def test_one_micro_batch_without_clipping_is_the_device_s_to_the_bit():
     ],
 )
 def test_training_is_the_device_s(world_size, changes):
-    ours, device = (_trained(world_size, _flags(**changes, **more)) for more in (_HOST, {}))
+    ours, device = (trained(world_size, flags(**changes, **more)) for more in (_HOST, {}))
     if "fp16" in changes:
         assert ours.iterations[0]["skipped"]
         assert not ours.iterations[-1]["skipped"]
     half = "bf16" in changes or "fp16" in changes
-    _assert_same(ours, device, _HALF if half else _ROUNDING)
+    assert_same(ours, device, _HALF if half else _ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -175,12 +133,12 @@ def test_a_run_may_move_at_a_checkpoint(switch, changes, tmp_path):
     saved = {"save": tmp_path, "load": tmp_path, "save_interval": 2, "load_or_start": True}
     saved |= {"ckpt_format": "torch_dist", "global_batch_size": 1, "clip_grad": 0.0}
     before, after = ({**changes, **saved, **more} for more in switch)
-    run_pretrain(1, _flags(**before, exit_interval=2))
-    ours = _trained(1, _flags(**after))
-    whole = _trained(1, _flags(**{**changes, "global_batch_size": 1, "clip_grad": 0.0}))
+    run_pretrain(1, flags(**before, exit_interval=2))
+    ours = trained(1, flags(**after))
+    whole = trained(1, flags(**{**changes, "global_batch_size": 1, "clip_grad": 0.0}))
     for rank in whole.ranks:
         del rank.iterations[:2]
-    _assert_same(ours, whole, 0)
+    assert_same(ours, whole, 0)
 
 
 class _Crossing(TorchDispatchMode):
@@ -226,7 +184,7 @@ def test_a_read_and_its_backward_touch_rows_and_nothing_of_the_tables_size():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_distributed_optimizer": True}, "--use-distributed-optimizer cannot be combined"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp cannot be combined"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 cannot be combined"),
         ({"ultramem_train_only": "memory"}, "--ultramem-train-only memory cannot be combined"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local cannot be combined"),

@@ -96,3 +96,22 @@ def _steps_of_a_rank_without_parameters() -> tuple[float, float, bool]:
 
 def test_a_rank_without_parameters_saves_the_number_of_steps() -> None:
     assert run_on_ranks(1, _steps_of_a_rank_without_parameters) == [(0.0, 7.0, True)]
+
+
+_SMALL_BUCKETS = {"overlap_grad_reduce": True, "ddp_bucket_size": 1, "global_batch_size": 4}
+
+
+def test_a_rank_may_have_nothing_of_a_bucket(tmp_path: Any) -> None:
+    """A norm's 16 numbers in a bucket of their own: padded to 128, of which the other has 64."""
+    saving = {"save": tmp_path, "save_interval": 2, "exit_interval": 2}
+    whole = run_pretrain(2, _flags(**_SMALL_BUCKETS))
+    run_pretrain(2, _flags(**_SMALL_BUCKETS, **saving))
+    resumed = run_pretrain(2, _flags(**_SMALL_BUCKETS, load=tmp_path))
+    assert resumed.losses == whole.losses[2:]
+    assert resumed.grad_norms == whole.grad_norms[2:]
+
+
+def test_a_rank_with_nothing_of_a_bucket_fails_upstream(tmp_path: Any) -> None:
+    patches = [patch for patch in PATCH_MODULES if patch != "defects.distopt_empty_shard"]
+    with pytest.raises(RanksFailed, match="empty bucket encountered"):
+        run_pretrain(2, _flags(**_SMALL_BUCKETS, save=tmp_path, save_interval=2), patches=patches)

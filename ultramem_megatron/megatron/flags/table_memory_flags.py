@@ -10,7 +10,6 @@ from ultramem_megatron.memory.config import UltraMemConfig
 _GIVEN = "--ultramem-table-memory host"
 _REFUSED: Mapping[str, str] = {
     "use_megatron_fsdp": "its buffers hold what it trains, on the device",
-    "use_distributed_optimizer": "its buffers hold what it trains, on the device",
     "use_torch_fsdp2": "gradients of tables are taken from the buffers of Megatron's DDP",
     "ultramem_row_adam": "AdamW visits rows that are read anyway",
     "ultramem_train_only": "it freezes parameters, and such a table is none of Megatron's",

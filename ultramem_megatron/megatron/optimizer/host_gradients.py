@@ -40,7 +40,7 @@ def _refuses_nan(chunk: Any) -> bool:
 
 def _complete(home: HostRows, replicas: Any, refuses_nan: bool) -> None:
     rows, main_grad = home.complete(), home.stand_in.main_grad  # type: ignore[attr-defined]  # Megatron's tag
-    factor = float(main_grad) / replicas.size()
+    factor = home.told(main_grad) / replicas.size()
     if replicas.size() > 1:
         rows = _of_all(rows, home, replicas)
         home.complete_as(rows)

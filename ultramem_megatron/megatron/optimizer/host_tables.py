@@ -15,16 +15,13 @@ from itertools import chain
 from typing import Any
 
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from ultramem_megatron.kernels.adam_rows import AdamStep, Moments
-from ultramem_megatron.megatron.optimizer.visited_rows import (
-    VisitedRows,
-    begin_step,
-    refuse_other_optimizers,
-)
-from ultramem_megatron.memory.tables.host_rows import HostRows
-from ultramem_megatron.memory.tables.value_table import ValueTable, value_tables
+from ultramem_megatron.megatron.optimizer.host_adam import HostAdam
+from ultramem_megatron.megatron.optimizer.host_distributed import DistributedTrainer
+from ultramem_megatron.megatron.optimizer.visited_rows import refuse_other_optimizers
+from ultramem_megatron.memory.tables.value_table import value_tables
 
 _LISTS = ("float16_groups", "fp32_from_float16_groups", "fp32_from_fp32_groups")
 _OF_CHECKPOINTS = ("sharded_state_dict", "state_dict", "load_state_dict", "reload_model_params")
@@ -44,44 +41,27 @@ def train_on_host(optimizer: Any, layers: Iterable[Any]) -> None:
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         if single.optimizer is None:
             continue
-        held = [p for group in single.optimizer.param_groups for p in group["params"]]
-        trained = {id(p): _HostAdam(tables[id(p)]) for p in held if id(p) in tables}
+        distributed = isinstance(single, DistributedOptimizer)
+        held = _in_buffers(single) if distributed else _in_groups(single)
+        trained = {id(p): HostAdam(tables[id(p)]) for p in held if id(p) in tables}
         if trained:
             refuse_other_optimizers(single.optimizer, "--ultramem-table-memory host")
-            _Trainer(single, trained).take_over()
+            (DistributedTrainer if distributed else _Trainer)(single, trained).take_over()
 
 
-class _HostAdam(VisitedRows):
-    """Of one table, with its optimizer state."""
+def _in_groups(single: Any) -> list[Tensor]:
+    return [p for group in single.optimizer.param_groups for p in group["params"]]
 
-    def __init__(self, table: ValueTable) -> None:
-        assert table.rows is not None
-        super().__init__(table)
-        self.home: HostRows = table.rows
-        precise = self.weight.dtype == torch.float32
-        self.master = self.weight if precise else self.weight.detach().float()
-        self.state: dict[str, Tensor] = {}
 
-    def step(self, norm: Tensor, group: Mapping[str, Any]) -> None:
-        """norm: the stand-in's gradient, after what Megatron has done to it."""
-        number = begin_step(self.state, self.master)
-        rows, gradient = self.home.complete(), self.home.gradient
-        assert gradient is not None, "a step without a backward"
-        self._rows.touched.index_fill_(0, rows, 1)  # also those that other ranks have read
-        if float(norm) != self.home.norm:
-            gradient.index_copy_(0, rows, gradient[rows] * (float(norm) / self.home.norm))
-        self._rows.step(self._moments(), gradient, AdamStep.of(group, number))
-
-    def _moments(self) -> Moments:
-        tensors = (self.master, self.state["exp_avg"], self.state["exp_avg_sq"])
-        copy = None if self.master is self.weight else self.weight.detach()
-        return Moments(*(tensor.detach() for tensor in tensors), copy)
+def _in_buffers(single: Any) -> list[Tensor]:
+    """Of a distributed optimizer, whichever rank has them in its shard."""
+    return [p for buffer in single.buffers for p in buffer.param_index_map]
 
 
 class _Trainer:
     """One of Megatron's optimizers, and the tables that stand-ins among its parameters are for."""
 
-    def __init__(self, single: Any, tables: Mapping[int, _HostAdam]) -> None:
+    def __init__(self, single: Any, tables: Mapping[int, HostAdam]) -> None:
         """tables: by the stand-in's id."""
         self.single, self.tables, self._in_place = single, tables, False
 
@@ -97,7 +77,7 @@ class _Trainer:
             for parameter in group["params"]:
                 table = self.tables.get(id(parameter))
                 if table is not None and parameter.grad is not None:
-                    table.step(parameter.grad, group)
+                    table.step(float(parameter.grad), group)
                     parameter.grad = None  # which the optimizer passes over
 
     def _with_tables(self, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,7 +113,7 @@ class _Trainer:
                 table.state = dict(optimizer.state.pop(table.master, {}))
             vars(self.single).update(before)
 
-    def _places(self) -> Iterator[tuple[list[Tensor], int, _HostAdam]]:
+    def _places(self) -> Iterator[tuple[list[Tensor], int, HostAdam]]:
         for group in self.single.optimizer.param_groups:
             for place, parameter in enumerate(group["params"]):
                 if id(parameter) in self.tables:

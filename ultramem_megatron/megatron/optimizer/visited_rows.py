@@ -41,12 +41,17 @@ class VisitedRows(ABC):
         """What AdamW reads and writes, each (N, V)."""
 
 
-def begin_step(state: dict[str, Any], trained: Tensor) -> int:
-    """Count a step in the `state` of `trained`, and make it at the first, as AdamW does."""
+def make_state(state: dict[str, Any], trained: Tensor) -> None:
+    """Make the `state` of `trained`, where there is none, as AdamW does at its first step."""
     for name in ("exp_avg", "exp_avg_sq"):
         if name not in state:
             state[name] = torch.zeros_like(trained)
     state.setdefault("step", torch.zeros((), dtype=torch.float32))
+
+
+def begin_step(state: dict[str, Any], trained: Tensor) -> int:
+    """Count a step in the `state` of `trained`, and make it at the first."""
+    make_state(state, trained)
     state["step"] += 1
     return int(state["step"])
 

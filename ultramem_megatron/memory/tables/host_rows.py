@@ -10,6 +10,7 @@ the rows' gradient is multiplied by too (megatron/optimizer/host_tables.py).
 N table rows, R of them that a read names, V value dim.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class HostRows:
         """(N, V) float32, zero but in the rows that have one; from the first backward on."""
         self.norm = 0.0
         """Of the gradient, when it was complete last."""
+        self.told: Callable[[Tensor], float] = float
+        """A number of the stand-in's, as this rank has it, to what it is; may be a collective."""
         self._with_gradient: list[Tensor] = []
         self._is_complete = False
 
