@@ -39,6 +39,13 @@ _TINY_GPT: dict[str, Any] = {
     "eval_interval": 1000,
 }
 
+IN_BACKGROUND: dict[str, str | int | float | bool] = {
+    "async_save": True,
+    "use_persistent_ckpt_worker": True,
+    "async_strategy": "mcore",
+}
+"""Megatron's flags for saves that training does not wait for; it needs all three."""
+
 
 def tiny_gpt(**changes: Any) -> list[str]:
     """Megatron's flags for a GPT that trains in milliseconds, with changes by name.

@@ -34,6 +34,15 @@ void pool(const T* table, const int64_t* rows, const int64_t* groups, const floa
   }
 }
 
+// A token's gradients (E*V) as float: its own, or converted once for all its picks.
+inline const float* as_float(const float* from, std::vector<float>&) { return from; }
+
+inline const float* as_float(const bfloat16* from, std::vector<float>& room) {
+  float* __restrict to = room.data();
+  for (size_t i = 0; i < room.size(); i++) to[i] = to_float(from[i]);
+  return to;
+}
+
 // Adds to target (N, V) and fills score_grad (T, P, C); either may be null. A thread keeps to rows
 // of its own and, for the scores, to tokens of its own: sums are in the order of picks in any case.
 template <class T>
@@ -44,8 +53,11 @@ void pool_backward(const T* grad, const T* table, const int64_t* rows, const int
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int64_t share = 0; share < threads; share++) {
     const int64_t first = tokens * share / threads, last = tokens * (share + 1) / threads;
+    std::vector<float> room(num_groups * width);
+    const float* of_token = nullptr;
     for (int64_t p = 0; p < end; p++) {
       const int64_t t = p / picks;
+      if (p % picks == 0) of_token = as_float(grad + t * num_groups * width, room);
       const bool scored = score_grad && t >= first && t < last;
       const bool owned = target && (threads == 1 || rows[p] % threads == share);
       if (!scored && !owned) continue;
@@ -54,7 +66,7 @@ void pool_backward(const T* grad, const T* table, const int64_t* rows, const int
         if (owned) ask_for(target + rows[p + kAhead] * width, width);
       }
       for (int64_t c = 0; c < cores; c++) {
-        const T* from = grad + (t * num_groups + groups[p]) * width + c * slice;
+        const float* from = of_token + groups[p] * width + c * slice;
         const int64_t at = rows[p] * width + c * slice;
         if (scored) score_grad[p * cores + c] = dot(from, table + at, slice);
         if (owned) add(target + at, from, scores[p * cores + c], slice);

@@ -9,6 +9,7 @@ from ultramem_megatron.kernels.side_topk import native_path
 from ultramem_megatron.kernels.side_topk.eager import EagerSideTopk
 from ultramem_megatron.kernels.side_topk.reference import side_topk_reference
 from ultramem_megatron.kernels.side_topk.shapes import side_topk_shapes
+from ultramem_megatron.kernels.side_topk.sharing import per_head_and_rank, queries_apart
 
 
 def side_topk(
@@ -34,16 +35,17 @@ def side_topk(
         rows = stored(keys, query.shape[1]) if keys.dim() == 5 else keys
         fused: tuple[Tensor, Tensor] = FusedSideTopk.apply(query, rows, directions, topk, num_keys)
         return fused
+    if chosen == "native" and native_path.serves(query, keys):
+        native: tuple[Tensor, Tensor]
+        native = native_path.NativeSideTopk.apply(query, keys, directions, topk)
+        return native
     query = per_head_and_rank(query, keys.shape[0], keys.shape[3])
     if chosen == "shapes":
         return side_topk_shapes(query, keys, topk)
     if chosen == "reference":
         return side_topk_reference(query, keys, directions, topk)
-    if chosen == "native" and native_path.serves(query, keys):
-        indices, scores = native_path.NativeSideTopk.apply(query, keys, directions, topk)
-    else:
-        indices, scores = EagerSideTopk.apply(query, keys, directions, topk)
-    return indices, scores
+    eager: tuple[Tensor, Tensor] = EagerSideTopk.apply(query, keys, directions, topk)
+    return eager
 
 
 def kept_keys(keys: Tensor, queries: int) -> Tensor:
@@ -56,19 +58,3 @@ def kept_keys(keys: Tensor, queries: int) -> Tensor:
 
         return stored(keys, queries_apart(len(keys), queries))
     return as_multiplied(keys).transpose(2, 3).contiguous().transpose(2, 3)
-
-
-def per_head_and_rank(query: Tensor, heads: int, ranks: int) -> Tensor:
-    """(T, H, S, R, K) of a query as `side_topk` takes it; a view where each serves one, or one all.
-
-    Of an odd number of heads the last has its query alone.
-    """
-    tokens, queries, sides, _, width = query.shape
-    each = -(-heads // queries)
-    shape = (tokens, queries, each, sides, ranks, width)
-    return query.unsqueeze(2).expand(shape).flatten(1, 2)[:, :heads]
-
-
-def queries_apart(heads: int, queries: int) -> int:
-    """Of how many queries products are made: as many as there are, or one for each head."""
-    return queries if heads % queries == 0 else heads

@@ -1,9 +1,12 @@
 // Side top-m on a CPU: choice of keys from their scores, and the gradients of what was chosen.
 // T tokens, H heads, S sides, N keys, R ranks, K width, m top-m; letters as in reference.py.
+#include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "../native/largest.h"
 #include "../native/numbers.h"
+#include "../native/rows.h"
 
 namespace {
 
@@ -39,6 +42,71 @@ void select(const T* scores, const float* direction, int64_t* indices, float* pi
   }
 }
 
+// Which query a pair of a head and a side reads, and which rank of it.
+struct Sharing {
+  int64_t sides, queries, each, ranks;  // each: heads that read one query; ranks: 1 serves all
+
+  int64_t row(int64_t pair) const { return pair / sides / each * sides + pair % sides; }
+  int64_t rank(int64_t r) const { return ranks == 1 ? 0 : r; }
+};
+
+// Fills query_grad as query: of a token, the sum over the keys that its pairs have picked.
+template <class T>
+void query_gradient(const float* grad, const int64_t* indices, const T* keys, T* query_grad,
+                    const Sharing& sharing, int64_t tokens, int64_t pairs, int64_t ranks,
+                    int64_t topk, int64_t num_keys, int64_t width, int threads) {
+  const int64_t rows = sharing.queries * sharing.sides, row = sharing.ranks * width;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(rows * row);
+#pragma omp for
+    for (int64_t t = 0; t < tokens; t++) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t p = 0; p < pairs; p++) {
+        const int64_t at = t * pairs + p;
+        float* to = sums.data() + sharing.row(p) * row;
+        for (int64_t k = 0; k < topk; k++) {
+          const T* key = keys + (p * num_keys + indices[at * topk + k]) * ranks * width;
+          for (int64_t r = 0; r < ranks; r++)
+            add(to + sharing.rank(r) * width, key + r * width, grad[(at * ranks + r) * topk + k],
+                width);
+        }
+      }
+      T* __restrict result = query_grad + t * rows * row;
+      for (int64_t i = 0; i < rows * row; i++) result[i] = rounded<T>(sums[i]);
+    }
+  }
+}
+
+// Fills key_grad as keys. A thread has pairs of its own: every sum is in the order of tokens.
+template <class T>
+void key_gradient(const float* grad, const int64_t* indices, const T* query, T* key_grad,
+                  const Sharing& sharing, int64_t tokens, int64_t pairs, int64_t ranks,
+                  int64_t topk, int64_t num_keys, int64_t width, int threads) {
+  const int64_t size = num_keys * ranks * width, row = sharing.ranks * width;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(size), from(row);
+#pragma omp for schedule(static, 1)
+    for (int64_t p = 0; p < pairs; p++) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t t = 0; t < tokens; t++) {
+        const int64_t at = t * pairs + p;
+        const T* read = query + (t * sharing.queries * sharing.sides + sharing.row(p)) * row;
+        for (int64_t i = 0; i < row; i++) from[i] = to_float(read[i]);
+        for (int64_t k = 0; k < topk; k++) {
+          float* to = sums.data() + indices[at * topk + k] * ranks * width;
+          for (int64_t r = 0; r < ranks; r++)
+            add(to + r * width, from.data() + sharing.rank(r) * width,
+                grad[(at * ranks + r) * topk + k], width);
+        }
+      }
+      T* __restrict result = key_grad + p * size;
+      for (int64_t i = 0; i < size; i++) result[i] = rounded<T>(sums[i]);
+    }
+  }
+}
+
 }  // namespace
 
 #define SELECT(NAME, T)                                                                           \
@@ -53,36 +121,23 @@ void select(const T* scores, const float* direction, int64_t* indices, float* pi
 SELECT(float32, float)
 SELECT(bfloat16, bfloat16)
 
-// grad (T, P, R, m) of the picked scores, indices (T, P, m), query (T, P, R, K), keys
-// (P, N, R, K), P = H*S pairs. Fills query_grad as query and adds to key_grad as keys; either may
-// be null. A thread has pairs of its own: every sum is in the order of tokens.
-extern "C" void side_backward(const float* grad, const int64_t* indices, const float* query,
-                              const float* keys, float* query_grad, float* key_grad,
-                              int64_t tokens, int64_t pairs, int64_t ranks, int64_t topk,
-                              int64_t num_keys, int64_t width, int64_t threads) {
-  const int64_t row = ranks * width;
-#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static, 1)
-  for (int64_t pair = 0; pair < pairs; pair++)
-    for (int64_t t = 0; t < tokens; t++) {
-      const int64_t at = t * pairs + pair;
-      if (query_grad) std::fill(query_grad + at * row, query_grad + (at + 1) * row, 0.0f);
-      for (int64_t k = 0; k < topk; k++) {
-        const int64_t key = (pair * num_keys + indices[at * topk + k]) * row;
-        for (int64_t r = 0; r < ranks; r++) {
-          const float weight = grad[(at * ranks + r) * topk + k];
-          if (query_grad) {
-            const float* __restrict from = keys + key + r * width;
-            float* __restrict to = query_grad + at * row + r * width;
-#pragma omp simd
-            for (int64_t i = 0; i < width; i++) to[i] += weight * from[i];
-          }
-          if (key_grad) {
-            const float* __restrict from = query + at * row + r * width;
-            float* __restrict to = key_grad + key + r * width;
-#pragma omp simd
-            for (int64_t i = 0; i < width; i++) to[i] += weight * from[i];
-          }
-        }
-      }
-    }
-}
+// grad (T, P, R, m) of the picked scores, indices (T, P, m), query (T, Q, S, R or 1, K), keys
+// (P, N, R, K), P = H*S pairs. Fills query_grad as query and key_grad as keys; either may be null.
+#define BACKWARD(NAME, T)                                                                         \
+  extern "C" void side_backward_##NAME(const T* query, const T* keys, const float* grad,          \
+                                       const int64_t* indices, T* query_grad, T* key_grad,        \
+                                       int64_t tokens, int64_t pairs, int64_t ranks,              \
+                                       int64_t topk, int64_t num_keys, int64_t width,             \
+                                       int64_t sides, int64_t queries, int64_t each,              \
+                                       int64_t query_ranks, int64_t threads) {                    \
+    const Sharing sharing{sides, queries, each, query_ranks};                                     \
+    if (query_grad)                                                                               \
+      query_gradient(grad, indices, keys, query_grad, sharing, tokens, pairs, ranks, topk,        \
+                     num_keys, width, static_cast<int>(threads));                                 \
+    if (key_grad)                                                                                 \
+      key_gradient(grad, indices, query, key_grad, sharing, tokens, pairs, ranks, topk, num_keys, \
+                   width, static_cast<int>(threads));                                             \
+  }
+
+BACKWARD(float32, float)
+BACKWARD(bfloat16, bfloat16)

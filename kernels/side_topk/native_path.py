@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from ultramem_megatron.kernels.native.library import call_native, native_library
 from ultramem_megatron.kernels.precision import as_multiplied
+from ultramem_megatron.kernels.side_topk.sharing import per_head_and_rank
 
-CACHED_BYTES = 2**20
+CACHED_BYTES = 2**21
 """Of scores in a buffer, for each thread: the second-level cache of one core."""
 
 _KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -24,18 +25,18 @@ def serves(query: Tensor, keys: Tensor) -> bool:
 
 
 class NativeSideTopk(torch.autograd.Function):
-    """Same contract as `side_topk_reference`, for float32 and bfloat16."""
+    """Same contract as `side_topk`, for float32 and bfloat16 and keys (H, S, N, R, K)."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, keys: Tensor, directions: Tensor, topk: int
     ) -> tuple[Tensor, Tensor]:
-        tokens, heads, sides, ranks, _ = query.shape
+        tokens, (heads, sides, _, ranks, _) = len(query), keys.shape
         indices = query.new_empty(tokens, heads, sides, topk, dtype=torch.int64)
         scores = query.new_empty(tokens, heads, sides, ranks, topk, dtype=torch.float32)
         pairs = heads * sides
         _select(
-            as_multiplied(query).flatten(1, 2),
+            per_head_and_rank(as_multiplied(query), heads, ranks).flatten(1, 2),
             as_multiplied(keys).flatten(0, 1),
             directions.float().transpose(0, 1).reshape(pairs, ranks),
             indices.view(tokens, pairs, topk),
@@ -50,17 +51,18 @@ class NativeSideTopk(torch.autograd.Function):
     def backward(
         ctx: Any, _: Tensor, grad_scores: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        query, keys, indices = ctx.saved_tensors
-        tokens, heads, sides, ranks, width = query.shape
-        query_f, keys_f = query.float().contiguous(), keys.float().contiguous()
-        query_grad = torch.empty_like(query_f) if ctx.needs_input_grad[0] else None
-        key_grad = torch.zeros_like(keys_f) if ctx.needs_input_grad[1] else None
-        tensors = (grad_scores.contiguous(), indices, query_f, keys_f, query_grad, key_grad)
-        sizes = (tokens, heads * sides, ranks, indices.shape[-1], keys.shape[2], width)
-        call_native("side_backward", *tensors, *sizes)
-        for_query = None if query_grad is None else query_grad.to(query.dtype)
-        for_keys = None if key_grad is None else key_grad.to(keys.dtype)
-        return for_query, for_keys, None, None
+        query, keys, indices = (saved.contiguous() for saved in ctx.saved_tensors)
+        tokens, queries, sides, query_ranks, width = query.shape
+        heads, _, num_keys, ranks, _ = keys.shape
+        query_grad, key_grad = (
+            torch.empty_like(each) if wanted else None
+            for each, wanted in zip((query, keys), ctx.needs_input_grad, strict=False)
+        )
+        tensors = (query, keys, grad_scores.contiguous(), indices, query_grad, key_grad)
+        sizes = (tokens, heads * sides, ranks, indices.shape[-1], num_keys, width)
+        sharing = (sides, queries, -(-heads // queries), query_ranks)
+        call_native(f"side_backward_{_KINDS[query.dtype]}", *tensors, *sizes, *sharing)
+        return query_grad, key_grad, None, None
 
 
 def _select(

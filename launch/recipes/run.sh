@@ -4,6 +4,7 @@
 #   DATA=prefix       Megatron's indexed data set (DATA.bin, DATA.idx), and
 #   TOKENIZER=folder  of a Hugging Face tokenizer; with neither: random mock data
 #   RUN=runs/PRESET   checkpoints, TensorBoard
+#   ASYNC_SAVE=0      1: training goes on while a checkpoint is written; default: 1 where no GPUs are
 #   GPUS              that the printed plan is for; default: NNODES x NPROC, or what the recipe says
 # and the settings of launch/torchrun.sh. Later flags override: --wandb-project NAME logs there too.
 # shellcheck shell=bash
@@ -39,11 +40,22 @@ if [[ -z ${GPUS:-} && -n ${NPROC:-} ]]; then
 fi
 require_number GPUS "${GPUS:=${PLAN_GPUS:-8}}" 1
 
+# The process that would write for a GPU stays from save to save; nobody has run it yet.
+if [[ -z ${ASYNC_SAVE:-} ]]; then
+    ASYNC_SAVE=$(($(count_gpus) == 0))
+fi
+require_number ASYNC_SAVE "$ASYNC_SAVE" 0 1
+saves=()
+if [[ $ASYNC_SAVE == 1 ]]; then
+    saves=(--async-save --use-persistent-ckpt-worker --async-strategy mcore)
+fi
+
 preset=$("$python" -m ultramem_megatron presets "$PRESET" --model --training)
 read -ra preset <<<"$preset"
 flags=(
     "${preset[@]}" "${LAYOUT[@]}" "${data[@]}"
     --save "$run/checkpoints" --load "$run/checkpoints" --ckpt-format torch_dist
+    "${saves[@]}"
     --tensorboard-dir "$run/tensorboard" --log-interval 10
     --log-throughput --log-timers-to-tensorboard --log-memory-to-tensorboard
     "$@"

@@ -34,9 +34,9 @@ def _allow_no_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _install(editor: Editor) -> None:
-    # pretrain() reads the name from its own module.
-    for module in ("initialize", "training"):
-        editor.wrap(f"megatron.training.{module}.initialize_megatron", _allow_no_cuda, _PARAMETERS)
+    # pretrain() reads the name from its own module, scripts from either of the others.
+    for module in ("training.initialize", "training.training", "training"):
+        editor.wrap(f"megatron.{module}.initialize_megatron", _allow_no_cuda, _PARAMETERS)
 
 
 PATCH = Patch(

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from tests.ranks import RanksFailed
-from tests.training_runs import run_pretrain, tiny_gpt
+from tests.training_runs import IN_BACKGROUND, run_pretrain, tiny_gpt
 from ultramem_megatron.faults import integrity
 
 _FLAGS = {
@@ -56,13 +56,11 @@ def _fill_when_created(folder: str, what: str) -> None:
     sys.addaudithook(hook)
 
 
-@pytest.mark.parametrize("asynchronous", [None, True], ids=["synchronous", "asynchronous"])
-def test_a_checkpoint_that_does_not_fit(small_disk, asynchronous):
+@pytest.mark.parametrize("background", [{}, IN_BACKGROUND], ids=["synchronous", "asynchronous"])
+def test_a_checkpoint_that_does_not_fit(small_disk, background):
     undisturbed = run_pretrain(2, tiny_gpt(**{**_FLAGS, "save_interval": None})).losses
     checkpoints = small_disk / "checkpoints"
-    flags = tiny_gpt(
-        **_FLAGS, save=checkpoints, load=checkpoints, load_or_start=True, async_save=asynchronous
-    )
+    flags = tiny_gpt(**_FLAGS, save=checkpoints, load=checkpoints, load_or_start=True, **background)
     before = functools.partial(_fill_when_created, str(small_disk), "iter_0000004")
     with pytest.raises(RanksFailed, match="No space left on device") as ended:
         run_pretrain(2, flags, before=before)
@@ -100,13 +98,11 @@ def test_a_folder_that_cannot_be_written_to_from_the_start(small_disk):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("asynchronous", [None, True], ids=["synchronous", "asynchronous"])
-def test_a_folder_that_becomes_read_only(small_disk, asynchronous):
+@pytest.mark.parametrize("background", [{}, IN_BACKGROUND], ids=["synchronous", "asynchronous"])
+def test_a_folder_that_becomes_read_only(small_disk, background):
     undisturbed = run_pretrain(2, tiny_gpt(**{**_FLAGS, "save_interval": None})).losses
     checkpoints = small_disk / "checkpoints"
-    flags = tiny_gpt(
-        **_FLAGS, save=checkpoints, load=checkpoints, load_or_start=True, async_save=asynchronous
-    )
+    flags = tiny_gpt(**_FLAGS, save=checkpoints, load=checkpoints, load_or_start=True, **background)
     before = functools.partial(_lock_when_created, str(small_disk), "iter_0000004")
     with pytest.raises(RanksFailed, match="Read-only file system"):
         run_pretrain(2, flags, before=before)

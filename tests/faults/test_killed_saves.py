@@ -11,11 +11,12 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.ranks import RanksFailed
-from tests.training_runs import run_pretrain, tiny_gpt
+from tests.training_runs import IN_BACKGROUND, run_pretrain, tiny_gpt
 from ultramem_megatron.faults import integrity
 
 _FLAGS = {
@@ -70,25 +71,24 @@ def undisturbed():
 
 
 @pytest.mark.parametrize(
-    "asynchronous",
+    "background",
     [
-        pytest.param(None, id="synchronous"),
-        pytest.param(True, id="asynchronous", marks=pytest.mark.long),
+        pytest.param({}, id="synchronous"),
+        pytest.param(IN_BACKGROUND, id="asynchronous", marks=pytest.mark.long),
     ],
 )
-def test_a_save_killed_at_any_of_its_operations(asynchronous, tmp_path, undisturbed):
-    arguments = {"async_save": asynchronous}
+def test_a_save_killed_at_any_of_its_operations(background, tmp_path, undisturbed):
     whole = tmp_path / "whole"
     whole.mkdir()
-    operations = len(_killed(whole, None, arguments))
+    operations = len(_killed(whole, None, background))
     assert operations >= 9  # folder, shards, metadata, sums, tracker
     resumed_at = []
     for kill_at in range(1, operations + 1):
         folder = tmp_path / str(kill_at)
         folder.mkdir()
-        assert len(_killed(folder, kill_at, arguments)) >= kill_at
+        assert len(_killed(folder, kill_at, background)) >= kill_at
         checkpoints = folder / "checkpoints"
-        again = _train(load=checkpoints, save=checkpoints, **arguments)
+        again = _train(load=checkpoints, save=checkpoints, **background)
         assert again.losses == undisturbed[-len(again.losses) :]
         resumed_at.append(6 - len(again.losses))
         assert (checkpoints / integrity.TRACKER).read_text() == "6"
@@ -99,7 +99,7 @@ def test_a_save_killed_at_any_of_its_operations(asynchronous, tmp_path, undistur
     assert resumed_at[-1] == 4, resumed_at
 
 
-def _killed(folder: Path, kill_at: int | None, changes: dict[str, bool | None]) -> list[str]:
+def _killed(folder: Path, kill_at: int | None, changes: dict[str, Any]) -> list[str]:
     """The operations of the save of iteration 4, up to where it was killed."""
     arguments = tiny_gpt(**{**_FLAGS, "save": folder / "checkpoints", **changes})
     before = functools.partial(killed_before, str(folder), _WATCHED, kill_at)

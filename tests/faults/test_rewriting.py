@@ -7,7 +7,7 @@ import pytest
 
 from tests.faults.test_killed_saves import killed_before, operations_of
 from tests.ranks import RanksFailed, run_on_ranks
-from tests.training_runs import run_pretrain, tiny_gpt
+from tests.training_runs import IN_BACKGROUND, run_pretrain, tiny_gpt
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.faults import integrity
 from ultramem_megatron.faults.rewriting import beside
@@ -42,10 +42,10 @@ def finished(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("asynchronous", [None, True], ids=["synchronous", "asynchronous"])
-def test_a_finished_run_that_is_started_again(asynchronous, finished):
+@pytest.mark.parametrize("background", [{}, IN_BACKGROUND], ids=["synchronous", "asynchronous"])
+def test_a_finished_run_that_is_started_again(background, finished):
     before = _sums(finished)
-    again = _flags(finished, async_save=asynchronous)
+    again = _flags(finished, **background)
     run_pretrain(2, again, before=functools.partial(killed_before, str(finished), _AGAIN, None))
     operations = operations_of(finished)
     assert len(operations) > 9  # it was written again

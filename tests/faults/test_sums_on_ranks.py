@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tests.ranks import RanksFailed, run_on_ranks
-from tests.training_runs import run_pretrain, tiny_gpt
+from tests.training_runs import IN_BACKGROUND, run_pretrain, tiny_gpt
 from ultramem_megatron.faults import integrity
 from ultramem_megatron.faults.manifest import read_sums, write_sums
 from ultramem_megatron.faults.shares import Share
@@ -67,7 +67,7 @@ def test_writers_sum_what_they_write_and_nobody_reads_it(saved):
 
 def test_an_asynchronous_save_is_summed_by_its_writers_too(tmp_path):
     note = functools.partial(_note_what_is_read, tmp_path)
-    _train(save=tmp_path, async_save=True, before=note)
+    _train(save=tmp_path, before=note, **IN_BACKGROUND)
     assert read_sums(tmp_path / "iter_0000004") == _sums(tmp_path / "iter_0000004")
     assert _read_by(tmp_path, 0) == _read_by(tmp_path, 1) == set()
 

@@ -66,7 +66,7 @@ def test_output_and_gradients_are_those_in_float64(forced, centred, shape, dtype
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize(
     ("heads", "keys", "ranks", "width", "queries"),
-    [(2, 70, 2, 4, 1), (4, 20, 2, 3, 2), (3, 64, 3, 8, 3), (1, 9, 1, 5, 1)],
+    [(1, 70, 2, 4, 1), (2, 20, 2, 3, 2), (1, 64, 3, 8, 1), (1, 9, 1, 5, 1)],
 )
 def test_keys_come_in_the_order_of_their_products(
     forced, together, heads, keys, ranks, width, queries, nan_filled_empty

@@ -78,7 +78,7 @@ def test_small_integers_with_many_ties_give_the_same_keys(forced, sizes, nan_fil
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_within_twice_that_of_plain_torch(forced, dtype, nan_filled_empty):
     """All keys are picked, so that rounding cannot change which ones."""
-    for sizes in ((5, 2, 40, 2, 3, 40), (2, 3, 131, 4, 5, 131)):
+    for sizes in ((5, 2, 40, 2, 3, 40), (1, 1, 131, 4, 5, 131)):
         exact = _run(side_topk_reference, _case(sizes))
         plain = _run(side_topk_reference, _case(sizes, dtype))
         found = _run(side_topk, _case(sizes, dtype))
@@ -128,7 +128,7 @@ def test_keys_kept_for_many_calls_give_the_same(forced, dtype):
 
 @pytest.mark.parametrize("shared", ["nothing", "heads", "ranks", "both"])
 @pytest.mark.parametrize(
-    "sizes", [(3, 4, 40, 2, 3, 7), (1, 3, 70, 1, 4, 5), (0, 2, 20, 2, 3, 4), (5, 5, 64, 3, 8, 6)]
+    "sizes", [(3, 4, 40, 2, 3, 7), (1, 3, 70, 1, 4, 5), (0, 2, 20, 2, 3, 4), (2, 3, 64, 3, 8, 6)]
 )
 def test_whoever_of_heads_and_ranks_reads_the_same_query(forced, sizes, shared, nan_filled_empty):
     """With a graph, and as decoding calls it, of keys that are kept."""
@@ -198,7 +198,7 @@ def test_extremes(forced):
 
 
 def test_selections_of_random_scores_differ_by_near_ties_only(forced):
-    sizes = (20, 2, 300, 2, 16, 12)
+    sizes = (6, 2, 300, 2, 16, 12)
     for dtype in (torch.float32, torch.bfloat16):
         query, keys, directions, topk = _case(sizes, dtype)
         indices, _ = side_topk(query, keys, directions, topk)

@@ -6,9 +6,12 @@ import time
 
 import pytest
 
-from tests.launched import FOUND, RESUMED, Launched, is_running, launch
+from tests.launched import FOUND, RESUMED, Launched, flags, is_running, launch
+from tests.training_runs import IN_BACKGROUND
+from ultramem_megatron.presets.flags import as_words
 
 SAVE_INTERVAL = 5
+_IN_BACKGROUND = as_words(IN_BACKGROUND)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +43,9 @@ def _seconds_until(run: Launched, pattern: str) -> float:
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_next_launch_continues(undisturbed, tmp_path):
-    with launch(tmp_path) as first:
+@pytest.mark.parametrize("more", [[], _IN_BACKGROUND], ids=["synchronous", "asynchronous"])
+def test_sigterm_saves_and_the_next_launch_continues(more, undisturbed, tmp_path):
+    with launch(tmp_path, [*flags(tmp_path), *more]) as first:
         first.wait_for_iteration(7)
         os.kill(first.process.pid, signal.SIGTERM)
         assert first.wait() == 0, first.output()
@@ -50,7 +54,7 @@ def test_sigterm_saves_and_the_next_launch_continues(undisturbed, tmp_path):
     assert (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").read_text() == str(
         stopped_at
     )
-    with launch(tmp_path, name="second") as second:
+    with launch(tmp_path, [*flags(tmp_path), *more], name="second") as second:
         assert second.wait() == 0, second.output()
     assert second.iterations() == list(range(stopped_at + 1, 21))
     _assert_same_curve(undisturbed, first, second)

@@ -27,7 +27,7 @@ def _gpus(name: str) -> int:
 
 def _run(name, *more, **settings):
     """A recipe as its user starts it; what is set outside does not reach it."""
-    names = ("DATA", "TOKENIZER", "RUN", "GPUS", "NPROC", "NNODES")
+    names = ("DATA", "TOKENIZER", "RUN", "ASYNC_SAVE", "GPUS", "NPROC", "NNODES")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     return subprocess.run(
         ["bash", str(ROOT / "launch/recipes" / f"{name}.sh"), *more],
@@ -88,6 +88,7 @@ def test_a_recipe_prints_its_plan_and_a_command_that_parses(name, tmp_path):
     assert args["log_interval"] == 7
     assert args["save"] == args["load"] == f"runs/{name}/checkpoints"
     assert args["save_retain_interval"] % args["save_interval"] == 0
+    assert args["async_save"]  # there is no GPU here
     for what in ("log_throughput", "log_timers_to_tensorboard", "log_memory_to_tensorboard"):
         assert args[what]
     # The printed command trains: made small, and writing elsewhere.
@@ -138,6 +139,13 @@ def test_data_or_tokenizer_alone_is_refused(given, missing):
     )
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_background_saves_are_on_or_off():
+    done = _run("dense-151m", "--dry-run", ASYNC_SAVE="yes")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ASYNC_SAVE=yes: must be a whole number from 0 to 1")
+    assert "--async-save" not in _run("dense-151m", "--dry-run", ASYNC_SAVE="0").stdout
 
 
 @pytest.mark.parametrize("name", ["dense-1.6b", "moe-151m-2in32", "ultramem-227m-1.2b"])

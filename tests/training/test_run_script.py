@@ -136,6 +136,72 @@ def test_a_script_without_place_for_memories_is_refused(before, after, message, 
         run_on_ranks(1, run_script, argv)
 
 
+# What upstream's scripts for decoding do, in the same order.
+_BUILDS = """
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import get_args, initialize_megatron
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.checkpointing import load_checkpoint
+from megatron.training.models import GPTModelBuilder
+
+class OfTheScript(GPTModelBuilder):
+    pass
+
+if __name__ == "__main__":
+    parse_and_validate_args(args_defaults={"no_load_rng": True, "no_load_optim": True})
+    initialize_megatron()
+    builder = GPTModelBuilder(gpt_config_from_args(get_args()))
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = builder.build_distributed_models(pg_collection=groups, wrap_with_ddp=False)
+    if get_args().load:
+        load_checkpoint(model, None, None)
+    names = [name for name, _ in model[0].named_parameters()]
+    assert any(".memory.values" in name for name in names), names
+"""
+
+
+def _building(folder: Path, script: str = _BUILDS, **changes: object) -> list[str]:
+    return [str(_write(folder, script)), *tiny_gpt(**{**_FLAGS, **changes})]
+
+
+def test_a_script_that_builds_its_model_itself_gets_memories(tmp_path):
+    run_on_ranks(1, run_script, _building(tmp_path))
+
+
+def test_a_builder_of_the_scripts_own_is_refused(tmp_path):
+    script = _BUILDS.replace("builder = GPTModelBuilder", "builder = OfTheScript")
+    with pytest.raises(RanksFailed, match="OfTheScript would build a model without memory layers"):
+        run_on_ranks(1, run_script, _building(tmp_path, script))
+
+
+def test_tables_are_not_cut_over_groups_that_were_made_before(tmp_path):
+    message = "cut over 2 ranks, but Megatron was initialised before, with expert groups of 1"
+    with pytest.raises(RanksFailed, match=message):
+        run_on_ranks(2, run_script, _building(tmp_path, ultramem_parallel_size=2))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    run_pretrain(
+        1, tiny_gpt(**_FLAGS, ckpt_format="torch_dist", train_iters=1, save=folder, save_interval=1)
+    )
+    return folder
+
+
+def test_a_checkpoint_with_memories_is_loaded_with_them_alone(saved, tmp_path):
+    run_on_ranks(1, run_script, _building(tmp_path, load=saved))
+    plain = {name: None for name in _FLAGS if name.startswith("ultramem")}
+    with pytest.raises(RanksFailed, match="the checkpoint has memory layers, this run asks for no"):
+        run_on_ranks(1, run_script, _building(tmp_path, load=saved, **plain))
+
+
+def test_a_parser_of_the_scripts_own_sees_its_flags_alone(tmp_path):
+    script = "import sys\nassert sys.argv[1:] == ['--of-the-script', '7'], sys.argv\n"
+    run_on_ranks(1, run_script, [str(_write(tmp_path, script)), "--of-the-script", "7"])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"), [([], "no script is given"), (["/nowhere.py"], "no such script")]
 )

@@ -54,9 +54,20 @@ def initialize_model_parallel(
 
     To be called after parsing and before `pretrain()`, which then finds them made. The
     flags keep their values: Megatron takes an expert-parallel size above 1 for a model of experts.
+    Raises UltraMemError where Megatron has been initialised before, for another size.
     """
+    from megatron.core import parallel_state
     from megatron.training import initialize
 
+    if parallel_state.model_parallel_is_initialized():
+        made = parallel_state.get_expert_model_parallel_world_size()
+        if made != size:
+            raise UltraMemError(
+                f"value tables are to be cut over {size} ranks, but Megatron was initialised "
+                f"before, with expert groups of {made}. Use --ultramem-parallel-size {made}, or "
+                f"make the model config before initialize_megatron()."
+            )
+        return
     own = (args.expert_model_parallel_size, args.expert_tensor_parallel_size)
 
     def embedding_ranks(pipeline_ranks: list[int]) -> list[int]:

@@ -4,8 +4,8 @@
 
 Written for pretrain_gpt.py and pretrain_hybrid.py of Megatron-LM 0.19: they parse their flags with
 `parse_and_validate_args`, make a model config with `gpt_config_from_args` or
-`hybrid_config_from_args` and hand it to `pretrain()`. All are replaced, where the script imports
-them from, while it runs.
+`hybrid_config_from_args` and hand it to `pretrain()`; its inference scripts hand it to a builder.
+All are replaced, where the script imports them from, while it runs.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError, exit_on_user_error
+from ultramem_megatron.megatron.flags import machine_flags
 from ultramem_megatron.megatron.flags.late_arguments import LateArguments
 from ultramem_megatron.megatron.flags.process import open_process
 
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     given = sys.argv[1:] if argv is None else list(argv)
     script = _script(given)
-    open_process(given[1:], program=str(script))
+    open_process()
+    sys.argv = [str(script), *given[1:]]
     # As for a script started by itself: its folder comes first, for its own imports.
     sys.path.insert(0, str(script.parent))
     with _roads(script):
@@ -53,15 +55,20 @@ def _script(given: Sequence[str]) -> Path:
 
 @contextlib.contextmanager
 def _roads(script: Path) -> Iterator[None]:
-    """While the script runs, its flags, model config and `pretrain()` are ours."""
+    """While the script runs, its flags, model config, builder and `pretrain()` are ours."""
     from megatron import training
-    from megatron.training import argument_utils, arguments
+    from megatron.training import argument_utils, arguments, checkpointing
+    from megatron.training.models import GPTModelBuilder, HybridModelBuilder
 
     running, late = contextlib.ExitStack(), LateArguments()
     places: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
+        (arguments, "parse_args", _with_machine_flags),
         (arguments, "parse_and_validate_args", functools.partial(_with_our_flags, running, late)),
         (argument_utils, "gpt_config_from_args", functools.partial(_with_memories, script)),
         (argument_utils, "hybrid_config_from_args", functools.partial(_with_memories, script)),
+        (GPTModelBuilder, "__init__", functools.partial(_becomes_ours, GPTModelBuilder)),
+        (HybridModelBuilder, "__init__", functools.partial(_becomes_ours, HybridModelBuilder)),
+        (checkpointing, "_load_base_checkpoint", _no_memories_left_out),
         (training, "pretrain", functools.partial(_checked, script, late)),
     )
     before = [getattr(owner, name) for owner, name, _ in places]
@@ -73,6 +80,17 @@ def _roads(script: Path) -> Iterator[None]:
     finally:
         for (owner, name, _), original in zip(places, before, strict=True):
             setattr(owner, name, original)
+
+
+def _with_machine_flags(original: Callable[..., Namespace]) -> Callable[..., Namespace]:
+    """Megatron's parser finds what this machine needs besides; a script's own parser does not."""
+
+    @functools.wraps(original)
+    def parse_args(*given: Any, **kw: Any) -> Namespace:
+        sys.argv[1:] = machine_flags.complete(sys.argv[1:])
+        return original(*given, **kw)
+
+    return parse_args
 
 
 def _with_our_flags(
@@ -115,7 +133,7 @@ def _with_memories(script: Path, original: Callable[..., Any]) -> Callable[..., 
             raise UltraMemError(
                 f"{script.name} builds its model from a config of its own "
                 f"({', '.join([*map(str, rest), *kw])}), which has no place for memory layers. See "
-                f"'With a script of your own' in README.md."
+                f"'In your own code' in ultramem_megatron/README.md."
             )
         _check_pattern(script, original.__name__, args.hybrid_layer_pattern)
         return model_config_from_args(args, get_embedding_ranks)
@@ -137,6 +155,42 @@ def _check_pattern(script: Path, maker: str, pattern: str | None) -> None:
         )
 
 
+def _becomes_ours(
+    of_megatron: type, original: Callable[[Any, Any], None]
+) -> Callable[[Any, Any], None]:
+    """A builder of Megatron's that a script makes itself, for a model config of ours."""
+    from ultramem_megatron.megatron.model import MemoryModelBuilder, MemorySettings
+
+    @functools.wraps(original)
+    def build_from(self: Any, model_config: Any) -> None:
+        if not isinstance(model_config, MemorySettings) or isinstance(self, MemoryModelBuilder):
+            original(self, model_config)
+            return
+        ours = model_config.get_builder_cls()
+        if type(self) is not of_megatron:
+            raise UltraMemError(
+                f"{type(self).__name__} would build a model without memory layers. Derive it from "
+                f"{ours.__name__} ({ours.__module__}), or drop the --ultramem-* flags."
+            )
+        self.__class__ = ours
+        ours.__init__(self, model_config)
+
+    return build_from
+
+
+def _no_memories_left_out(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Loading refuses a checkpoint with memory layers for a model without."""
+    from ultramem_megatron.megatron.checkpoint.design import refuse_memories_left_out
+
+    @functools.wraps(original)
+    def _load_base_checkpoint(load_dir: Any, args: Namespace, *rest: Any, **kw: Any) -> Any:
+        if kw.get("sharded_state_dict") is not None:
+            refuse_memories_left_out(load_dir, args)
+        return original(load_dir, args, *rest, **kw)
+
+    return _load_base_checkpoint
+
+
 def _checked(script: Path, late: LateArguments, original: Callable[..., Any]) -> Callable[..., Any]:
     from megatron.training import get_args
 
@@ -152,8 +206,8 @@ def _checked(script: Path, late: LateArguments, original: Callable[..., Any]) ->
             raise UltraMemError(
                 f"{script.name} asks for memory layers, but does not build its model from "
                 f"gpt_config_from_args or hybrid_config_from_args, as pretrain_gpt.py and "
-                f"pretrain_hybrid.py of Megatron-LM 0.19 do. See 'With a script of your own' in "
-                f"README.md."
+                f"pretrain_hybrid.py of Megatron-LM 0.19 do. See 'In your own code' in "
+                f"ultramem_megatron/README.md."
             )
         check_data(get_args())
         late.show()

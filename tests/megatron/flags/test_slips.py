@@ -62,7 +62,11 @@ _SLIPS = {
     ),
     "async": (
         {"async_save": True, "use_persistent_ckpt_worker": True},
-        "--async-save: Megatron does it through CUDA, and torch sees no GPU here",
+        "--async-strategy nvrx: its writer copies from a GPU, and torch sees none here",
+    ),
+    "async in the foreground": (
+        {"async_save": True, "async_strategy": "mcore"},
+        "--async-save does nothing without --use-persistent-ckpt-worker",
     ),
     "parallel load": ({"ckpt_fully_parallel_load": True}, "--ckpt-fully-parallel-load: Megatron d"),
     "yaml": ({"yaml_cfg": "gpt.yaml"}, "--yaml-cfg: Megatron reads no other flag beside it"),

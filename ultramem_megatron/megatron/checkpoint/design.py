@@ -5,7 +5,12 @@ from argparse import Namespace
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.checkpoint.folder import NoFlagsError, is_torch_dist, stored_args
+from ultramem_megatron.megatron.checkpoint.folder import (
+    NoCheckpointError,
+    NoFlagsError,
+    is_torch_dist,
+    stored_args,
+)
 from ultramem_megatron.megatron.checkpoint.gpt_layers import read_as_gpt
 from ultramem_megatron.megatron.checkpoint.source import Source
 from ultramem_megatron.megatron.flags.arguments import config_from_args
@@ -112,6 +117,24 @@ def check_design(source: Source, args: Namespace, ultramem: UltraMemConfig | Non
             f"{source}: the checkpoint is of another model: {'; '.join(differences)}. Give this "
             f"run the flags the checkpoint was made with."
         )
+
+
+def refuse_memories_left_out(load: str, args: Namespace) -> None:
+    """Raise UltraMemError if flags without memory layers load a checkpoint that has them.
+
+    load: the folder with the iterations; args: also those of a loop that knows no flags of ours.
+    """
+    if config_from_args(args) is not None:
+        return
+    source = Source("--load", load, args.ckpt_step)
+    try:
+        folder = source.iteration()
+        if not is_torch_dist(folder):
+            return
+        saved = config_from_args(stored_args(str(folder)))
+    except (NoCheckpointError, NoFlagsError):
+        return
+    _refuse_other_memories(source, saved, None)
 
 
 def differing_flags(args: Namespace, stored: Namespace) -> list[str]:

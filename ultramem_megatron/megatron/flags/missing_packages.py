@@ -74,12 +74,16 @@ def _of_gpu(args: Namespace) -> Iterator[str]:
             "--optimizer-cpu-offload keeps a GPU's optimizer state on its host, and torch sees no "
             "GPU here. Drop the flag."
         )
-    for name in ("async_save", "ckpt_fully_parallel_load"):
-        if getattr(args, name):
-            yield (
-                f"--{name.replace('_', '-')}: Megatron does it through CUDA, and torch sees no GPU "
-                f"here. Drop the flag."
-            )
+    if args.async_save and args.async_strategy != "mcore":
+        yield (
+            f"--async-strategy {args.async_strategy}: its writer copies from a GPU, and torch sees "
+            f"none here. Use --async-strategy mcore."
+        )
+    if args.ckpt_fully_parallel_load:
+        yield (
+            "--ckpt-fully-parallel-load: Megatron does it through CUDA, and torch sees no GPU "
+            "here. Drop the flag."
+        )
 
 
 def _of_engine(args: Namespace) -> Iterator[str]:

@@ -76,6 +76,11 @@ def refuse_slips(args: Namespace) -> None:
         _require(not _is_nan(value), name, value, "a number")
     _refuse_odd_shares(args)
     _refuse_odd_rotation(args)
+    if args.async_save and not args.use_persistent_ckpt_worker:
+        raise UltraMemError(
+            "--async-save does nothing without --use-persistent-ckpt-worker: Megatron warns and "
+            "saves in the foreground. Add it, or drop --async-save."
+        )
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise UltraMemError("--tokenizer-type NullTokenizer needs --vocab-size, its number of ids.")
 
