@@ -15,6 +15,9 @@ from ultramem_megatron.errors import UltraMemError
 SUPPORTED_MEGATRON = ">=0.17,<0.20"
 """Versions of megatron-core that memory layers run with (a packaging specifier)."""
 
+_FIRST_MEGATRON = ">=0.17"
+"""No later ones are left out: under the override a patch has to fit, or to say that it does not."""
+
 PATCH_MARK = "_ultramem_patch"
 """Attribute on every function we install: the name of the patch it came from."""
 
@@ -45,7 +48,7 @@ class Patch:
     """Makes the change; called once, only where `active()` holds."""
     active: Callable[[], bool] = always
     """Whether this machine and this installation need the patch."""
-    versions: str = SUPPORTED_MEGATRON
+    versions: str = _FIRST_MEGATRON
     """megatron-core versions that have what is patched; left out with the others."""
 
 

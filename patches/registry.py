@@ -99,6 +99,11 @@ def is_applied(name: str) -> bool:
     return name in _applied
 
 
+def fits(patch: Patch) -> bool:
+    """Whether the installed megatron-core is one of those that the patch names."""
+    return SpecifierSet(patch.versions).contains(installed_version("megatron-core"), True)
+
+
 def applied() -> tuple[str, ...]:
     """Names of the patches in force in this process, in order of application."""
     return tuple(_applied)
@@ -122,8 +127,8 @@ def apply_all(only: Collection[str] | None = None) -> tuple[str, ...]:
     if unknown:
         raise PatchError(f"unknown patches {sorted(unknown)}; known: {[p.name for p in patches]}.")
     wanted = [p for p in patches if (only is None or p.name in only) and not is_applied(p.name)]
-    found = check_version()
-    needed = [p for p in wanted if p.active() and SpecifierSet(p.versions).contains(found, True)]
+    check_version()
+    needed = [p for p in wanted if p.active() and fits(p)]
     for patch in needed:
         _apply(patch)
     if needed and os.environ.get("RANK", "0") == "0":

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.kernels.dispatch import implementation
+from ultramem_megatron.kernels.read_statistics import native_path
 from ultramem_megatron.kernels.read_statistics.reference import Counting, add_statistics_reference
 
 
@@ -17,9 +18,13 @@ def add_statistics(
     output: Tensor,
     topk: int,
 ) -> None:
-    """Same contract as `add_statistics_reference`; on GPUs two kernels instead of twenty."""
+    """Same contract as `add_statistics_reference`, in one call or two kernels instead of twenty."""
     given = (sums, hits, counting, addresses, query, scores, output, topk)
-    if implementation(output.device) != "triton" or output.dtype == torch.float64:
+    chosen = implementation(output.device)
+    if chosen == "native" and native_path.serves(query, scores, output):
+        native_path.add(*given)
+        return
+    if chosen != "triton" or output.dtype == torch.float64:
         add_statistics_reference(*given)
         return
     from ultramem_megatron.kernels.read_statistics.triton_kernels import add  # needs Triton

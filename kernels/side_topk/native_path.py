@@ -13,7 +13,7 @@ from ultramem_megatron.kernels.native.library import call_native, native_library
 from ultramem_megatron.kernels.precision import as_multiplied
 from ultramem_megatron.kernels.side_topk.sharing import per_head_and_rank
 
-CACHED_BYTES = 2**20
+CACHED_BYTES = 2**21
 """Of scores in a buffer, for each thread: the second-level cache of one core."""
 
 _KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

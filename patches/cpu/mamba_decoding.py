@@ -100,5 +100,5 @@ PATCH = Patch(
     delete_when="MambaMixer has a path in PyTorch for decoding.",
     install=_install,
     active=without_kernels,
-    versions=">=0.19",
+    versions=">=0.19,<0.20",
 )

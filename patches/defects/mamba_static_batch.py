@@ -44,5 +44,5 @@ PATCH = Patch(
     reason="_decode transposes for dynamic batching, which does not call it, and not for static.",
     delete_when="_decode hands (texts, 1, ...) to _ssm_decode.",
     install=_install,
-    versions=">=0.19",
+    versions=">=0.19,<0.20",
 )

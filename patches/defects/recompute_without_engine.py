@@ -31,4 +31,5 @@ PATCH = Patch(
     delete_when="fp8=False means no fp8.",
     install=_install,
     active=_without_engine,
+    versions=">=0.17,<0.20",
 )

@@ -141,5 +141,5 @@ PATCH = Patch(
     reason="Megatron-FSDP knows experts by their names, and puts them into units.",
     delete_when="It takes parameters with allreduce=False over the ranks that have the same.",
     install=_install,
-    versions=">=0.19",
+    versions=">=0.19,<0.20",
 )

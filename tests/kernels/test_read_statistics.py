@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close, rounding
+from tests.kernels.compiler import NATIVE
 from ultramem_megatron.kernels.read_statistics import (
     Counting,
     add_statistics,
@@ -15,7 +16,7 @@ from ultramem_megatron.kernels.read_statistics import (
 TRITON = ["triton"] if os.environ.get("TRITON_INTERPRET") else []
 
 
-@pytest.fixture(params=["reference", *TRITON])
+@pytest.fixture(params=["reference", NATIVE, *TRITON])
 def forced(request, monkeypatch):
     """Each implementation in turn."""
     monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)
@@ -37,21 +38,23 @@ def test_by_hand(forced):
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 3, 8), (5, 2, 3, 7, 20), (700, 1, 2, 30, 24)], ids=str)
 @pytest.mark.parametrize("counting", [Counting(50, 50, 0, 1), Counting(50, 8, 8, 31)], ids=str)
-def test_equal_the_reference_in_float64(forced, sizes, counting):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_the_reference_in_float64(forced, dtype, sizes, counting):
     tokens, queries, cores, width, hidden = sizes
     generator = torch.Generator().manual_seed(tokens)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64) + 0.3
 
-    query, output = draw(tokens, queries, 2, width), draw(tokens, hidden)
-    scores = draw(tokens, 12, cores)
+    query, output = draw(tokens, queries, 2, width).to(dtype), draw(tokens, hidden).to(dtype)
+    scores = draw(tokens, 12, cores).float()
     addresses = torch.randint(150, (tokens, 12), generator=generator)
-    functions = ((add_statistics, torch.float32), (add_statistics_reference, torch.float64))
+    functions = ((add_statistics, None), (add_statistics_reference, torch.float64))
     results = []
     for function, kind in functions:
-        sums, hits = torch.ones(4, dtype=kind), torch.ones(counting.own + counting.shared).int()
-        given = (x.float().to(kind) for x in (query, scores, output))
+        hits = torch.ones(counting.own + counting.shared).int()
+        sums = torch.ones(4, dtype=kind or torch.float32)
+        given = (x if kind is None else x.to(kind) for x in (query, scores, output))
         function(sums, hits, counting, addresses, *given, 4)
         results.append((sums, hits))
     (sums, hits), (wanted, counts) = results

@@ -184,6 +184,19 @@ def test_the_override_lets_an_unknown_megatron_pass_with_a_warning(
     assert "0.21.0" in caplog.text
 
 
+def test_the_override_leaves_out_only_what_is_bounded(
+    upstream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patches = (_patch("any"), _patch("of_0_19", versions=">=0.19,<0.20"))
+    monkeypatch.setattr(registry, "installed_version", lambda name: "0.20.0")
+    monkeypatch.setattr(registry, "all_patches", lambda: patches)
+    monkeypatch.setenv(registry.OVERRIDE, "1")
+    try:
+        assert registry.apply_all() == ("any",)
+    finally:
+        registry.revert_all()
+
+
 def _owners() -> dict[str, Any]:
     """Every module and class that some patch touches."""
     import torch

@@ -19,6 +19,7 @@ from ultramem_megatron.megatron.flags.refusals import (
     refuse_unsupported_settings,
 )
 from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.patches import registry
 
 _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9, "ultramem_topk": 4}
 
@@ -202,6 +203,19 @@ def test_what_needs_other_weights_than_shards_is_refused(changes, message):
         )
 
 
+_NO_ROW_ADAM = dataclasses.replace(_DESIGN, row_adam=False)
+_MEGATRON_FSDP = {
+    **_OTHERS,
+    "use_megatron_fsdp": True,
+    "ckpt_format": "fsdp_dtensor",
+    "data_parallel_sharding_strategy": "no_shard",
+    "pipeline_model_parallel_size": 1,
+    "num_distributed_optimizer_instances": 1,
+    **dict.fromkeys(("swiglu", "bf16", "fp16", "finetune", "no_load_optim"), False),
+    **dict.fromkeys(("save", "load", "pretrained_checkpoint")),
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -219,20 +233,15 @@ def test_what_needs_other_weights_than_shards_is_refused(changes, message):
     ],
 )
 def test_what_megatron_fsdp_cannot_do_with_tables_is_refused(changes, message):
-    given = {
-        **_OTHERS,
-        "use_megatron_fsdp": True,
-        "ckpt_format": "fsdp_dtensor",
-        "data_parallel_sharding_strategy": "no_shard",
-        "pipeline_model_parallel_size": 1,
-        "num_distributed_optimizer_instances": 1,
-        **dict.fromkeys(("swiglu", "bf16", "fp16", "finetune", "no_load_optim"), False),
-        **dict.fromkeys(("save", "load", "pretrained_checkpoint")),
-    }
-    design = dataclasses.replace(_DESIGN, row_adam=False)
-    refuse_unsupported_flags(Namespace(**given), design)
+    refuse_unsupported_flags(Namespace(**_MEGATRON_FSDP), _NO_ROW_ADAM)
     with pytest.raises(UltraMemError, match=message):
-        refuse_unsupported_flags(Namespace(**{**given, **changes}), design)
+        refuse_unsupported_flags(Namespace(**{**_MEGATRON_FSDP, **changes}), _NO_ROW_ADAM)
+
+
+def test_megatron_fsdp_that_the_door_is_not_written_for_is_refused(monkeypatch):
+    monkeypatch.setattr(registry, "installed_version", lambda name: "0.20.0")
+    with pytest.raises(UltraMemError, match="would cut value tables over all ranks"):
+        refuse_unsupported_flags(Namespace(**_MEGATRON_FSDP), _NO_ROW_ADAM)
 
 
 def test_a_field_for_megatron_fsdp_is_refused():

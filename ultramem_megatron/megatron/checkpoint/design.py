@@ -6,7 +6,6 @@ from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.checkpoint.folder import (
-    NoCheckpointError,
     NoFlagsError,
     is_fsdp_dtensor,
     is_torch_dist,
@@ -140,10 +139,8 @@ def refuse_memories_left_out(load: str, args: Namespace) -> None:
     source = Source("--load", load, args.ckpt_step)
     try:
         folder = source.iteration()
-        if not is_torch_dist(folder):
-            return
-        saved = config_from_args(stored_args(str(folder)))
-    except (NoCheckpointError, NoFlagsError):
+        saved = config_from_args(stored_args(str(folder))) if is_torch_dist(folder) else None
+    except UltraMemError:  # a plain model's, about which Megatron has its own say
         return
     _refuse_other_memories(source, saved, None)
 

@@ -3,6 +3,9 @@
 from argparse import Namespace
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.patches import registry
+from ultramem_megatron.patches.doors import megatron_fsdp_parts
+from ultramem_megatron.patches.patch import SUPPORTED_MEGATRON
 
 _REASONS = {
     "ultramem_overlap": "a memory that computes beside later layers would lose its weights, which "
@@ -28,6 +31,11 @@ def refuse_beside_megatron_fsdp(args: Namespace) -> None:
     """Raise UltraMemError for flags that Megatron-FSDP's shards of a memory do not go with."""
     if not args.use_megatron_fsdp:
         return
+    if not registry.fits(megatron_fsdp_parts.PATCH):
+        raise UltraMemError(
+            f"--use-megatron-fsdp cannot be combined with memory layers: this megatron-core would "
+            f"cut value tables over all ranks. Use one of {SUPPORTED_MEGATRON}, or Megatron's DDP."
+        )
     for name, reason in _REASONS.items():
         if getattr(args, name, None) not in (None, False, "none"):
             raise UltraMemError(

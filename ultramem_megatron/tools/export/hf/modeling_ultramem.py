@@ -165,7 +165,7 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
         rotation = _rotation(self.config, position_ids, hidden)
         real = None if padding is None else padding[:, -hidden.shape[1] :].bool()
         pending: Pending | None = None
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer: assistant_early_exit
             hidden, pending = layer(
                 hidden,
                 pending,
