@@ -121,4 +121,4 @@ def _bare(run: TrainingRun, kind: str) -> dict[str, Tensor]:
 def _assert_same(loaded: dict[str, Tensor], trained: dict[str, Tensor]) -> None:
     assert trained.keys() <= loaded.keys()
     for name, weight in trained.items():
-        torch.testing.assert_close(loaded[name].float(), weight.float(), rtol=0, atol=0)
+        torch.testing.assert_close(loaded[name], weight.to(loaded[name].dtype), rtol=0, atol=0)
