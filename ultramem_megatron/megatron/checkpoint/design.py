@@ -5,12 +5,7 @@ from argparse import Namespace
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.checkpoint.folder import (
-    NoCheckpointError,
-    NoFlagsError,
-    is_torch_dist,
-    stored_args,
-)
+from ultramem_megatron.megatron.checkpoint.folder import NoFlagsError, is_torch_dist, stored_args
 from ultramem_megatron.megatron.checkpoint.gpt_layers import read_as_gpt
 from ultramem_megatron.megatron.checkpoint.source import Source
 from ultramem_megatron.megatron.flags.arguments import config_from_args
@@ -129,10 +124,8 @@ def refuse_memories_left_out(load: str, args: Namespace) -> None:
     source = Source("--load", load, args.ckpt_step)
     try:
         folder = source.iteration()
-        if not is_torch_dist(folder):
-            return
-        saved = config_from_args(stored_args(str(folder)))
-    except (NoCheckpointError, NoFlagsError):
+        saved = config_from_args(stored_args(str(folder))) if is_torch_dist(folder) else None
+    except UltraMemError:  # a plain model's, about which Megatron has its own say
         return
     _refuse_other_memories(source, saved, None)
 
