@@ -52,6 +52,7 @@ def test_a_row_for_each_start_and_share(files):
     assert all(float(row["tokens_per_second"]) > 0 for row in found.values())
 
 
+@pytest.mark.long
 def test_a_text_that_is_too_short_or_too_long_is_refused(files):
     with pytest.raises(RanksFailed, match="too few for 1 rounds of 20 texts of 4"):
         run_on_ranks(1, _measure, files, "--texts", "10")
