@@ -106,6 +106,8 @@ class UltraMemPreTrainedModel(PreTrainedModel):
 class UltraMemGPTModel(UltraMemPreTrainedModel):
     """The decoder without its output layer."""
 
+    _auto_class = "AutoModel"  # so that a decoder saved alone has these files, too
+
     def __init__(self, config: UltraMemGPTConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
