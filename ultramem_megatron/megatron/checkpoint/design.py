@@ -5,7 +5,12 @@ from argparse import Namespace
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.megatron.checkpoint.folder import NoFlagsError, is_torch_dist, stored_args
+from ultramem_megatron.megatron.checkpoint.folder import (
+    NoFlagsError,
+    is_fsdp_dtensor,
+    is_torch_dist,
+    stored_args,
+)
 from ultramem_megatron.megatron.checkpoint.gpt_layers import read_as_gpt
 from ultramem_megatron.megatron.checkpoint.source import Source
 from ultramem_megatron.megatron.flags.arguments import config_from_args
@@ -95,7 +100,8 @@ def check_design(source: Source, args: Namespace, ultramem: UltraMemConfig | Non
         if ultramem is not None:
             raise UltraMemError(
                 f"{source} is no torch_dist checkpoint, which memory layers need: with others an "
-                f"optimizer's state may be of another iteration than its weights. Convert it."
+                f"optimizer's state may be of another iteration than its weights. "
+                f"{_conversion(source)}"
             )
         print(f"{source}: not torch_dist, so its flags are not compared.", flush=True)
         return
@@ -112,6 +118,15 @@ def check_design(source: Source, args: Namespace, ultramem: UltraMemConfig | Non
             f"{source}: the checkpoint is of another model: {'; '.join(differences)}. Give this "
             f"run the flags the checkpoint was made with."
         )
+
+
+def _conversion(source: Source) -> str:
+    if not is_fsdp_dtensor(source.iteration()):
+        return "Convert it."
+    return (
+        f"Go on with --use-megatron-fsdp, or from its weights alone: ultramem export --load "
+        f"{source.folder} --to OUT, then --from OUT --save NEW, and --load NEW."
+    )
 
 
 def refuse_memories_left_out(load: str, args: Namespace) -> None:
