@@ -113,6 +113,18 @@ def test_micro_batches_add_up_in_main_grad(dtype):
     assert_close(case.table.main_grad.double(), 2 * exact[1], main_grad_rounding(dtype, sizes))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_main_grad_that_is_no_block_of_memory(dtype):
+    """Its neighbours stay as they are."""
+    sizes = Sizes(6, 9, 2, 8, 4)
+    case, exact = inputs(sizes, torch.float32), results(lookup_reduce_reference, inputs(sizes))
+    around = torch.zeros(sizes.rows, 32, dtype=dtype)
+    case.table.main_grad = around[:, ::2]
+    lookup_reduce(*case[:5]).backward(case.grad)
+    assert_close(case.table.main_grad.double(), exact[1], main_grad_rounding(dtype, sizes))
+    assert not around[:, 1::2].any()
+
+
 def test_scores_only():
     sizes = Sizes(3, 4, 2, 2, 4)
     case = inputs(sizes)
