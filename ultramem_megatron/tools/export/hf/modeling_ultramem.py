@@ -106,7 +106,8 @@ class UltraMemPreTrainedModel(PreTrainedModel):
 class UltraMemGPTModel(UltraMemPreTrainedModel):
     """The decoder without its output layer."""
 
-    _auto_class = "AutoModel"  # so that a decoder saved alone has these files, too
+    # So that a decoder saved alone has these files, too.
+    _auto_class = "AutoModel"  # type: ignore[assignment]  # None is its value, not its type
 
     def __init__(self, config: UltraMemGPTConfig) -> None:
         super().__init__(config)
