@@ -57,6 +57,7 @@ PATCH_MODULES = (
     "defects.megatron_fsdp_empty_shards",
     "defects.megatron_fsdp_gated_names",
     "defects.megatron_fsdp_loss_scale",
+    "defects.megatron_fsdp_params_norm",
     "doors.gradient_streams",
     "defects.fsdp2_token_loss",
     "defects.fsdp2_checkpoints",
