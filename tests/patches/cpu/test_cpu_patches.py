@@ -133,6 +133,18 @@ def test_compiled_functions_run_as_written() -> None:
         compiled(torch.ones(1))
 
 
+def test_the_compiler_lists_torch_anew(on_cpu: None) -> None:
+    """As it does after `destroy_process_group`; it takes no object with two rules."""
+    rules = torch._dynamo.trace_rules
+    rules.clear_lru_cache()
+    try:
+        with torch.compiler.set_stance("default"):
+            compiled = torch.compile(lambda x: x + torch.ones(3), backend="eager", fullgraph=True)
+            assert compiled(torch.ones(3)).tolist() == [2, 2, 2]
+    finally:
+        rules.clear_lru_cache()
+
+
 def _draw_from_megatrons_streams() -> dict[str, Any]:
     import logging
 
