@@ -24,6 +24,11 @@ AT_ONCE = 2**16
 _NOTHING = 2.0**-100
 
 
+def moment_bytes(kind: str) -> int:
+    """Of both moments of a number; kind: float32, AdamW's own, or of KINDS, 8 more a row."""
+    return KINDS[kind].itemsize if kind in KINDS else 8
+
+
 class CodedRows:
     """(N, V) numbers, of each row codes and the largest of its sizes; zero at first."""
 
