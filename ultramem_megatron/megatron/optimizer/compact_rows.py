@@ -42,8 +42,9 @@ class CompactRows(KeptRows):
                 f"--ultramem-partition number, or leave the moments in float32."
             )
         super().__init__(optimizer, table, replicas, part)
-        values = part.detach().view(self.weight.shape)
-        copy = None if self.weight.dtype == part.dtype else self.weight.detach()
+        # Without their versions: another micro-batch that waits for its backward read other rows.
+        values = part.data.view(self.weight.shape)
+        copy = None if self.weight.dtype == part.dtype else self.weight.data
         self._compact = compact(kind, values, copy)
 
     def _begin_step(self, state: dict[str, Any]) -> int:

@@ -55,5 +55,6 @@ class KeptRows(VisitedRows):
     def _moments(self) -> AnyMoments:
         state, shape = self._optimizer.state[self.part], self.weight.shape
         trained = (self.part, state["exp_avg"], state["exp_avg_sq"])
-        copy = None if self.weight.dtype == self.part.dtype else self.weight.detach()
-        return Moments(*(tensor.detach().view(shape) for tensor in trained), copy)
+        # Without their versions: another micro-batch that waits for its backward read other rows.
+        copy = None if self.weight.dtype == self.part.dtype else self.weight.data
+        return Moments(*(tensor.data.view(shape) for tensor in trained), copy)
