@@ -23,7 +23,7 @@ def test_its_own_first_layers_draft_what_it_writes(name):
     assert model.config.num_hidden_layers == 3
 
 
-@pytest.mark.parametrize("name", ["tdqkr", "peer"])
+@pytest.mark.parametrize("name", ["tdqkr", pytest.param("peer", marks=pytest.mark.long)])
 def test_an_exported_graph_takes_other_batches_and_lengths(name):
     model = hf_model(small_model(name)).eval()
     any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
