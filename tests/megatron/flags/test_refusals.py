@@ -55,8 +55,8 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
         (1, {"dataloader_type": "external"}, "--dataloader-type external is for scripts"),
         (
             1,
-            {"use_megatron_fsdp": True, "ckpt_format": "fsdp_dtensor", "ultramem_overlap": True},
-            "--ultramem-overlap cannot be combined with --use-megatron-fsdp",
+            {"use_megatron_fsdp": True, "ckpt_format": "fsdp_dtensor", "ultramem_row_adam": True},
+            "--ultramem-row-adam cannot be combined with --use-megatron-fsdp",
         ),
         (
             1,

@@ -16,7 +16,15 @@ from ultramem_megatron.megatron.checkpoint.source import Source
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 
-_RESUMABLE = {"value_lr_decay", "row_adam", "aux_loss_weight", "aux_loss_margin", "init", "seed"}
+_RESUMABLE = {
+    "value_lr_decay",
+    "row_adam",
+    "table_moments",
+    "aux_loss_weight",
+    "aux_loss_margin",
+    "init",
+    "seed",
+}
 """Fields that a resumed run may change: they shape neither tensors nor what is read from them."""
 
 

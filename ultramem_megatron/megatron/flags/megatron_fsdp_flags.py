@@ -8,8 +8,6 @@ from ultramem_megatron.patches.doors import megatron_fsdp_parts
 from ultramem_megatron.patches.patch import SUPPORTED_MEGATRON
 
 _REASONS = {
-    "ultramem_overlap": "a memory that computes beside later layers would lose its weights, which "
-    "its own layer gives back when it is done",
     "ultramem_train_rows": "rows are chosen by gradients in the buffers of Megatron's DDP",
     "ultramem_row_adam": "it counts the steps of rows in parameters that are not cut",
     "ultramem_log_tables_interval": "steps of tables are measured in parameters that are not cut",
