@@ -1,5 +1,6 @@
 """Without CUDA: "cuda" means the CPU, and torch.cuda answers for it."""
 
+import inspect
 import threading
 from typing import Any
 
@@ -227,7 +228,7 @@ def _room(patched: bool) -> str:
     from ultramem_megatron.patches import registry
 
     # Of before the constructors were replaced, as where Megatron is imported first.
-    (empty,) = ShardedTensor.init_data.__defaults__ or ()
+    empty = inspect.signature(ShardedTensor.init_data).parameters["init_fn"].default
     assert empty is torch.empty
     names = ("cpu.devices", "cpu.loaded_shards") if patched else ("cpu.devices",)
     registry.apply_all(names)
