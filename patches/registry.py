@@ -31,6 +31,7 @@ PATCH_MODULES = (
     "cpu.mamba_decoding",
     "cpu.grouped_experts",
     "cpu.shared_storage",
+    "cpu.loaded_shards",
     "cpu.background_saves",
     "cpu.uneven_gather",
     # Every machine, where the defect exists.

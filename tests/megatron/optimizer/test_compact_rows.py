@@ -114,6 +114,11 @@ def test_a_run_may_change_how_moments_are_kept(first, second, tmp_path):
     ("given", "changes", "message"),
     [
         ({}, {"row_adam": False}, "--ultramem-table-moments int8 needs --ultramem-row-adam"),
+        (
+            {"ultramem_table_memory": "host"},
+            {"row_adam": False},
+            "int8 cannot be combined with --ultramem-table-memory host",
+        ),
         ({"use_torch_fsdp2": True}, {}, "int8 cannot be combined with --use-torch-fsdp2"),
     ],
 )
