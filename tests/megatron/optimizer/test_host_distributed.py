@@ -116,8 +116,8 @@ def test_a_run_goes_on_from_its_checkpoint(before, after, changes, tmp_path):
     saved = {"save": tmp_path, "load": tmp_path, "save_interval": 2, "load_or_start": True}
     saved |= {"ckpt_format": "torch_dist", "global_batch_size": 2, **changes}
     run_pretrain(before[0], flags(**{**_WHOLE, **saved, **before[1]}, exit_interval=2))
-    resumed = trained(after[0], flags(**{**_WHOLE, **saved, **after[1]}))
-    whole = trained(1, flags(**{**changes, "global_batch_size": 2}))
+    resumed = run_pretrain(after[0], flags(**{**_WHOLE, **saved, **after[1]}))
+    whole = run_pretrain(1, flags(**{**changes, "global_batch_size": 2}))
     tolerance = _HALF if "bf16" in changes else _ROUNDING
     assert len(resumed.losses) == 2
     for mine, theirs in zip(resumed.losses, whole.losses[2:], strict=True):

@@ -38,5 +38,5 @@ class HostAdam(VisitedRows):
 
     def _moments(self) -> Moments:
         tensors = (self.master, self.state["exp_avg"], self.state["exp_avg_sq"])
-        copy = None if self.master is self.weight else self.weight.detach()
-        return Moments(*(tensor.detach() for tensor in tensors), copy)
+        copy = None if self.master is self.weight else self.weight.data
+        return Moments(*(tensor.data for tensor in tensors), copy)

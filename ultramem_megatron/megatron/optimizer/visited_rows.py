@@ -46,17 +46,18 @@ def make_state(state: dict[str, Any], trained: Tensor) -> None:
     for name in ("exp_avg", "exp_avg_sq"):
         if name not in state:
             state[name] = torch.zeros_like(trained)
-    return count_step(state)
-
-
-def count_step(state: dict[str, Any]) -> int:
-    """The number of a step, from 1."""
     state.setdefault("step", torch.zeros((), dtype=torch.float32))
 
 
 def begin_step(state: dict[str, Any], trained: Tensor) -> int:
     """Count a step in the `state` of `trained`, and make it at the first."""
     make_state(state, trained)
+    return count_step(state)
+
+
+def count_step(state: dict[str, Any]) -> int:
+    """The number of a step, from 1."""
+    state.setdefault("step", torch.zeros((), dtype=torch.float32))
     state["step"] += 1
     return int(state["step"])
 
