@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../native/by_row.h"
 #include "../native/numbers.h"
 #include "../native/rows.h"
 
@@ -34,42 +35,35 @@ void pool(const T* table, const int64_t* rows, const int64_t* groups, const floa
   }
 }
 
-// A token's gradients (E*V) as float: its own, or converted once for all its picks.
-inline const float* as_float(const float* from, std::vector<float>&) { return from; }
-
-inline const float* as_float(const bfloat16* from, std::vector<float>& room) {
-  float* __restrict to = room.data();
-  for (size_t i = 0; i < room.size(); i++) to[i] = to_float(from[i]);
-  return to;
-}
-
-// Adds to target (N, V) and fills score_grad (T, P, C); either may be null. A thread keeps to rows
-// of its own and, for the scores, to tokens of its own: sums are in the order of picks in any case.
+// Adds to target (N, V) and fills score_grad (T, P, C); either may be null. Picks are taken row by
+// row, those of one row in their order: each row comes into cache once, a thread has rows of its
+// own, and no bit depends on the number of threads.
 template <class T>
 void pool_backward(const T* grad, const T* table, const int64_t* rows, const int64_t* groups,
                    const float* scores, float* target, float* score_grad, int64_t tokens,
                    int64_t picks, int64_t cores, int64_t num_groups, int64_t width, int threads) {
-  const int64_t slice = width / cores, end = tokens * picks;
+  const int64_t slice = width / cores;
+  const ByRow sorted(rows, tokens * picks);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int64_t share = 0; share < threads; share++) {
-    const int64_t first = tokens * share / threads, last = tokens * (share + 1) / threads;
-    std::vector<float> room(num_groups * width);
-    const float* of_token = nullptr;
-    for (int64_t p = 0; p < end; p++) {
-      const int64_t t = p / picks;
-      if (p % picks == 0) of_token = as_float(grad + t * num_groups * width, room);
-      const bool scored = score_grad && t >= first && t < last;
-      const bool owned = target && (threads == 1 || rows[p] % threads == share);
-      if (!scored && !owned) continue;
-      if (p + kAhead < end) {
-        if (scored) ask_for(table + rows[p + kAhead] * width, width);
-        if (owned) ask_for(target + rows[p + kAhead] * width, width);
+    const int64_t last = sorted.start(share + 1, threads);
+    for (int64_t i = sorted.start(share, threads); i < last; i++) {
+      if (i + kAhead < last && sorted.row(i + kAhead) != sorted.row(i + kAhead - 1)) {
+        if (score_grad) ask_for(table + sorted.row(i + kAhead) * width, width);
+        if (target) ask_for(target + sorted.row(i + kAhead) * width, width);
       }
-      for (int64_t c = 0; c < cores; c++) {
-        const float* from = of_token + groups[p] * width + c * slice;
-        const int64_t at = rows[p] * width + c * slice;
-        if (scored) score_grad[p * cores + c] = dot(from, table + at, slice);
-        if (owned) add(target + at, from, scores[p * cores + c], slice);
+      const int64_t p = sorted.pick(i);
+      const T* from = grad + (p / picks * num_groups + groups[p]) * width;
+      const T* row = table + sorted.row(i) * width;
+      float* to = target + sorted.row(i) * width;
+      for (int64_t c = 0; c < cores; c++, from += slice, row += slice, to += slice) {
+        const float weight = scores[p * cores + c];
+        if (score_grad && target)
+          score_grad[p * cores + c] = dot_and_add(from, row, to, weight, slice);
+        else if (score_grad)
+          score_grad[p * cores + c] = dot(from, row, slice);
+        else if (target)
+          add(to, from, weight, slice);
       }
     }
   }
