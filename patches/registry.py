@@ -31,6 +31,7 @@ PATCH_MODULES = (
     "cpu.mamba_decoding",
     "cpu.grouped_experts",
     "cpu.shared_storage",
+    "cpu.loaded_shards",
     "cpu.background_saves",
     "cpu.uneven_gather",
     # Every machine, where the defect exists.
@@ -57,6 +58,7 @@ PATCH_MODULES = (
     "defects.megatron_fsdp_empty_shards",
     "defects.megatron_fsdp_gated_names",
     "defects.megatron_fsdp_loss_scale",
+    "defects.megatron_fsdp_params_norm",
     "doors.gradient_streams",
     "defects.fsdp2_token_loss",
     "defects.fsdp2_checkpoints",

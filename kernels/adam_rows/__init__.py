@@ -2,6 +2,6 @@
 
 from ultramem_megatron.kernels.adam_rows.contract import Moments
 from ultramem_megatron.kernels.adam_rows.history import AdamStep
-from ultramem_megatron.kernels.adam_rows.table import AdamRows
+from ultramem_megatron.kernels.adam_rows.table import AdamRows, AnyMoments
 
-__all__ = ["AdamRows", "AdamStep", "Moments"]
+__all__ = ["AdamRows", "AdamStep", "AnyMoments", "Moments"]

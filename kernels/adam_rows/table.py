@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
+from ultramem_megatron.kernels.adam_rows import compact
 from ultramem_megatron.kernels.adam_rows.choice import update
+from ultramem_megatron.kernels.adam_rows.compact import CompactMoments
 from ultramem_megatron.kernels.adam_rows.contract import Behind, Moments
 from ultramem_megatron.kernels.adam_rows.history import SLOTS, AdamStep, History
 
+type AnyMoments = Moments | CompactMoments
 _AT_ONCE = 2**16  # rows
 
 
@@ -29,7 +32,7 @@ class AdamRows:
         """Whether there was a step, so that rows may be behind."""
         return self._behind.history.count > 0
 
-    def read(self, moments: Moments | None, picks: Tensor) -> None:
+    def read(self, moments: AnyMoments | None, picks: Tensor) -> None:
         """Bring rows `picks`, int64, which may repeat, up to date; moments: None before any step.
 
         Called before each read that the next step's gradients come from, or any other.
@@ -37,29 +40,38 @@ class AdamRows:
         rows = picks.flatten()
         self.touched.index_fill_(0, rows, 1)
         if moments is not None and self.begun:
-            update(moments, rows, self._behind)
+            self._update(moments, rows)
 
-    def step(self, moments: Moments, grad: Tensor, step: AdamStep) -> None:
+    def step(self, moments: AnyMoments, grad: Tensor, step: AdamStep) -> None:
         """Make a step with the gradient (N, V), which is zero in rows that are not `touched`."""
         history = self._behind.history
         if self.begun and history[history.count][2:5] != step[2:5]:
             self.catch_up(moments)  # a history has the same betas and epsilon throughout
+        rows = self.touched.nonzero().flatten()
+        if isinstance(moments, CompactMoments):  # those that other ranks have read
+            self._update(moments, rows)
         history.append(step)
-        update(moments, self.touched.nonzero().flatten(), self._behind, grad)
+        self._update(moments, rows, grad)
         self.touched.zero_()
         self._sweep(moments)
 
-    def catch_up(self, moments: Moments) -> None:
+    def catch_up(self, moments: AnyMoments) -> None:
         """Bring all rows up to date: the table and its moments are dense AdamW's."""
         for first in range(0, len(self.touched), _AT_ONCE):
             self._bring(moments, first, first + _AT_ONCE)
 
-    def _sweep(self, moments: Moments) -> None:
+    def _sweep(self, moments: AnyMoments) -> None:
         rows = len(self.touched)
         share = -(-rows // (SLOTS - 1))
         self._bring(moments, self._swept, self._swept + share)
         self._swept = self._swept + share if self._swept + share < rows else 0
 
-    def _bring(self, moments: Moments, first: int, end: int) -> None:
+    def _bring(self, moments: AnyMoments, first: int, end: int) -> None:
         rows = torch.arange(first, min(end, len(self.touched)), device=self.touched.device)
-        update(moments, rows, self._behind)
+        self._update(moments, rows)
+
+    def _update(self, moments: AnyMoments, rows: Tensor, grad: Tensor | None = None) -> None:
+        if isinstance(moments, CompactMoments):
+            compact.update(moments, rows, self._behind, grad)
+        else:
+            update(moments, rows, self._behind, grad)

@@ -25,6 +25,7 @@ def update(moments: Moments, rows: Tensor, behind: Behind, grad: Tensor | None =
     if not rows.numel():
         return
     current, history = behind
+    assert all(part is None or part.is_contiguous() for part in (*moments, grad))
     columns = triton.next_power_of_2(moments.values.shape[1])
     warps = min(max(columns // _COLUMNS_A_WARP, 1), _MOST_WARPS)
     with torch.cuda.device_of(rows):

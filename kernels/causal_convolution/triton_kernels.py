@@ -164,5 +164,6 @@ def backward_kernel(
         tl.store(grad_x + at, sum_rd, in_x)
         if WITH_HISTORY:
             tl.store(grad_history + at_history, sum_rd, before)
-    target = partial + (tl.program_id(0) * TAPS + slot)[:, None] * channels + channel[None, :]
+    part = tl.program_id(0).to(tl.int64) * TAPS + slot
+    target = partial + part[:, None] * channels + channel[None, :]
     tl.store(target, weight_kd, (slot < TAPS)[:, None] & in_channels[None, :])

@@ -47,8 +47,8 @@ def backward(
 
 
 def may_add_in_any_order(target: Tensor) -> bool:
-    """Whether atomics may add to it: they are exact enough, and no fixed order is asked for."""
-    exact = target.dtype in (torch.float32, torch.float64)
+    """Whether atomics may add to it: one block, exact enough, and no fixed order is asked for."""
+    exact = target.is_contiguous() and target.dtype in (torch.float32, torch.float64)
     return exact and not torch.are_deterministic_algorithms_enabled()
 
 
@@ -96,8 +96,12 @@ def add_sorted_rows(
     scores: Tensor,
     target: Tensor,
 ) -> None:
-    """Add row gradients to `target` in a fixed order; picks_in_order: of `sorted_picks`."""
+    """Add row gradients to `target` in a fixed order; picks_in_order: of `sorted_picks`.
+
+    A target that is no block of memory is copied, and copied back.
+    """
     tokens, picks, cores = scores.shape
+    block = target.contiguous()
     width = target.shape[1]
     sizes = row_sizes(width // cores)
     blocks = cores * triton.cdiv(width // cores, sizes["BLOCK_W"])
@@ -106,7 +110,7 @@ def add_sorted_rows(
         *picks_in_order,
         groups,
         scores,
-        target,
+        block,
         tokens * picks,
         picks,
         width,
@@ -116,6 +120,8 @@ def add_sorted_rows(
         PRECISE=precise(grad),
         **sizes,
     )
+    if block is not target:
+        target.copy_(block)
 
 
 def picks_sizes(tokens: int, picks: int, cores: int, slice_width: int) -> dict[str, int]:

@@ -18,7 +18,12 @@ def add_statistics(
     output: Tensor,
     topk: int,
 ) -> None:
-    """Same contract as `add_statistics_reference`, in one call or two kernels instead of twenty."""
+    """Same contract as `add_statistics_reference`, in one call or two kernels instead of twenty.
+
+    A forward of no tokens adds nothing, where the means of nothing would stay NaN.
+    """
+    if not output.numel():
+        return
     given = (sums, hits, counting, addresses, query, scores, output, topk)
     chosen = implementation(output.device)
     if chosen == "native" and native_path.serves(query, scores, output):

@@ -85,7 +85,7 @@ class FusedRowNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gain: Tensor, eps: float, centred: bool, layout: Layout
     ) -> Tensor:
-        x = x.contiguous()
+        x, gain = x.contiguous(), gain.contiguous()
         out = x.new_empty(layout.shape)
         ctx.save_for_backward(x, gain)
         ctx.constants = {"EPS": eps, "CENTRED": centred, **row_sizes(len(gain), layout.width)}

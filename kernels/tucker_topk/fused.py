@@ -41,23 +41,24 @@ class FusedTuckerTopk(torch.autograd.Function):
         positions = torch.empty_like(addresses, dtype=torch.int32)
         best = scores.new_empty(tokens, heads, pairs, num_cores)
         if tokens:
-            grid_kernel[(tokens * heads,)](
-                scores,
-                keys,
-                cores.contiguous(),
-                keys if shuffle is None else shuffle.contiguous(),
-                addresses,
-                positions,
-                best,
-                keys_per_side,
-                heads,
-                TOPK=topk,
-                PAIRS=pairs,
-                RANKS=ranks,
-                CORES=num_cores,
-                ROUNDS=0 if shuffle is None else len(shuffle),
-                **grid_sizes(topk, pairs, tokens * heads),
-            )
+            with torch.cuda.device_of(scores):
+                grid_kernel[(tokens * heads,)](
+                    scores,
+                    keys,
+                    cores.contiguous(),
+                    keys if shuffle is None else shuffle.contiguous(),
+                    addresses,
+                    positions,
+                    best,
+                    keys_per_side,
+                    heads,
+                    TOPK=topk,
+                    PAIRS=pairs,
+                    RANKS=ranks,
+                    CORES=num_cores,
+                    ROUNDS=0 if shuffle is None else len(shuffle),
+                    **grid_sizes(topk, pairs, tokens * heads),
+                )
         ctx.save_for_backward(scores, cores, positions)
         ctx.mark_non_differentiable(addresses)
         ctx.set_materialize_grads(False)

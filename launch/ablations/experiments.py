@@ -250,6 +250,20 @@ EXPERIMENTS: dict[str, Experiment] = {
             evaluations=6,
         ),
         Experiment(
+            "moments",
+            "AdamW's moments of value tables in fewer bytes",
+            (
+                ablation("float32", ULTRAMEM_ROW),
+                *(
+                    ablation(kind, ULTRAMEM_ROW, row_adam=True, table_moments=kind)
+                    for kind in ("factored", "bfloat16", "int8")
+                ),
+            ),
+            "float32",
+            steps=400,
+            evaluations=4,
+        ),
+        Experiment(
             "figure6b",
             "loss over sparse parameters, at three shares of values read",
             tuple(_at_fixed_sparsity()),

@@ -15,7 +15,7 @@ from launch.gpu_report import page
 from ultramem_megatron.errors import exit_on_user_error
 from ultramem_megatron.faults.results_folder import results_folder
 from ultramem_megatron.faults.unseen_gpus import refuse_unseen_gpus
-from ultramem_megatron.tools.gpu_report import PARTS, parse
+from ultramem_megatron.tools.gpu_report import AUTHORS, PARTS, parse
 
 _ROOT = Path(__file__).parents[2]
 _FOLDER = "launch.gpu_report.parts"
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     large = torch.cuda.is_available()
     if not large:
         print("There is no NVIDIA GPU here: small shapes on the CPU, which say that all runs.")
+    if options.authors:
+        os.environ[AUTHORS] = str(options.authors.resolve())
     parts = {f"{_FOLDER}.{name}": PARTS[name] for name in options.only}
     run_parts(options.out, parts, options.minutes, large)
     print(f"{options.out / 'report.md'} and report.json")

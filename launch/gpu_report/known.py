@@ -23,6 +23,13 @@ KNOWN = {
     "lookup forward, 1.6B shape, T 8192": Known(546, "<= 386", 347, 386),
     "lookup forward, 1.6B shape, T 64": Known(28, "<= 10", 2.7, 9.7),
     "lookup forward, 227M shape, T 8192": Known(503, "<= 245", 240, 240),
+    "the authors' lookup forward, 1.6B shape, T 8192": Known(446),
+    "the authors' lookup forward, 1.6B shape, T 64": Known(10.8),
+    "the authors' lookup forward, 227M shape, T 8192": Known(260),
+    "the authors' lookup backward, 1.6B shape, T 8192": Known(2563),
+    "the authors' lookup backward, 227M shape, T 8192": Known(1767),
+    "lookup backward, 1.6B shape, T 8192": Known(2707),
+    "lookup backward, 227M shape, T 8192": Known(2040),
     # Bytes: codes and scales of 688k picks 708 MB, sums 67, indices and scores 17: 187 us as copies
     # go. Compiled for sm_90 a warp runs 7.5 instructions (fp8: 8.5) for 32 codes, 165 (187)
     # million: at 4 for each of 132 multiprocessors and cycle of 1.75 GHz, 70 % of the time.

@@ -7,7 +7,7 @@ One device (number 0, the CPU), streams that run everything at once, memory figu
 import contextlib
 import resource
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -159,10 +159,20 @@ CALLS: dict[str, Any] = {
 """What each attribute of torch.cuda becomes."""
 
 
+def _own(answer: Any) -> Any:
+    """A function that no other name has: torch's compiler has rules by name and looks up by object.
+
+    It refuses an object with two rules ("Duplicate torch object") when it makes its list anew.
+    """
+    if not isinstance(answer, FunctionType):
+        return answer
+    return FunctionType(answer.__code__, answer.__globals__, answer.__name__, answer.__defaults__)
+
+
 def _install(editor: Editor) -> None:
     import_dynamo()
     for name, answer in CALLS.items():
-        editor.replace(f"torch.cuda.{name}", answer)
+        editor.replace(f"torch.cuda.{name}", _own(answer))
 
 
 PATCH = Patch(

@@ -4,8 +4,12 @@ A parameter with `allreduce=False` that is no expert's (a part of a value table)
 all data-parallel ranks as any other. Here it gets a buffer of its own over those ranks that have
 the same part, as experts have. That one is of no unit: it is gathered once a step, not for each use
 of its layer, and its gradient is reduced over these ranks alone.
+
+Of no unit are the other parameters, too, of a module that is marked as WHOLE: it computes beside
+later layers, when its own unit's are given back. They are cut over all data-parallel ranks.
 """
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +20,9 @@ from ultramem_megatron.patches.patch import Editor, Patch
 
 KEPT_TAGS = {"allreduce"}
 """Attributes of parameters that the optimizer's have too; who needs another one adds its name."""
+
+WHOLE = "megatron_fsdp_whole"
+"""Attribute of a module whose parameters are gathered once a step."""
 
 _FSDP = "megatron.core.distributed.fsdp"
 _BUFFER = f"{_FSDP}.src.megatron_fsdp.param_and_grad_buffer"
@@ -58,12 +65,15 @@ def _with_their_mesh(init_index: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _without(parts: dict[str, Any], module: Any) -> Iterator[None]:
-    owners = {module.get_submodule(name.rpartition(".")[0]) for name in parts}
-    before = {owner: dict(owner._parameters) for owner in owners}
+def _without(left_out: set[Any], module: Any) -> Iterator[None]:
+    before = {
+        owner: dict(owner._parameters)
+        for owner in module.modules()
+        if not left_out.isdisjoint(owner._parameters.values())
+    }
     for owner, own in before.items():
         for name, parameter in own.items():
-            if parameter is not None and any(parameter is part for part in parts.values()):
+            if parameter in left_out:
                 del owner._parameters[name]
     try:
         yield
@@ -75,30 +85,45 @@ def _without(parts: dict[str, Any], module: Any) -> Iterator[None]:
 
 def _in_groups_of_their_own(get_groups: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_groups)
-    def _get_parameter_groups(module: Any, *args: Any, **settings: Any) -> Any:
+    def _get_parameter_groups(module: Any, policy: Any, *args: Any, **settings: Any) -> Any:
         from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
 
-        parts = {n: p for n, p in module.named_parameters() if is_part(n, p)}
+        parts = {p for n, p in module.named_parameters() if is_part(n, p)}
         with _without(parts, module):
-            groups, group_of, together = get_groups(module, *args, **settings)
+            wholes = [each for each in module.modules() if getattr(each, WHOLE, False)]
+            of_wholes = {p for whole in wholes for p in whole.parameters()}
+            with _without(of_wholes, module):
+                groups, group_of, together = get_groups(module, policy, *args, **settings)
+            for whole in wholes:
+                no_units = dataclasses.replace(policy, fsdp_unit_modules=[])
+                _add(groups, group_of, together, get_groups(whole, no_units, *args, **settings)[0])
         uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
-        for part in parts.values():
+        for part in (p for p in module.parameters() if p in parts):
             # Of several modules it has a gradient when all of backward is done.
             part._is_shared = uses[id(part)] > 1
-            group_of[part] = number = len(groups)
-            together[number] = [number]
-            groups.append(
-                param_and_grad_buffer.ParameterGroup(
-                    [part],
-                    dtype=part.dtype,
-                    is_expert_param=True,
-                    requires_grad=part.requires_grad,
-                    chunk_size_factor=part.shape[1:].numel(),
-                )
+            group = param_and_grad_buffer.ParameterGroup(
+                [part],
+                dtype=part.dtype,
+                is_expert_param=True,
+                requires_grad=part.requires_grad,
+                chunk_size_factor=part.shape[1:].numel(),
             )
+            _add(groups, group_of, together, [group])
+        for group in groups:
+            group.stays = any(p in parts or p in of_wholes for p in group.params)
         return groups, group_of, together
 
     return _get_parameter_groups
+
+
+def _add(groups: list[Any], group_of: Any, together: dict[int, list[int]], more: list[Any]) -> None:
+    """Of no unit, each gathered and reduced by itself."""
+    for group in more:
+        number = len(groups)
+        groups.append(group)
+        together[number] = [number]
+        for parameter in group.params:
+            group_of[parameter] = number
 
 
 def _with_their_tags(init_named: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,12 +139,11 @@ def _with_their_tags(init_named: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_units_alone(release: Callable[..., None]) -> Callable[..., None]:
-    """As upstream's own comment on it has it; a part was released with the unit that it is in."""
+    """As upstream's own comment on it has it; others were released with the unit they are in."""
 
     @functools.wraps(release)
     def release_bucket(self: Any, bucket_id: int, bwd: bool, lazy: bool = False) -> None:
-        group = self.buffer.parameter_groups[bucket_id]
-        if not (group.is_expert_param and group.fsdp_unit_id is None):
+        if not self.buffer.parameter_groups[bucket_id].stays:
             release(self, bucket_id, bwd, lazy)
 
     return release_bucket

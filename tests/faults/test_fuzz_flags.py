@@ -95,6 +95,7 @@ _FLAGS: dict[str, st.SearchStrategy[str]] = {
     "--tokenizer-type": st.sampled_from(["NullTokenizer", "HuggingFaceTokenizer", "TikTokenizer"]),
     "--optimizer": st.sampled_from(["adam", "sgd", "muon", "lion"]),
     "--gpus": _SMALL,
+    "--ultramem-table-moments": st.sampled_from(["float32", "int8", "factored", "int4"]),
 }
 _SWITCHES = [
     "--ultramem-softmax",

@@ -15,6 +15,7 @@ from tests.kernels.lookup_cases import (
     assert_rounds_like_reference,
     exact_rounding,
     inputs,
+    lazy_zeros,
     main_grad_rounding,
     results,
 )
@@ -111,6 +112,35 @@ def test_micro_batches_add_up_in_main_grad(dtype):
         assert case.table.grad._nnz() == 0
         case.table.grad = None
     assert_close(case.table.main_grad.double(), 2 * exact[1], main_grad_rounding(dtype, sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_main_grad_that_is_no_block_of_memory(dtype):
+    """Its neighbours stay as they are."""
+    sizes = Sizes(6, 9, 2, 8, 4)
+    case, exact = inputs(sizes, torch.float32), results(lookup_reduce_reference, inputs(sizes))
+    around = torch.zeros(sizes.rows, 32, dtype=dtype)
+    case.table.main_grad = around[:, ::2]
+    lookup_reduce(*case[:5]).backward(case.grad)
+    assert_close(case.table.main_grad.double(), exact[1], main_grad_rounding(dtype, sizes))
+    assert not around[:, 1::2].any()
+
+
+def test_a_table_of_more_numbers_than_32_bits_count():
+    rows, width = 2**21 + 3, 1032
+    assert rows * width > 2**31
+    table = lazy_zeros(rows, width, torch.float16)
+    table[-1], table[-2] = 2, 3
+    table.requires_grad_().main_grad = lazy_zeros(rows, width, torch.bfloat16)
+    scores = torch.tensor([[[1.0, 10.0], [1.0, 1.0]]], requires_grad=True)
+    picks, groups = torch.tensor([[rows - 1, rows - 2]]), torch.tensor([[0, 0]])
+    out = lookup_reduce(table, picks, groups, scores, 1)
+    assert out[0, 0, [0, -1]].tolist() == [5, 23]
+    with torch.no_grad():
+        assert torch.equal(lookup_addresses(table, picks, scores, 1), out)
+    out.sum().backward()
+    assert table.main_grad[-1, [0, -1]].tolist() == [1, 10]
+    assert scores.grad.tolist() == [[[1032, 1032], [1548, 1548]]]
 
 
 def test_scores_only():

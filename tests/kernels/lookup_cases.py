@@ -1,5 +1,6 @@
 """Inputs for lookup-reduce, and running an implementation on them."""
 
+import mmap
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,6 +44,12 @@ class Inputs(NamedTuple):
     scores: Tensor
     num_groups: int
     grad: Tensor
+
+
+def lazy_zeros(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Zeros of which only the pages that are written ever take memory."""
+    memory = mmap.mmap(-1, rows * width * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, width)
 
 
 def inputs(sizes: Sizes, dtype: torch.dtype = torch.float64, seed: int = 3) -> Inputs:

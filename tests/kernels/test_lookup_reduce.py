@@ -1,7 +1,5 @@
 """Lookup-reduce: its worked case, and PyTorch's kernels against the plain way."""
 
-import mmap
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +14,7 @@ from tests.kernels.lookup_cases import (
     assert_rounds_like_reference,
     exact_rounding,
     inputs,
+    lazy_zeros,
     results,
 )
 from ultramem_megatron.kernels.lookup_reduce import (
@@ -105,17 +104,11 @@ def test_only_what_is_asked_for():
     assert_close(case.scores.grad, results(lookup_reduce_reference, case)[2], exact_rounding(sizes))
 
 
-def _lazy_zeros(rows, width, dtype):
-    """Zeros of which only the pages that are written ever take memory."""
-    memory = mmap.mmap(-1, rows * width * dtype.itemsize)
-    return torch.frombuffer(memory, dtype=dtype).view(rows, width)
-
-
 def test_addresses_beyond_2_to_31_bytes():
     rows, width = 2**21 + 3, 520  # 2.2e9 bytes
-    table = _lazy_zeros(rows, width, torch.float16)
+    table = lazy_zeros(rows, width, torch.float16)
     table[-1], table[-2] = 2, 3
-    table.requires_grad_().main_grad = _lazy_zeros(rows, width, torch.float32)
+    table.requires_grad_().main_grad = lazy_zeros(rows, width, torch.float32)
     scores = torch.tensor([[[1.0, 10.0], [1.0, 1.0]]], requires_grad=True)
     picks, groups = torch.tensor([[rows - 1, rows - 2]]), torch.tensor([[0, 0]])
     out = lookup_reduce(table, picks, groups, scores, 1)

@@ -80,7 +80,9 @@ def test_forward_compiles_to_vector_loads_without_spills(capability, shape):
 
 @pytest.mark.parametrize("capability", _CAPABILITIES)
 @pytest.mark.parametrize(("coded", "one_scale"), [("int8", True), ("fp8", False)])
-@pytest.mark.parametrize("shape", _SHAPES[1:4], ids=str)
+@pytest.mark.parametrize(
+    "shape", [_SHAPES[1], *(pytest.param(shape, marks=_LONG) for shape in _SHAPES[2:4])], ids=str
+)
 def test_codes_are_decoded_in_registers(capability, shape, coded, one_scale):
     import triton.language as tl
 

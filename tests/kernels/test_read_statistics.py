@@ -36,6 +36,14 @@ def test_by_hand(forced):
     assert_close(sums, wanted, rounding(torch.float32, 8))
 
 
+def test_no_tokens_add_nothing(forced):
+    sums, hits = torch.ones(4), torch.ones(3, dtype=torch.int32)
+    none = (torch.zeros(0, 2).long(), torch.zeros(0, 1, 2, 4), torch.zeros(0, 2, 1))
+    add_statistics(sums, hits, Counting(3, 3, 0, 1), *none, torch.zeros(0, 8), 2)
+    assert (sums == 1).all()
+    assert (hits == 1).all()
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 3, 8), (5, 2, 3, 7, 20), (700, 1, 2, 30, 24)], ids=str)
 @pytest.mark.parametrize("counting", [Counting(50, 50, 0, 1), Counting(50, 8, 8, 31)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -63,6 +63,11 @@ def test_output_and_gradients_are_those_in_float64(forced, centred, shape, dtype
     _compared(ours, plain, _drawn(*shape), _drawn(shape[-1]), dtype, shape[-1] + shape[0])
 
 
+def test_the_gain_may_be_a_strided_view(forced):
+    x, gain = _drawn(3, 6).float(), _drawn(12).float()[::2]
+    assert torch.equal(row_norm(x, gain, 1e-5, True), row_norm(x, gain.clone(), 1e-5, True))
+
+
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize(
     ("heads", "keys", "ranks", "width", "queries"),

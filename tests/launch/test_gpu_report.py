@@ -4,19 +4,23 @@ import json
 import time
 
 import pytest
+import torch
 
 from launch.benchmarks.trace import Interval
+from launch.gpu_report import __main__ as report
 from launch.gpu_report.__main__ import main, run_parts
 from launch.gpu_report.known import KNOWN
 from launch.gpu_report.page import targets
+from launch.gpu_report.parts import authors
 from launch.gpu_report.parts.overlap import beside
 from launch.gpu_report.row import Row, attempted
 from tests import ROOT
 from tests.inference.test_decode_launches import BETWEEN, PRODUCTS
 from tests.launch.launches import launches_of_a_layer
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.kernels.lookup_reduce import lookup_reduce_reference
 from ultramem_megatron.kernels.quantized import FORMATS
-from ultramem_megatron.tools.gpu_report import PARTS
+from ultramem_megatron.tools.gpu_report import AUTHORS, PARTS, SOURCES
 
 
 def test_a_failure_is_a_row_and_what_came_before_stays():
@@ -81,10 +85,80 @@ def test_all_parts_run_without_a_gpu(tmp_path):
     assert report["trainings"][-1]["value"] == 0
 
 
+def test_without_the_authors_sources_a_row_says_how_to_give_them(monkeypatch):
+    monkeypatch.delenv(AUTHORS, raising=False)
+    (row,) = authors.rows(large=False)
+    assert "give --authors PATH" in row.value
+    assert not row.error
+
+
+def _sources(folder):
+    for name in SOURCES:
+        (folder / name).write_text("#error not for this compiler\n")
+    return folder
+
+
+def test_a_failing_build_of_the_authors_sources_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setenv(AUTHORS, "")  # and what main sets is undone
+    monkeypatch.setattr(report, "run_parts", lambda *given: None)
+    main(["--out", str(tmp_path / "out"), "--authors", str(_sources(tmp_path))])
+    (row,) = authors.rows(large=False)
+    assert row.what == "the authors' lookup"
+    assert row.error.startswith("UltraMemError: not built: ")
+
+
+class _Theirs:
+    """In the place of their extension: its arguments, in PyTorch."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def forward(self, addresses, table, scores, size, own, shift, groups, padding, padded):
+        assert (addresses.dtype, scores.dtype, own) == (torch.int32, torch.bfloat16, len(table))
+        assert (size, shift, padded) == (own, 0, False)
+        out = self._lookup(addresses, table, scores, groups)
+        return self.factor * out.flatten(1)
+
+    def backward(self, addresses, table, scores, grad, main_grad, size, own, shift, groups, *more):
+        leaves = table.float().requires_grad_(), scores.clone().requires_grad_()
+        out = self._lookup(addresses, *leaves, groups)
+        of_table, of_scores = torch.autograd.grad(out, leaves, grad.view(out.shape).float())
+        main_grad += of_table
+        return of_scores
+
+    def _lookup(self, addresses, table, scores, groups):
+        rows, group = addresses.long() % len(table), addresses.long() // len(table)
+        return lookup_reduce_reference(table, rows, group, scores.permute(1, 2, 0), groups)
+
+
+@pytest.mark.parametrize("factor", [1, 1.1])
+def test_the_authors_lookup_is_timed_where_it_agrees(factor, monkeypatch, tmp_path):
+    monkeypatch.setenv(AUTHORS, str(_sources(tmp_path)))
+    monkeypatch.setattr(authors.cpp_extension, "load", lambda **given: _Theirs(factor))
+    rows = list(authors.rows(large=False))
+    assert rows[0].unit == "s"
+    if factor != 1:
+        assert [row.value for row in rows[1:]] == [None, None]
+        assert all("they differ by 1.0e-01" in row.error for row in rows[1:])
+        return
+    assert not [row.error for row in rows if row.error]
+    timed = {row.what for row in rows if row.unit == "us"}
+    assert timed == {
+        f"{whose} {passes}, {shape} shape, T 16"
+        for whose in ("lookup", "the authors' lookup")
+        for passes in ("forward", "backward")
+        for shape in ("1.6B", "227M")
+    }
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--only", "parity,x"], r"--only parity,x: there is no x\. Parts: environment, parity"),
+        (
+            ["--authors", "x"],
+            r"--authors x: there is no fused_lookup\.cpp\. Give the folder fuse_ops",
+        ),
         (["--minutes", "0"], r"--minutes 0: must be more than 0"),
         (["--minutes", "nan"], r"--minutes nan: must be more than 0"),
     ],
@@ -124,7 +198,15 @@ def test_what_is_known_is_asked_of_some_part():
         for size in kernels._DECODING
     }
     asked |= {f"lookup of {kind} codes, T {max(eight_bits._TOKENS)}" for kind in FORMATS}
+    asked |= {
+        f"{whose} {passes}, {words}, T {tokens}"
+        for whose in ("lookup", "the authors' lookup")
+        for passes in ("forward", "backward")
+        for words, _ in authors._SHAPES
+        for tokens in authors._TOKENS
+    }
     starts = (
+        "the authors'",
         "decode, ",
         "paged",
         "lookup",

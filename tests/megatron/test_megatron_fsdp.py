@@ -25,6 +25,8 @@ from ultramem_megatron.patches import registry
 _FSDP = {"use_megatron_fsdp": True, "ckpt_format": "fsdp_dtensor"}
 _STRATEGY = "data_parallel_sharding_strategy"
 _FULL = {**_FSDP, _STRATEGY: "optim_grads_params"}
+_BESIDE = {"ultramem_overlap": True}
+_STRETCHES = {**_RECOMPUTE, "recompute_num_layers": 2}
 _long = pytest.mark.long
 
 
@@ -74,6 +76,10 @@ def test_it_trains_like_one_rank(
         pytest.param(4, {**_TP, **_NUMBER}, id="TP2"),
         pytest.param(4, {**_NUMBER, "context_parallel_size": 2}, id="CP2"),
         pytest.param(4, {"ultramem_parallel_size": 2, **_RECOMPUTE}, id="P2 of 4, recompute"),
+        pytest.param(2, {**_NUMBER, **_BESIDE}, id="overlap"),
+        pytest.param(4, {"ultramem_parallel_size": 2, **_BESIDE}, id="P2 of 4, overlap"),
+        pytest.param(4, {**_TP, **_NUMBER, **_BESIDE}, id="TP2, overlap"),
+        pytest.param(2, {**_DIMENSION, **_BESIDE, **_STRETCHES}, id="overlap, recompute"),
     ],
 )
 @_long
@@ -96,6 +102,9 @@ def test_it_trains_like_ddp() -> None:
         pytest.param({"calculate_per_token_loss": True}, id="loss per token"),
         pytest.param({"ultramem_train_only": "memory"}, id="memories alone"),
         pytest.param({"ultramem_share_values": 2}, id="shared tables"),
+        pytest.param({"ultramem_share_values": 2, **_BESIDE}, id="shared tables, overlap"),
+        pytest.param({_STRATEGY: "no_shard", **_BESIDE}, id="no shard, overlap of memories"),
+        pytest.param({_STRATEGY: "optim", **_BESIDE}, id="the optimizer cut, overlap of memories"),
         pytest.param({"ultramem_share_values": 2, **_RECOMPUTE}, id="shared tables, recompute"),
         pytest.param({"ultramem_value_wd_mult": 0.5, "ultramem_value_lr_mult": 3}, id="rates"),
         pytest.param(
@@ -107,7 +116,9 @@ def test_it_trains_like_ddp() -> None:
 )
 @_long
 def test_with_other_flags_it_trains_like_ddp(flags: dict[str, Any]) -> None:
-    ddp = {name: value for name, value in flags.items() if name not in {_STRATEGY, *_OVERLAP}}
+    ddp = {
+        name: value for name, value in flags.items() if name not in {_STRATEGY, *_OVERLAP, *_BESIDE}
+    }
     expected = train(2, _flags(**_NUMBER, **ddp))
     assert_same_training(train(2, _flags(**{**_NUMBER, **_FULL, **flags})), expected)
 
@@ -115,8 +126,8 @@ def test_with_other_flags_it_trains_like_ddp(flags: dict[str, Any]) -> None:
 @pytest.mark.parametrize("strategy", ["no_shard", "optim", "optim_grads_params"])
 @_long
 def test_a_checkpoint_goes_on_in_other_layouts(tmp_path: Any, strategy: str) -> None:
-    flags = {"ultramem_share_values": 2, **_FSDP, _STRATEGY: strategy}
-    flags["swiglu"] = strategy != "no_shard"  # with which it is refused
+    flags = {"ultramem_share_values": 2, "swiglu": True, **_FSDP, _STRATEGY: strategy}
+    flags["ultramem_overlap"] = strategy == "optim_grads_params"
     saved = run_pretrain(2, _flags(**flags, **_NUMBER, save=tmp_path, save_interval=2))
     for world_size, layout in (
         (2, _NUMBER),
@@ -136,6 +147,18 @@ def test_a_checkpoint_goes_on_with_tables_cut_otherwise(tmp_path: Any) -> None:
     assert again.losses == pytest.approx(saved.losses[1:], rel=AFTER_STEPS)
     with pytest.raises(RanksFailed, match="topk is 5 here, 6 in the checkpoint"):
         run_pretrain(1, _flags(**short, load=tmp_path, ultramem_topk=5))
+
+
+@pytest.mark.parametrize("strategy", ["no_shard", "optim", "optim_grads", "optim_grads_params"])
+@pytest.mark.parametrize("world_size", [2, 4])
+@_long
+def test_experts_over_ranks_train_like_ddp(strategy: str, world_size: int) -> None:
+    experts = {"num_experts": 2, "moe_router_load_balancing_type": "none", "swiglu": True}
+    layout = {**experts, "expert_model_parallel_size": 2, "ultramem_parallel_size": 2}
+    expected = train(world_size, _flags(**layout))
+    assert_same_training(
+        train(world_size, _flags(**layout, **_FSDP, **{_STRATEGY: strategy})), expected
+    )
 
 
 @_long

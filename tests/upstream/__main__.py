@@ -64,7 +64,10 @@ def _parser() -> argparse.ArgumentParser:
         "--limit", type=float, default=40.0, help="seconds a test, waits for a core aside (40)"
     )
     parser.add_argument(
-        "--memory-gib", type=float, default=12.0, help="for all ranks together (default 12)"
+        "--memory-gib",
+        type=float,
+        default=16.0,
+        help="for all ranks together, stacks of threads too (default 16)",
     )
     parser.add_argument("--out", type=Path, help="folder of results (runs/upstream-ranksN)")
     return parser

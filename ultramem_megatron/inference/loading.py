@@ -46,7 +46,7 @@ def load_for_inference(
     cuda_graphs: bool = False,
     premultiply_values: bool = False,
 ) -> LoadedModel:
-    """Load the latest (or the given) iteration of a `torch_dist` checkpoint; all ranks call it.
+    """Load the latest (or the given) iteration of a checkpoint; all ranks call it.
 
     Model and tokenizer are described by the flags stored in it.
 
@@ -188,15 +188,18 @@ def _build(args: Namespace, ultramem: UltraMemConfig | None, tables: TableSettin
 
 
 def _load_weights(model: Any, folder: str, layout: InferenceLayout) -> None:
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_model_config
 
-    metadata = dist_checkpointing.load_content_metadata(folder) or {}
+    from ultramem_megatron.megatron.checkpoint.weights import content_metadata, load_weights
+
+    metadata = content_metadata(folder)
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    sharded = {"model": model.sharded_state_dict(metadata=metadata)}
+    sharded = model.sharded_state_dict(metadata=metadata)
     left = {}
     if layout.table_memory != "device":
-        left = leave_tables(model, sharded["model"], folder, layout)
-    loaded = dist_checkpointing.load(sharded, folder, verify_integrity=True)["model"]
+        left = leave_tables(model, sharded, folder, layout)
+    loaded = load_weights(sharded, folder, get_model_config(model).num_moe_experts)
     with naming_where(folder):
         model.load_state_dict(loaded | left)
 

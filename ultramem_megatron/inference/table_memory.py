@@ -4,6 +4,7 @@ Of tables on disk the host fetches a token's rows and copies them to a GPU, for 
 the device.
 """
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -38,9 +39,15 @@ def leave_tables(
     from megatron.core.utils import unwrap_model
 
     from ultramem_megatron.inference.host_memory import in_eight_bits, in_host_memory
+    from ultramem_megatron.megatron.checkpoint.folder import is_fsdp_dtensor
     from ultramem_megatron.megatron.checkpoint.table_files import TableFiles
     from ultramem_megatron.memory.tables.value_table import value_tables
 
+    if is_fsdp_dtensor(Path(folder)):
+        raise UltraMemError(
+            f"--table-memory {layout.table_memory}: {folder} is in fsdp_dtensor, and such tables "
+            f"are read from torch_dist alone. Use device."
+        )
     in_memory, left = layout.table_memory == "host", {}
     files = TableFiles(folder, readahead=in_memory)
     for module_name, table in value_tables(unwrap_model(model)).items():

@@ -168,7 +168,7 @@ class MemoryHooks:
         layers = [layer for chunk in model_chunks for layer in memory_layers(chunk)]
         train_on_host(optimizer, layers)
         if self.ultramem.row_adam:
-            visit_touched_rows(optimizer, layers)
+            visit_touched_rows(optimizer, layers, self.ultramem.table_moments)
         if not self.moves_few_rows:
             return
         # Half precision trains a float32 copy of each parameter.

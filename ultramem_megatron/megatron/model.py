@@ -19,6 +19,7 @@ from megatron.training import get_args, print_rank_0
 from megatron.training.models.base import ModelBuilder, ModelConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig, default_layer_spec
 
+from ultramem_megatron.kernels.adam_rows.compact import moment_bytes
 from ultramem_megatron.megatron import hooks
 from ultramem_megatron.megatron.background_reads import read_background
 from ultramem_megatron.megatron.fsdp2 import refuse_uneven_shards
@@ -199,7 +200,11 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
         memory = self._model_config.table_memory
         in_fp32 |= memory == "host"
         storage = Storage(
-            parameter_bytes, 4 if in_fp32 else parameter_bytes, replicas if sharded else 1, memory
+            parameter_bytes,
+            4 if in_fp32 else parameter_bytes,
+            replicas if sharded else 1,
+            memory,
+            moment_bytes(ultramem.table_moments),
         )
         tables = most_on_one_stage({place.table for place in placements(ultramem)}, transformer)
         print_rank_0(describe_memories(ultramem, transformer.hidden_size))

@@ -16,7 +16,6 @@ from ultramem_megatron.memory.tables.settings import TableSettings, exchange_of
 
 _GIGABYTE = 1e9
 _SHOWN_RANKS = 8
-_ADAM_BYTES = 8  # two moments in float32
 _MASTER_BYTES = 4  # float32 copy of a half-precision parameter
 
 
@@ -30,12 +29,14 @@ class Storage:
     """Ranks over which optimizer state is spread: the replicas, with the distributed optimizer."""
     memory: str = "device"
     """Where all of it is."""
+    moment_bytes: int = 8
+    """Adam's two, in float32 or smaller."""
 
     @property
     def optimizer_bytes(self) -> float:
         """Adam's moments, and a float32 copy where parameters are in half precision."""
         master = _MASTER_BYTES if self.parameter_bytes < _MASTER_BYTES else 0
-        return (_ADAM_BYTES + master) / self.optimizer_shards
+        return (self.moment_bytes + master) / self.optimizer_shards
 
 
 def describe_memories(ultramem: UltraMemConfig, hidden_size: int) -> str:

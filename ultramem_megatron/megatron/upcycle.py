@@ -9,6 +9,7 @@ the dense model's loss. Its first gradient reaches the projection, the next one 
 import contextlib
 from argparse import Namespace
 from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.checkpoint.design import differing_flags
-from ultramem_megatron.megatron.checkpoint.folder import checkpoint_folder, stored_args
+from ultramem_megatron.megatron.checkpoint.folder import (
+    checkpoint_folder,
+    is_fsdp_dtensor,
+    stored_args,
+)
 from ultramem_megatron.megatron.checkpoint.gpt_layers import (
     fresh_layers,
     has_key_for_each_layer,
@@ -26,6 +31,7 @@ from ultramem_megatron.megatron.checkpoint.gpt_layers import (
     read_as_gpt,
 )
 from ultramem_megatron.megatron.checkpoint.source import holds_checkpoint
+from ultramem_megatron.megatron.checkpoint.weights import load_weights
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.memory.config import flag
 from ultramem_megatron.memory.finite import naming_where
@@ -39,7 +45,7 @@ def dense_checkpoint(args: Namespace) -> str | None:
     """Folder of the dense checkpoint to start from; None without the flag, or when resuming.
 
     A run whose --load already holds a checkpoint resumes from that one. Raises UltraMemError for
-    a folder without a `torch_dist` checkpoint, one with memory layers, or one of another size.
+    a folder without a checkpoint, one with memory layers, or one of another size.
     """
     if args.ultramem_upcycle is None or holds_checkpoint(args):
         return None
@@ -60,6 +66,11 @@ def _refuse_misfit(args: Namespace, folder: str) -> None:
             f"its MLPs is another model from the first step on. Drop one of the two."
         )
     dense = stored_args(folder)
+    if is_fsdp_dtensor(Path(folder)) and is_hybrid(args):
+        raise UltraMemError(
+            f"{UPCYCLE_FLAG} {args.ultramem_upcycle}: a HybridModel does not start from a "
+            f"checkpoint in fsdp_dtensor. Give one in torch_dist."
+        )
     if config_from_args(dense) is not None:
         raise UltraMemError(
             f"{UPCYCLE_FLAG} {args.ultramem_upcycle}: this checkpoint has memory layers already. "
@@ -116,6 +127,8 @@ def _load_dense_weights(chunk: nn.Module, folder: str, of_gpt: bool) -> None:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
+    if is_fsdp_dtensor(Path(folder)):
+        return _load_from_fsdp(chunk, folder)
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     with _without_memories(chunk), _layer_keys(chunk, has_key_for_each_layer(stored)):
@@ -139,6 +152,18 @@ def _load_dense_weights(chunk: nn.Module, folder: str, of_gpt: bool) -> None:
         loaded = dist_checkpointing.load(state, folder, verify_integrity=True)
         with naming_where(f"{UPCYCLE_FLAG} {folder}"):
             chunk.load_state_dict({**{name: loaded[name] for name in names}, **absent})
+
+
+def _load_from_fsdp(chunk: nn.Module, folder: str) -> None:
+    from megatron.core import parallel_state
+
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    with _without_memories(chunk), _layer_keys(chunk, True):
+        config: Any = chunk.config
+        state = chunk.sharded_state_dict(metadata=groups)  # type: ignore[operator]  # Megatron's, untyped
+        weights = load_weights(state, folder, config.num_moe_experts)
+        with naming_where(f"{UPCYCLE_FLAG} {folder}"):
+            chunk.load_state_dict(weights)
 
 
 def _absent_states(state: dict[str, Any], stored: Collection[str]) -> list[str]:

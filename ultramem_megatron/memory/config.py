@@ -115,6 +115,8 @@ class UltraMemConfig:
     """The table's weight decay is this multiple of the matrices'; 0 is none."""
     row_adam: bool = False
     """AdamW visits the rows of a table that are read, with the results of AdamW (row_adam.py)."""
+    table_moments: str = "float32"
+    """How it keeps moments: float32, AdamW's own, or a name of kernels.adam_rows.compact.KINDS."""
     seed: int = 1234
     """Of the initial values; they depend on it, the layer number and the sizes, nothing else."""
 

@@ -21,6 +21,7 @@ BENCHMARKS = {
     "serving": "latency and throughput of vLLM, dense and UltraMem",
     "overlap": "exchanges between ranks with and without --ultramem-overlap",
     "recipes": "every case of the matrix of Megatron's flags, with memories and without",
+    "tables": "decoding from tables on disk, with caches of their rows",
     "optimizer": "AdamW on the rows that a step reads beside AdamW on all",
     "checkpoint": "seconds and bytes of saving and loading a table, in the background too",
     "data": "seconds and memory of preparing text, beside Megatron's own script",

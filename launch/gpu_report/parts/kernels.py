@@ -11,6 +11,7 @@ from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.measure import timed
 from launch.benchmarks.kernels.shapes import Shape
 from launch.gpu_report.row import Row, attempted
+from launch.gpu_report.shapes import OF_227M, OF_1600M, TINY
 
 _DECODING = [
     attentions.Decoding(batch, context) for batch, context in ((1, 32768), (8, 8192), (64, 2048))
@@ -18,26 +19,23 @@ _DECODING = [
 _FEW = attentions.Decoding(2, 600, heads=4, width=16, dtype=torch.float32)
 
 _Build = Callable[[Shape, torch.device], list[Candidate]]
-_PAPER = Shape(hidden=1600, num_keys=1789, topk=42, value_dim=1024, dtype=torch.bfloat16)
-_ALIGNED = dataclasses.replace(_PAPER, num_keys=1792)
-_227M = Shape(hidden=384, num_keys=808, topk=80, value_dim=384, dtype=torch.bfloat16)
+_ALIGNED = dataclasses.replace(OF_1600M, num_keys=1792)
 _V2_227M = Shape(
     hidden=768, num_keys=1138, topk=32, value_dim=192, heads=1, expansion=1, dtype=torch.bfloat16
 )
 _PEER = Shape(
     num_keys=1024, topk=16, value_dim=2048, heads=8, cores=1, expansion=1, dtype=torch.bfloat16
 )
-_HIDDEN = dataclasses.replace(_PAPER, hidden=2048)
-_TINY = Shape(hidden=32, num_keys=40, topk=6, value_dim=16)
+_HIDDEN = dataclasses.replace(OF_1600M, hidden=2048)
 _TOKENS = (64, 8192)
 _CASES: tuple[tuple[str, _Build, str, Shape], ...] = (
-    ("lookup", lookups.candidates, "1.6B shape", _PAPER),
-    ("lookup", lookups.candidates, "227M shape", _227M),
+    ("lookup", lookups.candidates, "1.6B shape", OF_1600M),
+    ("lookup", lookups.candidates, "227M shape", OF_227M),
     ("lookup behind pre-values", prevalued_lookups.candidates, "UltraMemV2's 227M", _V2_227M),
     ("lookup behind pre-values", prevalued_lookups.candidates, "PEER's, width 2048", _PEER),
-    ("side top-m", topks.side_candidates, "1.6B shape", _PAPER),
+    ("side top-m", topks.side_candidates, "1.6B shape", OF_1600M),
     ("side top-m", topks.side_candidates, "keys a multiple of 64", _ALIGNED),
-    ("grid top-m", topks.tucker_candidates, "1.6B shape", _PAPER),
+    ("grid top-m", topks.tucker_candidates, "1.6B shape", OF_1600M),
     ("query convolution", convolutions.candidates, "width 2048", _HIDDEN),
 )
 
@@ -47,7 +45,7 @@ def rows(large: bool) -> Iterator[Row]:
     device = torch.device("cuda" if large else "cpu")
     for op, build, words, shape in _CASES:
         for tokens in _TOKENS if large else (16,):
-            sized = dataclasses.replace(shape if large else _TINY, tokens=tokens)
+            sized = dataclasses.replace(shape if large else TINY, tokens=tokens)
             name = f"{words}, T {tokens}"
             yield from attempted(f"{op}, {name}", partial(_times, op, build, sized, name, device))
     for size in _DECODING if large else [_FEW]:

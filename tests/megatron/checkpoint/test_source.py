@@ -1,9 +1,11 @@
 """Where training takes weights from, and a --load that is not there."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
+from tests.ranks import RanksFailed, run_on_ranks
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.faults.integrity import TRACKER
 from ultramem_megatron.megatron.checkpoint.source import source_of_weights
@@ -58,3 +60,23 @@ def test_a_run_may_start_where_it_saves(saved, tmp_path):
 def test_a_pretrained_checkpoint_that_is_not_there_is_refused():
     with pytest.raises(UltraMemError, match="--pretrained-checkpoint /none: no checkpoint there"):
         source_of_weights(_args(pretrained_checkpoint="/none")).iteration()
+
+
+def _flags_of(folder):
+    from ultramem_megatron.megatron.checkpoint.folder import stored_args
+
+    stored_args(folder)
+
+
+def _left_out(folder, args):
+    from ultramem_megatron.megatron.checkpoint.design import refuse_memories_left_out
+
+    refuse_memories_left_out(folder, args)
+
+
+def test_flags_that_cannot_be_read_stop_no_plain_model(saved):
+    metadata = Path(saved, "iter_0000003", "metadata.json")
+    metadata.write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    with pytest.raises(RanksFailed, match="its flags cannot be read"):
+        run_on_ranks(1, _flags_of, str(metadata.parent))
+    run_on_ranks(1, _left_out, saved, _args())

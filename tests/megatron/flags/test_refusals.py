@@ -55,8 +55,8 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
         (1, {"dataloader_type": "external"}, "--dataloader-type external is for scripts"),
         (
             1,
-            {"use_megatron_fsdp": True, "ckpt_format": "fsdp_dtensor", "ultramem_overlap": True},
-            "--ultramem-overlap cannot be combined with --use-megatron-fsdp",
+            {"use_megatron_fsdp": True, "ckpt_format": "fsdp_dtensor", "ultramem_row_adam": True},
+            "--ultramem-row-adam cannot be combined with --use-megatron-fsdp",
         ),
         (
             1,
@@ -211,8 +211,8 @@ _MEGATRON_FSDP = {
     "data_parallel_sharding_strategy": "no_shard",
     "pipeline_model_parallel_size": 1,
     "num_distributed_optimizer_instances": 1,
-    **dict.fromkeys(("swiglu", "bf16", "fp16", "finetune", "no_load_optim"), False),
-    **dict.fromkeys(("save", "load", "pretrained_checkpoint")),
+    **dict.fromkeys(("bf16", "fp16", "finetune", "no_load_optim"), False),
+    **dict.fromkeys(("load", "pretrained_checkpoint")),
 }
 
 
@@ -224,7 +224,6 @@ _MEGATRON_FSDP = {
         ({"ddp_average_in_collective": True}, "the mean would be over the ranks that have"),
         ({"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size 2 cannot"),
         ({"num_distributed_optimizer_instances": 2}, "--num-distributed-optimizer-instances 2"),
-        ({"swiglu": True, "save": "there"}, "can neither save nor load its weights"),
         (
             {"bf16": True, "pretrained_checkpoint": "there"},
             "cannot take weights without the optimizer's state",

@@ -68,6 +68,11 @@ _SLIPS = {
         {"async_save": True, "async_strategy": "mcore"},
         "--async-save does nothing without --use-persistent-ckpt-worker",
     ),
+    "one set as a whole": ({"full_validation": True}, "--full-validation: Megatron ends in a Type"),
+    "several sets": (
+        {"multiple_validation_sets": True, "eval_iters": 1},
+        "--multiple-validation-sets: Megatron evaluates several sets as wholes only",
+    ),
     "parallel load": ({"ckpt_fully_parallel_load": True}, "--ckpt-fully-parallel-load: Megatron d"),
     "yaml": ({"yaml_cfg": "gpt.yaml"}, "--yaml-cfg: Megatron reads no other flag beside it"),
     "nccl": ({"distributed_backend": "nccl"}, "--distributed-backend nccl: torch sees no GPU"),

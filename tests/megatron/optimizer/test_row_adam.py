@@ -102,6 +102,11 @@ _LONG = pytest.mark.long
             marks=_LONG,
         ),
         pytest.param(1, {"eval_iters": 1, "eval_interval": 2}, marks=_LONG),
+        pytest.param(
+            2,
+            {"pipeline_model_parallel_size": 2, "num_layers": 4, "ultramem_spans": "1:2/3:4"},
+            marks=_LONG,
+        ),
         pytest.param(1, {"ultramem_value_lr_fixed": 1e-3}, marks=_LONG),
     ],
 )

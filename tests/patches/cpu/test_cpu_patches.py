@@ -1,12 +1,13 @@
 """Without CUDA: "cuda" means the CPU, and torch.cuda answers for it."""
 
+import inspect
 import threading
 from typing import Any
 
 import pytest
 import torch
 
-from tests.ranks import run_on_ranks
+from tests.ranks import RanksFailed, run_on_ranks
 from ultramem_megatron.patches.cpu import cuda_calls as cpu_cuda_calls
 from ultramem_megatron.patches.cpu import devices as cpu_devices
 from ultramem_megatron.patches.cpu import no_compile as cpu_no_compile
@@ -133,6 +134,18 @@ def test_compiled_functions_run_as_written() -> None:
         compiled(torch.ones(1))
 
 
+def test_the_compiler_lists_torch_anew(on_cpu: None) -> None:
+    """As it does after `destroy_process_group`; it takes no object with two rules."""
+    rules = torch._dynamo.trace_rules
+    rules.clear_lru_cache()
+    try:
+        with torch.compiler.set_stance("default"):
+            compiled = torch.compile(lambda x: x + torch.ones(3), backend="eager", fullgraph=True)
+            assert compiled(torch.ones(3)).tolist() == [2, 2, 2]
+    finally:
+        rules.clear_lru_cache()
+
+
 def _draw_from_megatrons_streams() -> dict[str, Any]:
     import logging
 
@@ -207,3 +220,24 @@ def test_streams_that_a_cuda_graph_could_hold_draw_the_same_numbers() -> None:
     [graph_safe] = run_on_ranks(1, _draw_from_forked_streams, True)
     assert all(torch.equal(a, b) for a, b in zip(plain, graph_safe, strict=True))
     assert not torch.equal(plain[0], plain[2])
+
+
+def _room(patched: bool) -> str:
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from ultramem_megatron.patches import registry
+
+    # Of before the constructors were replaced, as where Megatron is imported first.
+    empty = inspect.signature(ShardedTensor.init_data).parameters["init_fn"].default
+    assert empty is torch.empty
+    names = ("cpu.devices", "cpu.loaded_shards") if patched else ("cpu.devices",)
+    registry.apply_all(names)
+    shard = ShardedTensor.from_rank_offsets("weight", torch.ones(4)).without_data()
+    shard.init_data("cuda")
+    return shard.data.device.type
+
+
+def test_room_for_shards_of_other_ranks_is_on_the_host() -> None:
+    assert run_on_ranks(1, _room, True) == ["cpu"]
+    with pytest.raises(RanksFailed, match=r"CUDA|NVIDIA"):
+        run_on_ranks(1, _room, False)

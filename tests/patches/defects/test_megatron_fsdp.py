@@ -103,3 +103,22 @@ def test_every_rank_has_a_state_of_what_it_has_nothing_of() -> None:
     first, second = run_on_ranks(2, _states, "")
     assert first == second
     assert len(first) == 2
+
+
+def _norm(without: str) -> float:
+    """Of a part (3, 4) of twos or threes, by rank, and zeros."""
+    rank = _start(2, without)
+    model = _wrapped(part=True)
+    from megatron.training.utils.common_utils import calc_dtensor_params_l2_norm
+
+    linear = model.module.module
+    linear.weight._local_tensor.data.fill_(rank + 2)
+    linear.bias._local_tensor.data.zero_()
+    norm: float = calc_dtensor_params_l2_norm(list(model.parameters()))
+    return norm
+
+
+def test_the_norm_of_parameters_has_all_parts() -> None:
+    each = run_on_ranks(2, _norm, "defects.megatron_fsdp_params_norm")
+    assert each == pytest.approx([48**0.5, 108**0.5])
+    assert run_on_ranks(2, _norm, "") == pytest.approx([156**0.5] * 2)

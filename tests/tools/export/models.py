@@ -216,6 +216,7 @@ def assert_megatrons_logits(ours: Any, found: dict[str, Any], tolerance: float) 
         padded, wanted = found["padded"][row, -length:].float(), original[row, :length]
         assert_close(padded, wanted, tolerance, f"padded to {length}")
     assert found["hidden"]
+    assert found["alone"]
 
 
 def assert_one_continuation(found: dict[str, Any]) -> None:

@@ -39,6 +39,9 @@ def opened(folder, tokens):
         "beams without a cache": model.generate(padded, num_beams=2, use_cache=False, **options),
         "dtypes": {name: tensor.dtype for name, tensor in model.state_dict().items()},
     }
+    model.model.save_pretrained("alone")
+    alone = AutoModel.from_pretrained("alone", trust_remote_code=True, dtype="auto")
+    result["alone"] = torch.equal(alone(tokens)[0], decoder(tokens)[0])
     model.set_attn_implementation("eager")
     result["eager"] = model(tokens).logits
     return result

@@ -140,15 +140,18 @@ _OWN = {
 @pytest.mark.parametrize(
     ("name", "recomputed"),
     [
-        *((name, False) for name in _MEMORIES),
-        *((name, True) for name in ("tdqkr", "pkm", "ultramemv2")),
+        *((name, "") for name in _MEMORIES),
+        *((name, "again") for name in ("tdqkr", "pkm", "ultramemv2")),
+        ("tdqkr", "reentrant"),
     ],
 )
 def test_steps_in_transformers_are_ours(name, recomputed):
     plain = small_model(name)
     model = hf_model(copy.deepcopy(plain))
     if recomputed:
-        model.gradient_checkpointing_enable()
+        how = {"use_reentrant": recomputed == "reentrant"}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        model.enable_input_require_grads()
     before = {path: tensor.clone() for path, tensor in hf_state(plain).items()}
     _train_ours(plain)
     _train_theirs(model)

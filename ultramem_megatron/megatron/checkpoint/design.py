@@ -6,8 +6,8 @@ from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.checkpoint.folder import (
-    NoCheckpointError,
     NoFlagsError,
+    is_fsdp_dtensor,
     is_torch_dist,
     stored_args,
 )
@@ -16,7 +16,15 @@ from ultramem_megatron.megatron.checkpoint.source import Source
 from ultramem_megatron.megatron.flags.arguments import config_from_args
 from ultramem_megatron.memory.config import UltraMemConfig, flag
 
-_RESUMABLE = {"value_lr_decay", "row_adam", "aux_loss_weight", "aux_loss_margin", "init", "seed"}
+_RESUMABLE = {
+    "value_lr_decay",
+    "row_adam",
+    "table_moments",
+    "aux_loss_weight",
+    "aux_loss_margin",
+    "init",
+    "seed",
+}
 """Fields that a resumed run may change: they shape neither tensors nor what is read from them."""
 
 
@@ -100,7 +108,8 @@ def check_design(source: Source, args: Namespace, ultramem: UltraMemConfig | Non
         if ultramem is not None:
             raise UltraMemError(
                 f"{source} is no torch_dist checkpoint, which memory layers need: with others an "
-                f"optimizer's state may be of another iteration than its weights. Convert it."
+                f"optimizer's state may be of another iteration than its weights. "
+                f"{_conversion(source)}"
             )
         print(f"{source}: not torch_dist, so its flags are not compared.", flush=True)
         return
@@ -119,6 +128,15 @@ def check_design(source: Source, args: Namespace, ultramem: UltraMemConfig | Non
         )
 
 
+def _conversion(source: Source) -> str:
+    if not is_fsdp_dtensor(source.iteration()):
+        return "Convert it."
+    return (
+        f"Go on with --use-megatron-fsdp, or from its weights alone: ultramem export --load "
+        f"{source.folder} --to OUT, then --from OUT --save NEW, and --load NEW."
+    )
+
+
 def refuse_memories_left_out(load: str, args: Namespace) -> None:
     """Raise UltraMemError if flags without memory layers load a checkpoint that has them.
 
@@ -129,10 +147,8 @@ def refuse_memories_left_out(load: str, args: Namespace) -> None:
     source = Source("--load", load, args.ckpt_step)
     try:
         folder = source.iteration()
-        if not is_torch_dist(folder):
-            return
-        saved = config_from_args(stored_args(str(folder)))
-    except (NoCheckpointError, NoFlagsError):
+        saved = config_from_args(stored_args(str(folder))) if is_torch_dist(folder) else None
+    except UltraMemError:  # a plain model's, about which Megatron has its own say
         return
     _refuse_other_memories(source, saved, None)
 

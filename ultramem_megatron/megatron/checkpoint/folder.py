@@ -54,12 +54,16 @@ def loaded_iteration(load: str, ckpt_step: int | None = None, flag: str = "--loa
 
 
 def checkpoint_folder(load: str, ckpt_step: int | None = None, flag: str = "--load") -> str:
-    """As `loaded_iteration`, checked against its sums; others than `torch_dist` raise, too."""
+    """As `loaded_iteration`, checked against its sums; of other formats than ours it raises, too.
+
+    Ours are `torch_dist` and `fsdp_dtensor`.
+    """
     folder = loaded_iteration(load, ckpt_step, flag)
     check_before_reading(folder, flag)
-    if not is_torch_dist(folder):
+    if not is_torch_dist(folder) and not is_fsdp_dtensor(folder):
         raise UltraMemError(
-            f"{flag} {load}: {folder.name} is not a torch_dist checkpoint; {_choice(Path(load))}"
+            f"{flag} {load}: {folder.name} is not a torch_dist checkpoint, nor one in "
+            f"fsdp_dtensor; {_choice(Path(load))}"
         )
     return str(folder)
 
@@ -75,6 +79,11 @@ def is_torch_dist(folder: Path) -> bool:
     # Other backends are asked for by name, and versions are compared as numbers.
     wanted = ("torch_dist", 1)
     return config is not None and wanted == (config.sharded_backend, config.sharded_backend_version)
+
+
+def is_fsdp_dtensor(folder: Path) -> bool:
+    """Whether an iteration was saved as --ckpt-format fsdp_dtensor says (or torch_dcp)."""
+    return (folder / ".metadata").is_file() and not (folder / "metadata.json").exists()
 
 
 def stored_args(folder: str) -> Namespace:

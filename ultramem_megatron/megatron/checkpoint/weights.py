@@ -1,4 +1,4 @@
-"""Write a model as a `torch_dist` checkpoint that training and inference load, without a run."""
+"""Weights without a run: read from a checkpoint in either format, written in `torch_dist`."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -6,6 +6,33 @@ from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.faults.integrity import RELEASE, TRACKER, iteration_folder
+from ultramem_megatron.megatron.checkpoint.folder import is_fsdp_dtensor
+
+
+def content_metadata(folder: str) -> dict[str, Any]:
+    """What a checkpoint says of how it was stored, for `sharded_state_dict`."""
+    from megatron.core import dist_checkpointing
+
+    if is_fsdp_dtensor(Path(folder)):
+        return {}
+    return dist_checkpointing.load_content_metadata(folder) or {}
+
+
+def load_weights(sharded: dict[str, Any], folder: str, num_experts: int | None) -> dict[str, Any]:
+    """What a module's `sharded_state_dict` asks for, as its `load_state_dict` takes it.
+
+    num_experts: of all ranks; None without experts. Collective where the checkpoint is in
+    torch_dist. Raises UltraMemError.
+    """
+    from megatron.core import dist_checkpointing
+
+    if is_fsdp_dtensor(Path(folder)):
+        from ultramem_megatron.megatron.checkpoint.fsdp_dtensor import load_state
+
+        return load_state(sharded, folder, num_experts)
+    loaded = dist_checkpointing.load({"model": sharded}, folder, verify_integrity=True)
+    weights: dict[str, Any] = loaded["model"]
+    return weights
 
 
 def save_weights(model: Any, args: Namespace, folder: str | Path) -> None:

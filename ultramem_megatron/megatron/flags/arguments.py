@@ -54,6 +54,9 @@ _CHOICE_HELP = {
     "pre_value_activation": "Activation of a pre-value's product with the input.",
     "values": f"What is read: {VALUES.described()}.",
     "init": f"Initial values: {INITIALISATIONS.described()}.",
+    "table_moments": "How --ultramem-row-adam keeps AdamW's moments. float32: as AdamW, 8 bytes a "
+    "number; factored, bfloat16, int8: 4, 2 and 1, the mean in so many bits and one second moment "
+    "a row.",
 }
 _SWITCH_HELP = {
     "replace_mlp": "Layers in which memories stand have no MLP (Memory+, PEER).",
@@ -71,7 +74,7 @@ _SWITCH_HELP = {
     "tables of which a step reads a hundredth or less.",
 }
 
-_TRAINING = (*_NUMBER_HELP, "row_adam")
+_TRAINING = (*_NUMBER_HELP, "row_adam", "table_moments")
 """Of these, what shapes no tensor and nothing that is read from one."""
 _OF_RUNS = ("table_memory", "overlap", "upcycle", "train_only", "train_rows", "background_reads")
 """Flags that are no fields, and do nothing without memories."""

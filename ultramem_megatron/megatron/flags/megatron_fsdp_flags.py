@@ -8,8 +8,6 @@ from ultramem_megatron.patches.doors import megatron_fsdp_parts
 from ultramem_megatron.patches.patch import SUPPORTED_MEGATRON
 
 _REASONS = {
-    "ultramem_overlap": "a memory that computes beside later layers would lose its weights, which "
-    "its own layer gives back when it is done",
     "ultramem_train_rows": "rows are chosen by gradients in the buffers of Megatron's DDP",
     "ultramem_row_adam": "it counts the steps of rows in parameters that are not cut",
     "ultramem_log_tables_interval": "steps of tables are measured in parameters that are not cut",
@@ -49,13 +47,6 @@ def refuse_beside_megatron_fsdp(args: Namespace) -> None:
                 f"--use-megatron-fsdp and memory layers: its meshes of ranks have no place for "
                 f"them. Use 1, or Megatron's DDP."
             )
-    if args.swiglu and args.data_parallel_sharding_strategy == "no_shard" and _checkpoints(args):
-        raise UltraMemError(
-            "--swiglu with --use-megatron-fsdp and --data-parallel-sharding-strategy no_shard: "
-            "Megatron can neither save nor load its weights, which it halves by their shards. Use "
-            "optim, or neither --save nor --load."
-        )
-
     weights_alone = args.load and (args.finetune or args.no_load_optim)
     if (args.bf16 or args.fp16) and (weights_alone or args.pretrained_checkpoint):
         raise UltraMemError(
@@ -63,7 +54,3 @@ def refuse_beside_megatron_fsdp(args: Namespace) -> None:
             "--pretrained-checkpoint: Megatron cannot take weights without the optimizer's state "
             "into it. Load them in float32, or with Megatron's DDP."
         )
-
-
-def _checkpoints(args: Namespace) -> bool:
-    return bool(args.save or args.load or args.pretrained_checkpoint)

@@ -161,6 +161,16 @@ def _emerging_version() -> Version:
 
 
 def _others(args: Namespace) -> Iterator[str]:
+    if args.full_validation and not args.multiple_validation_sets:
+        yield (
+            "--full-validation: Megatron ends in a TypeError when it evaluates one set so. Add "
+            "--multiple-validation-sets, or drop it."
+        )
+    if args.multiple_validation_sets and not args.full_validation and args.eval_iters:
+        yield (
+            "--multiple-validation-sets: Megatron evaluates several sets as wholes only. Add "
+            "--full-validation, or --eval-iters 0."
+        )
     if args.num_experts and args.moe_token_dispatcher_type == "flex" and not _has("deep_ep"):
         yield (
             "--moe-token-dispatcher-type flex needs the package deep_ep, which is not installed. "

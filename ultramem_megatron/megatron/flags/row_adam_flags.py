@@ -17,8 +17,29 @@ _LOOK_AT_ALL = {
 
 def refuse_row_adam(args: Namespace, ultramem: UltraMemConfig) -> None:
     """Raise UltraMemError where rows cannot be left behind."""
+    if ultramem.table_moments != "float32":
+        _refuse_moments(args, ultramem)
     if ultramem.row_adam:
         refuse_rows_behind(args, ultramem, flag("row_adam"))
+
+
+def _refuse_moments(args: Namespace, ultramem: UltraMemConfig) -> None:
+    given = f"{flag('table_moments')} {ultramem.table_moments}"
+    if getattr(args, "ultramem_table_memory", None) == "host":
+        raise UltraMemError(
+            f"{given} cannot be combined with --ultramem-table-memory host, which keeps moments in "
+            f"float32. Drop one of the two."
+        )
+    if not ultramem.row_adam:
+        raise UltraMemError(
+            f"{given} needs {flag('row_adam')}: PyTorch's AdamW keeps its own moments, in "
+            f"float32. Add it, or leave the moments in float32."
+        )
+    if getattr(args, "use_torch_fsdp2", False):
+        raise UltraMemError(
+            f"{given} cannot be combined with --use-torch-fsdp2, whose checkpoints take state "
+            f"from PyTorch's AdamW. Drop one of the two."
+        )
 
 
 def refuse_rows_behind(args: Namespace, ultramem: UltraMemConfig, given: str) -> None:

@@ -26,6 +26,7 @@ from ultramem_megatron.communication.branch import Branch
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.layer.memory_submodule import Surroundings, TransformerMemory
 from ultramem_megatron.memory.spans import Span
+from ultramem_megatron.patches.doors.megatron_fsdp_parts import WHOLE
 
 
 @dataclass
@@ -134,6 +135,7 @@ class MemoryLayerMixin:
         )
         if role.branch_end is not None:
             self.memory.add_gradients_beside()
+            setattr(self.memory, WHOLE, True)
         norm = self.pre_mlp_layernorm
         if isinstance(norm, IdentityOp):
             raise UltraMemError(

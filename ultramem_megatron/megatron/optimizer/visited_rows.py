@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.kernels.adam_rows import AdamRows, Moments
+from ultramem_megatron.kernels.adam_rows import AdamRows, AnyMoments
 from ultramem_megatron.kernels.reading import UPKEEP
 from ultramem_megatron.memory.tables.value_table import ValueTable
 
@@ -37,7 +37,7 @@ class VisitedRows(ABC):
             self._rows.catch_up(self._moments())
 
     @abstractmethod
-    def _moments(self) -> Moments:
+    def _moments(self) -> AnyMoments:
         """What AdamW reads and writes, each (N, V)."""
 
 
@@ -46,6 +46,11 @@ def begin_step(state: dict[str, Any], trained: Tensor) -> int:
     for name in ("exp_avg", "exp_avg_sq"):
         if name not in state:
             state[name] = torch.zeros_like(trained)
+    return count_step(state)
+
+
+def count_step(state: dict[str, Any]) -> int:
+    """The number of a step, from 1."""
     state.setdefault("step", torch.zeros((), dtype=torch.float32))
     state["step"] += 1
     return int(state["step"])

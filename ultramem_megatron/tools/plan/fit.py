@@ -57,6 +57,11 @@ def work_of(run: Run) -> Work:
             "--fit does not model --ultramem-table-memory host: lay it out yourself, and see what "
             "ultramem plan --gpus N says of it."
         )
+    if run.ultramem is not None and run.ultramem.table_moments != "float32":
+        raise UltraMemError(
+            f"--fit does not model --ultramem-table-moments {run.ultramem.table_moments}: lay it "
+            f"out yourself, and see what ultramem plan --gpus N says of it."
+        )
     if getattr(args, "hybrid_layer_pattern", None):
         raise UltraMemError(
             "--fit does not model --hybrid-layer-pattern: lay it out yourself, and see what "

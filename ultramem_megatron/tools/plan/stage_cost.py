@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ultramem_megatron.kernels.adam_rows.compact import moment_bytes
 from ultramem_megatron.megatron.flags.refused_by_megatron import megatron_refuses
 from ultramem_megatron.megatron.layer.memory_submodule import TransformerMemory
 from ultramem_megatron.megatron.pipeline.layout import pipeline_chunks, spans_cross_stages
@@ -77,8 +78,10 @@ def stage_cost(run: Run, stage: int) -> StageCost:
             layers=_layers(run, stage),
             parameters=sum(p.numel() * p.element_size() for p in parameters),
             gradients=sum(p.numel() for p in trained) * gradient_bytes(run),
-            optimizer=sum(math.ceil(p.numel() / _shards(run, p)) for p in trained)
-            * optimizer_bytes(run),
+            optimizer=sum(
+                math.ceil(p.numel() / _shards(run, p)) * optimizer_bytes(run, is_value_table(p))
+                for p in trained
+            ),
             activations=round(kept / len(chunks) * _chunks_in_flight(run, stage, len(chunks))),
             received={cause: count for cause, count in step.items() if count},
             host=sum(p.numel() * _HOST_BYTES[p.element_size()] for p in on_host),
@@ -121,10 +124,12 @@ def gradient_bytes(run: Run) -> int:
     return 4 if in_fp32 else int(run.transformer.params_dtype.itemsize)
 
 
-def optimizer_bytes(run: Run) -> int:
-    """Of one parameter's moments and full-precision copy."""
+def optimizer_bytes(run: Run, of_table: bool = False) -> int:
+    """Of one parameter's moments and full-precision copy; of_table: of one number of a table."""
     args = run.args
     moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
+    if of_table and run.ultramem is not None and run.ultramem.table_moments != "float32":
+        moments = moment_bytes(run.ultramem.table_moments)
     half = run.transformer.params_dtype.itemsize < 4
     return int(moments + (args.main_params_dtype.itemsize if half else 0))
 

@@ -93,7 +93,7 @@ class UltraMemMamba(nn.Module):
         parts = [self.width, self.width + 2 * self.shared, self.heads]
         gate, inputs, step = self.in_proj(x).float().split(parts, -1)
         if before is None:
-            before = inputs.new_zeros(len(x), TAPS - 1, inputs.shape[-1])
+            before = inputs.new_zeros(x.shape[0], TAPS - 1, inputs.shape[2])
         seen = torch.cat([before, inputs], 1)
         mixed = F.silu(self._convolved(seen))
         if real is not None:

@@ -37,7 +37,7 @@ class QueryConvolution(nn.Module):
         """x: (B, S, D) at positions (B or 1, S); before: (B, kernel-1, D), None for zeros."""
         kernel = self.weight.shape[1]
         if before is None:
-            before = x.new_zeros(len(x), kernel - 1, x.shape[-1])
+            before = x.new_zeros(x.shape[0], kernel - 1, x.shape[2])
         seen = torch.cat([before, x], 1)
         out = precise(x.new_zeros(1, 1, 1))
         for tap in range(kernel):
@@ -186,7 +186,7 @@ class UltraMemMemory(nn.Module):
         With tables on disk, what is returned reads them when it is called, later: their rows come
         meanwhile.
         """
-        if self.training and torch.is_grad_enabled():
+        if self.training:  # without gradients too: reentrant checkpointing reads twice, alike
             self._follow_weights()
         query, inputs = self.query(x, before, positions, real), x.flatten(0, 1)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -106,6 +106,9 @@ class UltraMemPreTrainedModel(PreTrainedModel):
 class UltraMemGPTModel(UltraMemPreTrainedModel):
     """The decoder without its output layer."""
 
+    # So that a decoder saved alone has these files, too.
+    _auto_class = "AutoModel"  # type: ignore[assignment]  # None is its value, not its type
+
     def __init__(self, config: UltraMemGPTConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -165,7 +168,7 @@ class UltraMemGPTModel(UltraMemPreTrainedModel):
         rotation = _rotation(self.config, position_ids, hidden)
         real = None if padding is None else padding[:, -hidden.shape[1] :].bool()
         pending: Pending | None = None
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer: assistant_early_exit
             hidden, pending = layer(
                 hidden,
                 pending,
