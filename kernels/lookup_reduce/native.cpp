@@ -1,9 +1,10 @@
-// Lookup-reduce on a CPU: picks are read in order, each row once a pass.
+// Lookup-reduce on a CPU: forward by tokens, in the order of picks; backward by rows.
 // T tokens, P picks per token, C cores, E groups, V value dim; letters as in reference.py.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "../native/by_row.h"
 #include "../native/numbers.h"
 #include "../native/rows.h"
 
@@ -34,45 +35,66 @@ void pool(const T* table, const int64_t* rows, const int64_t* groups, const floa
   }
 }
 
-// A token's gradients (E*V) as float: its own, or converted once for all its picks.
-inline const float* as_float(const float* from, std::vector<float>&) { return from; }
-
-inline const float* as_float(const bfloat16* from, std::vector<float>& room) {
-  float* __restrict to = room.data();
-  for (size_t i = 0; i < room.size(); i++) to[i] = to_float(from[i]);
-  return to;
+// Fills score_grad (T, P, C).
+template <class T>
+void score_gradient(const T* grad, const T* table, const int64_t* rows, const int64_t* groups,
+                    float* score_grad, int64_t tokens, int64_t picks, int64_t cores,
+                    int64_t num_groups, int64_t width, int threads) {
+  const int64_t slice = width / cores, end = tokens * picks;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t t = 0; t < tokens; t++)
+    for (int64_t p = t * picks; p < (t + 1) * picks; p++) {
+      if (p + kAhead < end) ask_for(table + rows[p + kAhead] * width, width);
+      const T* from = grad + (t * num_groups + groups[p]) * width;
+      for (int64_t c = 0; c < cores; c++)
+        score_grad[p * cores + c] =
+            dot(from + c * slice, table + rows[p] * width + c * slice, slice);
+    }
 }
 
-// Adds to target (N, V) and fills score_grad (T, P, C); either may be null. A thread keeps to rows
-// of its own and, for the scores, to tokens of its own: sums are in the order of picks in any case.
+// Adds to target (N, V) and fills score_grad (T, P, C), which may be null. Picks are taken row by
+// row, those of one row in their order: each row comes into cache once, a thread has rows of its
+// own, and no bit depends on the number of threads.
+template <class T>
+void row_gradient(const T* grad, const T* table, const int64_t* rows, const int64_t* groups,
+                  const float* scores, float* target, float* score_grad, int64_t tokens,
+                  int64_t picks, int64_t cores, int64_t num_groups, int64_t width, int threads) {
+  const int64_t slice = width / cores;
+  const ByRow sorted(rows, tokens * picks);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int64_t share = 0; share < threads; share++) {
+    const int64_t last = sorted.start(share + 1, threads);
+    for (int64_t i = sorted.start(share, threads); i < last; i++) {
+      if (i + kAhead < last && sorted.row(i + kAhead) != sorted.row(i + kAhead - 1)) {
+        if (score_grad) ask_for(table + sorted.row(i + kAhead) * width, width);
+        ask_for(target + sorted.row(i + kAhead) * width, width);
+      }
+      const int64_t p = sorted.pick(i), at = sorted.row(i) * width;
+      const T* from = grad + (p / picks * num_groups + groups[p]) * width;
+      for (int64_t c = 0; c < cores; c++) {
+        const int64_t first = c * slice;
+        const float weight = scores[p * cores + c];
+        if (score_grad)
+          score_grad[p * cores + c] =
+              dot_and_add(from + first, table + at + first, target + at + first, weight, slice);
+        else
+          add(target + at + first, from + first, weight, slice);
+      }
+    }
+  }
+}
+
+// As row_gradient; target may be null too.
 template <class T>
 void pool_backward(const T* grad, const T* table, const int64_t* rows, const int64_t* groups,
                    const float* scores, float* target, float* score_grad, int64_t tokens,
                    int64_t picks, int64_t cores, int64_t num_groups, int64_t width, int threads) {
-  const int64_t slice = width / cores, end = tokens * picks;
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int64_t share = 0; share < threads; share++) {
-    const int64_t first = tokens * share / threads, last = tokens * (share + 1) / threads;
-    std::vector<float> room(num_groups * width);
-    const float* of_token = nullptr;
-    for (int64_t p = 0; p < end; p++) {
-      const int64_t t = p / picks;
-      if (p % picks == 0) of_token = as_float(grad + t * num_groups * width, room);
-      const bool scored = score_grad && t >= first && t < last;
-      const bool owned = target && (threads == 1 || rows[p] % threads == share);
-      if (!scored && !owned) continue;
-      if (p + kAhead < end) {
-        if (scored) ask_for(table + rows[p + kAhead] * width, width);
-        if (owned) ask_for(target + rows[p + kAhead] * width, width);
-      }
-      for (int64_t c = 0; c < cores; c++) {
-        const float* from = of_token + groups[p] * width + c * slice;
-        const int64_t at = rows[p] * width + c * slice;
-        if (scored) score_grad[p * cores + c] = dot(from, table + at, slice);
-        if (owned) add(target + at, from, scores[p * cores + c], slice);
-      }
-    }
-  }
+  if (target)
+    row_gradient(grad, table, rows, groups, scores, target, score_grad, tokens, picks, cores,
+                 num_groups, width, threads);
+  else if (score_grad)
+    score_gradient(grad, table, rows, groups, score_grad, tokens, picks, cores, num_groups, width,
+                   threads);
 }
 
 }  // namespace

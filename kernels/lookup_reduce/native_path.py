@@ -1,4 +1,4 @@
-"""Lookup-reduce through native.cpp: each picked row is read once a pass, in the order of picks.
+"""Lookup-reduce through native.cpp: forward by tokens, backward by rows.
 
 N table rows, V value dim, T tokens, P picks per token, C cores, E groups.
 """

@@ -27,3 +27,17 @@ inline void add(float* __restrict to, const T* __restrict row, float weight, int
 #pragma omp simd
   for (int64_t i = 0; i < width; i++) to[i] += weight * to_float(row[i]);
 }
+
+// dot(from, row), and adds weight times `from` to `to`.
+template <class T>
+inline float dot_and_add(const T* __restrict from, const T* __restrict row, float* __restrict to,
+                         float weight, int64_t width) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < width; i++) {
+    const float x = to_float(from[i]);
+    sum += x * to_float(row[i]);
+    to[i] += weight * x;
+  }
+  return sum;
+}

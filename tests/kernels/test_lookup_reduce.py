@@ -83,6 +83,11 @@ def test_rounding_is_no_worse_than_the_references(dtype):
     assert_rounds_like_reference(lookup_reduce, Sizes(32, 40, 2, 8, 4), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_picks_of_more_rows_than_one_digit_of_their_sort(dtype):
+    assert_rounds_like_reference(lookup_reduce, Sizes(300, 16, 1, 4, 3, rows=5000), dtype)
+
+
 def test_backward_is_deterministic():
     case = inputs(Sizes(64, 40, 2, 8, 4, rows=5), torch.float32)
     first, second = results(lookup_reduce, case), results(lookup_reduce, case)
