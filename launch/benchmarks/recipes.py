@@ -170,9 +170,9 @@ def _run(ranks: int, words: list[str]) -> str:
             own = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             started.append(context.Process(target=_rank, args=(words, folder / f"{rank}", own)))
             started[-1].start()
-        _join(started)
+        ended = _join(started)
         outputs = [(folder / f"{rank}").read_text(errors="replace") for rank in range(ranks)]
-    return _outcome(outputs)
+    return _outcome(outputs) if ended else f"fails: not done after {_LIMIT} s"
 
 
 def _rank(words: list[str], output: Path, environment: dict[str, str]) -> None:
@@ -194,17 +194,21 @@ def _rank(words: list[str], output: Path, environment: dict[str, str]) -> None:
     os._exit(0)
 
 
-def _join(processes: list[Any]) -> None:
+def _join(processes: list[Any]) -> bool:
+    """Whether they have all ended, by themselves or because one failed."""
     running, limit = list(processes), _LIMIT
+    failed = False
     while running:
         if not wait([process.sentinel for process in running], limit):
             break
-        limit = _GRACE if any(process.exitcode for process in processes) else limit
+        failed = any(process.exitcode for process in processes)
+        limit = _GRACE if failed else limit
         running = [process for process in running if process.exitcode is None]
     for process in running:
         process.kill()
     for process in processes:
         process.join()
+    return failed or not running
 
 
 def _outcome(outputs: list[str]) -> str:

@@ -272,9 +272,18 @@ def test_nothing_is_refused_that_is_off_or_without_memories():
 
 def test_weights_made_on_the_cpu_are_refused_beside_a_gpu(monkeypatch):
     """Seen on one: the first step ends with tensors on two devices."""
-    names = (*refusals._TRAIN_REFUSES, "dataloader_type")
+    names = (*refusals._TRAIN_REFUSES, "dataloader_type", "rampup_batch_size")
     given = Namespace(**dict.fromkeys(names), use_cpu_initialization=True)
     refusals.refuse_other_tasks(given)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(UltraMemError, match=r"--use-cpu-initialization: .* Drop the flag"):
+        refusals.refuse_other_tasks(given)
+
+
+def test_batches_that_would_not_grow_are_refused():
+    names = (*refusals._TRAIN_REFUSES, "dataloader_type", "use_cpu_initialization")
+    given = Namespace(**dict.fromkeys(names), rampup_batch_size=[2, 2, 8])
+    refusals.refuse_other_tasks(given)  # a Megatron that has no other flag for it
+    given.step_batch_size_schedule = None
+    with pytest.raises(UltraMemError, match="--rampup-batch-size 2 2 8: Megatron reads it nowhere"):
         refusals.refuse_other_tasks(given)

@@ -203,6 +203,13 @@ def refuse_other_tasks(args: Namespace) -> None:
                 f"{_flag(name)} is not supported by ultramem train (plain GPT pre-training); "
                 f"remove the flag."
             )
+    if args.rampup_batch_size and hasattr(args, "step_batch_size_schedule"):
+        given = " ".join(map(str, args.rampup_batch_size))
+        raise UltraMemError(
+            f"--rampup-batch-size {given}: Megatron reads it nowhere any more, and batches would be "
+            f"whole from the start. Use --step-batch-size-schedule '0:16 10B:32' (tokens: "
+            f"batch size) in place of --global-batch-size."
+        )
     if args.use_cpu_initialization and torch.cuda.is_available():
         raise UltraMemError(
             "--use-cpu-initialization: beside a GPU Megatron's builders leave the weights on the "
