@@ -91,3 +91,10 @@ def test_rows_of_nothing_are_zero():
     coded = CodedRows((2, 4), torch.int8, torch.device("cpu"))
     coded.write(torch.arange(2), torch.tensor([[0.0] * 4, [1e-40, 0, 0, 0]]))
     assert not coded.read(torch.arange(2)).any()
+
+
+def test_the_flag_names_every_kind():
+    from ultramem_megatron.kernels.adam_rows.compact import KINDS
+    from ultramem_megatron.memory.validation import CHOICES
+
+    assert CHOICES["table_moments"] == ("float32", *KINDS)

@@ -4,7 +4,6 @@ import math
 from typing import get_args
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.kernels.adam_rows.compact import KINDS
 from ultramem_megatron.memory.config import (
     Activation,
     Norm,
@@ -27,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "pre_value_activation": get_args(Activation),
     "share_order": get_args(ShareOrder),
     "init": tuple(INITIALISATIONS),
-    "table_moments": ("float32", *KINDS),
+    "table_moments": ("float32", "factored", "bfloat16", "int8"),
 }
 """Fields of the config that take one of a few words."""
 

@@ -38,7 +38,7 @@ def train_on_host(optimizer: Any, layers: Iterable[Any]) -> None:
         for table in value_tables(layer).values()
         if table.rows is not None
     }
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]) if tables else ():
         if single.optimizer is None:
             continue
         distributed = isinstance(single, DistributedOptimizer)
