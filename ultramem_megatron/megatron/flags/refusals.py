@@ -207,8 +207,8 @@ def refuse_other_tasks(args: Namespace) -> None:
         given = " ".join(map(str, args.rampup_batch_size))
         raise UltraMemError(
             f"--rampup-batch-size {given}: Megatron reads it nowhere any more, and batches would be "
-            f"whole from the start. Use --step-batch-size-schedule '0:16 10B:32' (tokens: "
-            f"batch size) in place of --global-batch-size."
+            "whole from the start. Use --step-batch-size-schedule '0:16 10B:32' (tokens: "
+            "batch size) in place of --global-batch-size."
         )
     if args.use_cpu_initialization and torch.cuda.is_available():
         raise UltraMemError(
