@@ -206,7 +206,7 @@ def refuse_other_tasks(args: Namespace) -> None:
     if args.rampup_batch_size and hasattr(args, "step_batch_size_schedule"):
         given = " ".join(map(str, args.rampup_batch_size))
         raise UltraMemError(
-            f"--rampup-batch-size {given}: Megatron reads it nowhere any more, and batches would be "
+            f"--rampup-batch-size {given}: Megatron reads it nowhere, and batches would be "
             "whole from the start. Use --step-batch-size-schedule '0:16 10B:32' (tokens: "
             "batch size) in place of --global-batch-size."
         )
