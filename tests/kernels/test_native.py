@@ -106,14 +106,22 @@ def _all_ops():
     return [*kernels, indices, scores, addresses, best, *grads]
 
 
+def _rows_far_apart():
+    """Picks of three rows whose low bits agree: each row must stay with one thread."""
+    case = inputs(Sizes(400, 40, 1, 64, 2, rows=5000), torch.float32)
+    case.rows.copy_(case.rows % 3 * 2048 + 5)
+    return results(lookup_reduce, case)
+
+
+@pytest.mark.parametrize("ops", [_all_ops, _rows_far_apart])
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_change_no_bit(threads, monkeypatch):
+def test_threads_change_no_bit(ops, threads, monkeypatch):
     monkeypatch.setenv("ULTRAMEM_KERNELS", "native")
-    alone = _all_ops()
+    alone = ops()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert all(map(torch.equal, alone, _all_ops()))
+        assert all(map(torch.equal, alone, ops()))
     finally:
         torch.set_num_threads(before)
 
