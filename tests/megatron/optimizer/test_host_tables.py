@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.closeness import rounding
-from tests.megatron.optimizer.host_runs import assert_same, flags, trained
+from tests.megatron.optimizer.host_runs import (
+    SKIPPING,
+    assert_same,
+    assert_trained_alike,
+    flags,
+    trained,
+)
 from tests.training_runs import run_pretrain
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags.table_memory_flags import refuse_table_memory
@@ -16,9 +21,6 @@ from ultramem_megatron.memory.spans import Span
 
 _HOST = {"ultramem_table_memory": "host"}
 _WHOLE = {"ultramem_parallel_size": 1}
-_ROUNDING = rounding(torch.float32, 128)
-_HALF = 1e-2
-"""bfloat16 gradients of one step, added up in another order."""
 _LONG = pytest.mark.long
 
 
@@ -95,27 +97,12 @@ def test_one_micro_batch_without_clipping_is_the_device_s_to_the_bit():
         ),
         pytest.param(1, {"ultramem_value_lr_fixed": 1e-3}, id="fixed rate", marks=_LONG),
         pytest.param(1, {"bf16": True}, id="bf16", marks=_LONG),
-        pytest.param(
-            2,
-            {
-                "fp16": True,
-                "initial_loss_scale": 2**21,
-                "hysteresis": 1,
-                "train_iters": 6,
-                **_WHOLE,
-            },
-            id="fp16, skipped steps",
-            marks=_LONG,
-        ),
+        pytest.param(2, {**SKIPPING, **_WHOLE}, id="fp16, skipped steps", marks=_LONG),
     ],
 )
 def test_training_is_the_device_s(world_size, changes):
     ours, device = (trained(world_size, flags(**changes, **more)) for more in (_HOST, {}))
-    if "fp16" in changes:
-        assert ours.iterations[0]["skipped"]
-        assert not ours.iterations[-1]["skipped"]
-    half = "bf16" in changes or "fp16" in changes
-    assert_same(ours, device, _HALF if half else _ROUNDING)
+    assert_trained_alike(ours, device, changes)
 
 
 @pytest.mark.parametrize(
