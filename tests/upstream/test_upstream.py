@@ -29,9 +29,12 @@ RESULTS = [
     Result("test_z.py::test_1", "skipped", "needs eight"),
 ]
 TESTS_OF_TWO_RANKS = """
-import os, time
+import os, threading, time
 rank = int(os.environ["RANK"])
-def test_first(): pass
+def test_first():
+    end = threading.Event()
+    for _ in range(600): threading.Thread(target=end.wait).start()
+    end.set()
 def test_waits_for_a_rank_that_failed():
     assert rank == 0
     time.sleep(600)
@@ -125,7 +128,7 @@ def _run(folder: Path) -> list[tuple[str, str, str]]:
     from tests.upstream import group
 
     group._GRACE_SECONDS = 0.5
-    plan = group.Plan(folder, folder, ranks=2, limit=2.0, memory=2**33)
+    plan = group.Plan(folder, folder, ranks=2, limit=2.0, memory=2**32)
     return [
         (result.test.partition("::")[2], result.outcome, result.error[:14])
         for result in group.run_file(plan, "test_two.py")
