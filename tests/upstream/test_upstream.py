@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
-from tests.ranks import run_on_ranks
+from tests.ranks import init_gloo, run_on_ranks
 from tests.upstream import __main__ as command
 from tests.upstream import sandbox
 from tests.upstream.reasons import REASONS, Reasons
@@ -122,6 +122,23 @@ def test_what_another_test_left_behind_is_tried_without_it(monkeypatch: pytest.M
     assert calls == [tests[1:]]
     assert {result.outcome for result in again} == {"passed"}
     assert [result.test for result in again] == tests
+
+
+def _threads_of_ten_groups() -> int:
+    import torch.distributed
+
+    from tests.upstream import backend
+
+    backend.prepare()
+    init_gloo()
+    before = len(os.listdir("/proc/self/task"))
+    groups = [torch.distributed.new_group([0]) for _ in range(10)]
+    return (len(os.listdir("/proc/self/task")) - before) // len(groups)
+
+
+def test_groups_that_upstream_forgets_do_not_wake_a_thread_each():
+    """Two of a group wait for work; the third, of a device of its own, would poll."""
+    assert run_on_ranks(1, _threads_of_ten_groups) == [2]
 
 
 def _run(folder: Path) -> list[tuple[str, str, str]]:
