@@ -25,10 +25,11 @@ _PRELOADED = (
 def prepare() -> None:
     """Apply what `ultramem train` applies, and what its flag --distributed-backend gloo does."""
     registry.apply_all()
-    torch.distributed.distributed_c10d.ProcessGroupGloo = OneDeviceGloo
+    c10d: Any = torch.distributed.distributed_c10d
+    c10d.ProcessGroupGloo = OneDeviceGloo
     for name in ("init_process_group", "new_group"):
         over_gloo = _over_gloo(getattr(torch.distributed, name))
-        for module in (torch.distributed, torch.distributed.distributed_c10d):
+        for module in (torch.distributed, c10d):
             setattr(module, name, over_gloo)
     for name in _PRELOADED:
         importlib.import_module(name)
@@ -49,7 +50,7 @@ class OneDeviceGloo(ProcessGroupGloo):
         timeout: timedelta = torch.distributed.constants.default_pg_timeout,
         **more: Any,
     ) -> None:
-        options = ProcessGroupGloo._Options()
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # no stub has it
         options._devices = [_device()]
         options._timeout = timeout
         for name, value in more.items():
