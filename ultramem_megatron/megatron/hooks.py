@@ -166,7 +166,7 @@ class MemoryHooks:
         left alone.
         """
         layers = [layer for chunk in model_chunks for layer in memory_layers(chunk)]
-        train_on_host(optimizer, layers)
+        train_on_host(optimizer, layers, self.ultramem.table_moments)
         if self.ultramem.row_adam:
             visit_touched_rows(optimizer, layers, self.ultramem.table_moments)
         if not self.moves_few_rows:
