@@ -113,7 +113,7 @@ def update(
     """
     current, history = behind
     rows = rows[current[rows] < history.count].unique()
-    for some in rows.split(AT_ONCE):
+    for some in rows.split(AT_ONCE) if len(rows) else ():
         values, mean = moments.values[some], moments.mean.read(some)
         if grad is None:
             _catch_up(moments, values, mean, some, behind)
