@@ -1,10 +1,14 @@
 """The report for GPU machines: parts that fail, end or hang are rows; without a GPU it runs too."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from launch.benchmarks.trace import Interval
 from launch.gpu_report import __main__ as report
@@ -58,6 +62,34 @@ def test_parts_that_end_badly_end_nothing_else(tmp_path, monkeypatch):
     assert report["hangs"][-1]["error"] == "stopped after 5 s"
     assert report["fails"][1]["error"].startswith("KeyError: 'x'")
     assert "3 of 6 rows failed" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_ended_from_outside_it_keeps_what_there_is_and_leaves_nothing_running(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import os, time\nfrom launch.gpu_report.row import Row\n"
+        "def rows(large):\n    yield Row(what='begun', value=os.getpid())\n    time.sleep(60)\n"
+    )
+    program = (
+        "import sys; from pathlib import Path; from launch.gpu_report.__main__ import run_parts; "
+        "run_parts(Path(sys.argv[1]), {'slow': 1, 'never': 1}, minutes=1, large=False)"
+    )
+    paths = os.pathsep.join((str(tmp_path), str(ROOT)))
+    report = tmp_path / "report.json"
+    running = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths},
+        cwd=tmp_path,
+    )
+    until = time.monotonic() + 50
+    while not report.exists() or not json.loads(report.read_text())["slow"]:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    running.terminate()
+    assert running.wait(20) == 130
+    first, second = json.loads(report.read_text())["slow"]
+    assert (first["what"], second["error"]) == ("begun", "ended from outside")
+    with pytest.raises(ProcessLookupError):
+        os.kill(first["value"], 0)
 
 
 def test_what_the_time_does_not_suffice_for_is_named(tmp_path):
@@ -166,6 +198,12 @@ def test_the_authors_lookup_is_timed_where_it_agrees(factor, monkeypatch, tmp_pa
 def test_wrong_flags_are_refused(words, message, tmp_path):
     with pytest.raises(UltraMemError, match=message):
         main(["--out", str(tmp_path), *words])
+
+
+def test_an_older_torch_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.10.0+cu128"))
+    with pytest.raises(UltraMemError, match=r"torch 2\.10\.0\+cu128 .* wants 2\.11 or newer"):
+        main(["--out", str(tmp_path)])
 
 
 def test_what_ran_beside_something_is_counted_once():
