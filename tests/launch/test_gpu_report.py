@@ -15,7 +15,7 @@ from launch.gpu_report import __main__ as report
 from launch.gpu_report.__main__ import main, run_parts
 from launch.gpu_report.known import KNOWN
 from launch.gpu_report.page import targets
-from launch.gpu_report.parts import authors
+from launch.gpu_report.parts import authors, parity
 from launch.gpu_report.parts.overlap import beside
 from launch.gpu_report.row import Row, attempted
 from tests import ROOT
@@ -24,6 +24,7 @@ from tests.launch.launches import launches_of_a_layer
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce_reference
 from ultramem_megatron.kernels.quantized import FORMATS
+from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.tools.gpu_report import AUTHORS, PARTS, SOURCES
 
 
@@ -255,6 +256,13 @@ def test_what_is_known_is_asked_of_some_part():
         "host waits",
     )
     assert {name for name in KNOWN if name.startswith(starts)} <= asked
+
+
+@pytest.mark.parametrize("shape", parity._shapes(True), ids=parity._words)
+def test_a_gpus_shapes_are_those_of_layers(shape):
+    with torch.device("meta"):
+        layer = UltraMemLayer(shape.config(), hidden_size=shape.hidden, num_layers=12)
+    assert len(layer.values.weight) == shape.values
 
 
 def test_every_target_stands_beside_a_predicted_figure():
