@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_unseen_gpus()
     import torch
 
-    if torch.__version__ < (2, 11):
+    if torch.__version__ < "2.11":  # torch compares versions, not words
         raise UltraMemError(
             f"torch {torch.__version__} is installed here; the report wants 2.11 or newer, and the "
             f"Triton that comes with it."
