@@ -117,9 +117,12 @@ def _all_ops():
 
 def _rows_far_apart():
     """Picks of three rows whose low bits agree: each row must stay with one thread."""
-    case = inputs(Sizes(400, 40, 1, 64, 2, rows=5000), torch.float32)
-    case.rows.copy_(case.rows % 3 * 2048 + 5)
-    return results(lookup_reduce, case)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        case = inputs(Sizes(400, 40, 1, 64, 2, rows=5000), dtype)
+        case.rows.copy_(case.rows % 3 * 2048 + 5)
+        found += results(lookup_reduce, case)
+    return found
 
 
 @pytest.mark.parametrize("ops", [_all_ops, _rows_far_apart])
