@@ -54,9 +54,9 @@ _CHOICE_HELP = {
     "pre_value_activation": "Activation of a pre-value's product with the input.",
     "values": f"What is read: {VALUES.described()}.",
     "init": f"Initial values: {INITIALISATIONS.described()}.",
-    "table_moments": "How --ultramem-row-adam keeps AdamW's moments. float32: as AdamW, 8 bytes a "
-    "number; factored, bfloat16, int8: 4, 2 and 1, the mean in so many bits and one second moment "
-    "a row.",
+    "table_moments": "How --ultramem-row-adam, or --ultramem-table-memory host, keeps AdamW's "
+    "moments. float32: as AdamW, 8 bytes a number; factored, bfloat16, int8: 4, 2 and 1, the mean "
+    "in so many bits and one second moment a row.",
 }
 _SWITCH_HELP = {
     "replace_mlp": "Layers in which memories stand have no MLP (Memory+, PEER).",

@@ -25,15 +25,12 @@ def refuse_row_adam(args: Namespace, ultramem: UltraMemConfig) -> None:
 
 def _refuse_moments(args: Namespace, ultramem: UltraMemConfig) -> None:
     given = f"{flag('table_moments')} {ultramem.table_moments}"
-    if getattr(args, "ultramem_table_memory", None) == "host":
+    on_host = getattr(args, "ultramem_table_memory", None) == "host"
+    if not ultramem.row_adam and not on_host:
         raise UltraMemError(
-            f"{given} cannot be combined with --ultramem-table-memory host, which keeps moments in "
-            f"float32. Drop one of the two."
-        )
-    if not ultramem.row_adam:
-        raise UltraMemError(
-            f"{given} needs {flag('row_adam')}: PyTorch's AdamW keeps its own moments, in "
-            f"float32. Add it, or leave the moments in float32."
+            f"{given} needs {flag('row_adam')} or --ultramem-table-memory host: PyTorch's AdamW "
+            f"keeps its own moments, in float32. Add one of the two, or leave the moments in "
+            f"float32."
         )
     if getattr(args, "use_torch_fsdp2", False):
         raise UltraMemError(

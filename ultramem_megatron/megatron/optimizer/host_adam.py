@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultramem_megatron.kernels.adam_rows import AdamStep, Moments
-from ultramem_megatron.megatron.optimizer.visited_rows import VisitedRows, begin_step
+from ultramem_megatron.kernels.adam_rows import AdamStep, AnyMoments, Moments
+from ultramem_megatron.kernels.adam_rows.compact import CompactMoments, compact
+from ultramem_megatron.megatron.optimizer.compact_state import expand_into, rows_over, take_from
+from ultramem_megatron.megatron.optimizer.visited_rows import VisitedRows, begin_step, count_step
 from ultramem_megatron.memory.tables.host_rows import HostRows
 from ultramem_megatron.memory.tables.value_table import ValueTable
 
@@ -28,7 +30,7 @@ class HostAdam(VisitedRows):
 
     def step(self, norm: float, group: Mapping[str, Any]) -> None:
         """norm: the stand-in's gradient, after what Megatron has done to it."""
-        number = begin_step(self.state, self.master)
+        number = self._begin_step()
         rows, gradient = self.home.complete(), self.home.gradient
         assert gradient is not None, "a step without a backward"
         self._rows.touched.index_fill_(0, rows, 1)  # also those that other ranks have read
@@ -36,7 +38,42 @@ class HostAdam(VisitedRows):
             gradient.index_copy_(0, rows, gradient[rows] * (norm / self.home.norm))
         self._rows.step(self._moments(), gradient, AdamStep.of(group, number))
 
-    def _moments(self) -> Moments:
+    def expand(self) -> None:
+        """Before checkpoints: moments, up to date, in `state`."""
+        self.catch_up()
+
+    def drop(self, loaded: bool) -> None:
+        """After `expand`; loaded: moments in `state` are others now."""
+
+    def _begin_step(self) -> int:
+        return begin_step(self.state, self.master)
+
+    def _moments(self) -> AnyMoments:
         tensors = (self.master, self.state["exp_avg"], self.state["exp_avg_sq"])
         copy = None if self.master is self.weight else self.weight.data
         return Moments(*(tensor.data for tensor in tensors), copy)
+
+
+class CompactHostAdam(HostAdam):
+    """The same with smaller moments, which `state` has while checkpoints are written or read."""
+
+    def __init__(self, kind: str, table: ValueTable) -> None:
+        """kind: of kernels.adam_rows.compact.KINDS."""
+        super().__init__(table)
+        copy = None if self.master is self.weight else self.weight.data
+        self._compact = compact(kind, self.master.data, copy, rows_over(table))
+
+    def expand(self) -> None:
+        """See HostAdam."""
+        self.catch_up()
+        expand_into(self.state, self._compact, self.master)
+
+    def drop(self, loaded: bool) -> None:
+        """See HostAdam."""
+        take_from(self.state, self._compact, loaded)
+
+    def _begin_step(self) -> int:
+        return count_step(self.state)
+
+    def _moments(self) -> CompactMoments:
+        return self._compact
