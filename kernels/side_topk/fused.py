@@ -61,12 +61,12 @@ def _by_product(rows: Tensor, sizes: Products) -> Tensor:
     return rows.view(batch, -1, rows.shape[-1])
 
 
-def select_sizes(num_keys: int, topk: int, ranks: int, programs: int) -> dict[str, int]:
+def select_sizes(num_keys: int, topk: int, programs: int) -> dict[str, int]:
     """Launch constants: chunks of about sqrt(N / m) keys balance the two bisections.
 
-    One chunk more than m spares masking the keys that do not count, where the scratch space, R*m
-    numbers, has room. Few programs are bounded by how long one takes: with 8 warps instead of 2
-    each runs half as many instructions (compiled for sm_90, N = 3578, m = 42: 1,600 for 3,010).
+    One chunk more than m spares masking the keys that do not count, where it makes no slots more.
+    Few programs are bounded by how long one takes: with 8 warps instead of 2 each runs half as many
+    instructions (compiled for sm_90, N = 3578, m = 42: 1,600 for 3,010).
     """
     chunk = 1
     while chunk < 32 and 4 * chunk * chunk * topk <= 2 * num_keys and num_keys > 2 * chunk * topk:
@@ -74,10 +74,9 @@ def select_sizes(num_keys: int, topk: int, ranks: int, programs: int) -> dict[st
     chunks = triton.next_power_of_2(triton.cdiv(num_keys, chunk))
     candidates = triton.next_power_of_2(topk * chunk)
     chosen = min(topk + 1, triton.cdiv(num_keys, chunk))
-    fits = chosen * chunk <= candidates and chosen <= ranks * topk
     scores = SCORES_PER_WARP // 4 if programs <= FEW_PROGRAMS else SCORES_PER_WARP
     return {
-        "CHOSEN": chosen if fits else topk,
+        "CHOSEN": chosen if chosen * chunk <= candidates else topk,
         "CHUNK": chunk,
         "CHUNKS": chunks,
         "CANDIDATES": candidates,
@@ -111,7 +110,7 @@ def select(
                 sizes.own_heads,
                 RANKS=sizes.ranks,
                 TOPK=topk,
-                **select_sizes(num_keys, topk, sizes.ranks, programs),
+                **select_sizes(num_keys, topk, programs),
             )
     return indices, picked
 

@@ -66,14 +66,13 @@ def select_kernel(
     keys = tl.where(chunk * CHUNK < num_keys, ordered_keys(maxima), ABSENT)
     best_chunks = mask_of_largest(keys, CHOSEN)
     slot = tl.cumsum(best_chunks.to(tl.int32), 0) - 1
-    scratch = picked + program * RANKS * TOPK  # the output; of any bits
-    tl.store(scratch + slot, chunk.to(tl.float32, bitcast=True), mask=best_chunks)
+    scratch = indices.to(tl.pointer_type(tl.int32), bitcast=True)  # the output, of twice as many
+    tl.store(scratch + slot, chunk, mask=best_chunks)
     tl.debug_barrier()
 
     candidate = tl.arange(0, CANDIDATES)
     listed = candidate < CHOSEN * CHUNK
-    chunk_of = tl.load(scratch + candidate // CHUNK, mask=listed, other=0.0)
-    chunk_of = chunk_of.to(tl.int32, bitcast=True)
+    chunk_of = tl.load(scratch + candidate // CHUNK, mask=listed, other=0)
     key_index = chunk_of * CHUNK + candidate % CHUNK
     inside = listed & (key_index < num_keys)
     total = _combined(row, rank_stride, direction, key_index, inside, RANKS)

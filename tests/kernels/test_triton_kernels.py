@@ -131,7 +131,7 @@ def test_side_top_m_compiles_to_vector_loads_without_spills(capability, num_keys
     sizes = dict.fromkeys(strides, "i32")
     cases = [(2**15, 128), (256, 64)]  # of training, of decoding
     for programs, most in cases if capability == 90 else cases[:1]:
-        constants = {"RANKS": 2, "TOPK": topk, **select_sizes(num_keys, topk, 2, programs)}
+        constants = {"RANKS": 2, "TOPK": topk, **select_sizes(num_keys, topk, programs)}
         built = compile_for(
             capability, select_kernel, {**pointers, **sizes}, constants, any_number=loose
         )
