@@ -24,14 +24,17 @@ void select(const T* scores, const float* direction, int64_t* indices, float* pi
     for (int64_t p = 0; p < pairs; p++)
       for (int64_t t = 0; t < tokens; t++) {
         float* __restrict sum = sums.data();
+        int32_t* __restrict key = largest.keys();
         for (int64_t r = 0; r < ranks; r++) {
           const T* __restrict row = scores + ((p * ranks + r) * tokens + t) * keys;
           const float weight = direction[p * ranks + r];
-          for (int64_t n = 0; n < keys; n++)
-            sum[n] = r == 0 ? to_float(row[n]) * weight : sum[n] + to_float(row[n]) * weight;
+          if (r + 1 < ranks)
+            for (int64_t n = 0; n < keys; n++)
+              sum[n] = (r ? sum[n] : 0.0f) + to_float(row[n]) * weight;
+          else
+            for (int64_t n = 0; n < keys; n++)
+              key[n] = ordered((r ? sum[n] : 0.0f) + to_float(row[n]) * weight);
         }
-        int32_t* __restrict key = largest.keys();
-        for (int64_t n = 0; n < keys; n++) key[n] = ordered(sum[n]);
         int64_t* best = indices + t * stride + p * topk;
         largest.select(best, false);
         float* found = picked + t * picked_stride + p * ranks * topk;

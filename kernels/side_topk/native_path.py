@@ -93,11 +93,12 @@ def _select_together(
     by_rank = query.permute(1, 2, 0, 3).contiguous().flatten(0, 1)
     columns = keys.transpose(1, 2).contiguous().flatten(0, 1).mT
     row = pairs * ranks * num_keys
-    step = max(1, len(buffer) // row)
-    for start in range(0, tokens, step):
-        count = min(step, tokens - start)
+    chunks = -(-tokens // max(1, len(buffer) // row))
+    for chunk in range(chunks):  # of equal size: one of few tokens packs as many keys
+        start, end = (tokens * i // chunks for i in (chunk, chunk + 1))
+        count = end - start
         found = buffer[: count * row].view(-1, count, num_keys)
-        torch.bmm(by_rank[:, start : start + count], columns, out=found)
+        torch.bmm(by_rank[:, start:end], columns, out=found)
         sizes = (pairs, count, ranks, num_keys, indices.shape[-1])
         strides = (indices.stride(0), scores.stride(0))
         given = (found, directions, indices[start:], scores[start:])

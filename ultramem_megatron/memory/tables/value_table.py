@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ultramem_megatron.communication.node_groups import node_groups
 from ultramem_megatron.communication.pausing import Pausing
+from ultramem_megatron.kernels.native.large_pages import ask_for_large_pages
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.tables.contract import PreValues, TableReader
@@ -58,6 +59,7 @@ class ValueTable(nn.Module):
         empty = torch.empty(
             0 if _without_rows.get() else rows, columns, device="cpu" if on_host else None
         )
+        ask_for_large_pages(empty)
         self.weight = nn.Parameter(empty, requires_grad=not on_host)
         self.rows: HostRows | None = None
         if on_host:
