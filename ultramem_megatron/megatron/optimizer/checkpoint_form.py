@@ -43,6 +43,6 @@ def expand_for_checkpoints(single: Any, tables: Sequence[KeptRows]) -> None:
 def _hold(state: Any, parts: Sequence[Tensor]) -> None:
     """Have shards of these parts keep the numbers that they have now."""
     for value in nested_values(state) if isinstance(state, dict) else ():
-        held = getattr(value, "data", None)
-        if any(held is part for part in parts):
-            value.data = held.detach()
+        for part in parts:
+            if getattr(value, "data", None) is part:
+                value.data = part.detach()
