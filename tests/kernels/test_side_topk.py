@@ -11,7 +11,12 @@ import torch
 from tests.closeness import assert_close, assert_rounds_no_worse, relative_error, rounding
 from tests.kernels.compiler import NATIVE
 from ultramem_megatron.kernels import precision
-from ultramem_megatron.kernels.side_topk import kept_keys, side_topk, side_topk_reference
+from ultramem_megatron.kernels.side_topk import (
+    kept_keys,
+    native_path,
+    side_topk,
+    side_topk_reference,
+)
 from ultramem_megatron.kernels.side_topk.eager import EagerSideTopk
 
 # tokens, heads, keys per side, ranks, width of a rank's key, m
@@ -25,14 +30,19 @@ SIZES = [
 ]
 
 
+IN_CHUNKS = pytest.param("native in chunks", marks=NATIVE.marks)
 TRITON = ["triton"] if os.environ.get("TRITON_INTERPRET") else []
 
 
-@pytest.fixture(params=["reference", "torch", NATIVE, *TRITON])
+@pytest.fixture(params=["reference", "torch", NATIVE, IN_CHUNKS, *TRITON])
 def forced(request, monkeypatch):
-    """Each implementation in turn."""
-    monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)
-    return request.param
+    """Each implementation in turn; the native one as for few tokens, and as for many."""
+    name = request.param.split()[0]
+    monkeypatch.setenv("ULTRAMEM_KERNELS", name)
+    if request.param != name:
+        monkeypatch.setattr(native_path, "FEW_TOKENS", 0)
+        monkeypatch.setattr(native_path, "CACHED_BYTES", 1500)  # a few tokens' scores
+    return name
 
 
 def _case(sizes, dtype=torch.float64, integers=False):
