@@ -85,6 +85,32 @@ def test_small_integers_with_many_ties_give_the_same_keys(forced, sizes, nan_fil
         assert (found[0].diff(dim=-1) > 0).all()
 
 
+@pytest.mark.parametrize(
+    ("keys", "ranks", "topk"), [(131, 2, 8), (123, 2, 8), (41, 2, 4), (41, 1, 4), (41, 2, 5)]
+)
+def test_what_stands_behind_the_last_key_takes_nobodys_place(forced, keys, ranks, topk):
+    """All scores are below zero, those of the zeros that fill up a chunk are not."""
+    case = _case((2, 2, keys, ranks, 3, topk), torch.float32)
+    query, key_set, directions = (-case[0].abs(), case[1].abs(), case[2].abs())
+    found = side_topk(query, key_set, directions, topk)
+    wanted = side_topk_reference(query, key_set, directions, topk)
+    assert torch.equal(found[0], wanted[0])
+
+
+@pytest.mark.parametrize(
+    ("num_keys", "topk", "chosen"),
+    [(3578, 42, 43), (1056, 128, 128), (42, 42, 42), (41, 5, 6), (9, 1, 1)],
+)
+def test_the_scratch_space_holds_the_chunks_that_are_chosen(num_keys, topk, chosen):
+    """As int32 where the indices come, int64."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    from ultramem_megatron.kernels.side_topk.fused import select_sizes
+
+    sizes = select_sizes(num_keys, topk, 1)
+    assert sizes["CHOSEN"] == chosen <= 2 * topk
+    assert sizes["CHOSEN"] * sizes["CHUNK"] <= sizes["CANDIDATES"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_within_twice_that_of_plain_torch(forced, dtype, nan_filled_empty):
     """All keys are picked, so that rounding cannot change which ones."""
