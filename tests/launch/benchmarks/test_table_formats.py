@@ -19,6 +19,7 @@ def _rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.long
 def test_a_row_for_each_format(tmp_path: Path) -> None:
     run_on_ranks(1, main, ["--out", str(tmp_path), *_FEW], timeout=300)
     rows = _rows(tmp_path)
