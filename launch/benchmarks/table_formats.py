@@ -185,7 +185,7 @@ def _vllm(
     folders: dict[str, Path], options: argparse.Namespace
 ) -> dict[tuple[str, str, int], list[tuple[float, float]]]:
     asked = {name: getattr(options, name) for name in ("batches", "prompt", "tokens")}
-    found = {}
+    found: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
     for kind, folder in folders.items():
         dtype = "bfloat16" if kind == "bfloat16" else "float32"
         given = {**asked, "repeats": options.rounds, "dtype": dtype}
