@@ -18,6 +18,7 @@ from torch import Tensor
 from ultramem_megatron.kernels.adam_rows.choice import update as update_dense
 from ultramem_megatron.kernels.adam_rows.contract import Behind, Moments
 from ultramem_megatron.kernels.adam_rows.history import AdamStep
+from ultramem_megatron.kernels.adam_rows.rounding import Rounding
 
 KINDS = {"factored": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """How the mean is kept, by name."""
@@ -88,20 +89,25 @@ class CompactMoments(NamedTuple):
     """A table as AdamW trains it, moved in place; see Moments."""
 
     values: Tensor
-    """(N, V) float32."""
+    """(N, V) float32, or bfloat16 with a rounding."""
     mean: CodedRows
     square: Tensor
     """(N,) float32."""
     copy: Tensor | None = None
+    rounding: Rounding | None = None
 
 
 def compact(
-    kind: str, values: Tensor, copy: Tensor | None, over: RowsOver | None = None
+    kind: str,
+    values: Tensor,
+    copy: Tensor | None,
+    over: RowsOver | None = None,
+    rounding: Rounding | None = None,
 ) -> CompactMoments:
     """Before the first step; kind: of KINDS. over: the ranks that have other columns."""
     rows, columns = values.shape
     mean = CodedRows((rows, columns), KINDS[kind], values.device, over)
-    return CompactMoments(values, mean, torch.zeros(rows, device=values.device), copy)
+    return CompactMoments(values, mean, torch.zeros(rows, device=values.device), copy, rounding)
 
 
 def update(
@@ -114,12 +120,16 @@ def update(
     current, history = behind
     rows = rows[current[rows] < history.count].unique()
     for some in rows.split(AT_ONCE) if len(rows) else ():
-        values, mean = moments.values[some], moments.mean.read(some)
+        values, mean = moments.values[some].float(), moments.mean.read(some)
         if grad is None:
             _catch_up(moments, values, mean, some, behind)
         else:
             _step(history[history.count], grad[some], moments, values, mean, some)
-        moments.values.index_copy_(0, some, values)
+        if moments.rounding is None:
+            moments.values.index_copy_(0, some, values)
+        else:
+            number = history[history.count].number
+            moments.values.index_copy_(0, some, moments.rounding.rounded(values, some, number))
         if moments.copy is not None:
             moments.copy.index_copy_(0, some, values.to(moments.copy.dtype))
         current.index_fill_(0, some, history.count)
@@ -160,7 +170,7 @@ def _step(
 
 def expand(moments: CompactMoments) -> tuple[Tensor, Tensor]:
     """Mean and square (N, V) in float32, as AdamW has them."""
-    mean = torch.empty_like(moments.values)
+    mean = torch.empty_like(moments.values, dtype=torch.float32)
     for rows in _all_rows(moments):
         mean.index_copy_(0, rows, moments.mean.read(rows))
     return mean, _wide(moments.square, mean)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ultramem_megatron.megatron.optimizer.host_adam import CompactHostAdam, HostAdam
 from ultramem_megatron.megatron.optimizer.host_distributed import DistributedTrainer
+from ultramem_megatron.megatron.optimizer.table_rounding import roundings
 from ultramem_megatron.megatron.optimizer.visited_rows import refuse_other_optimizers
 from ultramem_megatron.memory.tables.value_table import value_tables
 
@@ -28,13 +29,18 @@ _OF_CHECKPOINTS = ("sharded_state_dict", "state_dict", "load_state_dict", "reloa
 _LOADS = "load_state_dict"
 
 
-def train_on_host(optimizer: Any, layers: Iterable[Any], moments: str = "float32") -> None:
+def train_on_host(
+    optimizer: Any, layers: Iterable[Any], moments: str = "float32", seed: int | None = None
+) -> None:
     """From now on Megatron's `optimizer` trains these memories' tables where they are.
 
     layers: TransformerMemory. moments: how they are kept, of
-    `memory.config.UltraMemConfig.table_moments`. Raises UltraMemError for an optimizer that is not
-    AdamW.
+    `memory.config.UltraMemConfig.table_moments`. seed: of the rounding of tables, in bfloat16, that
+    are to have no float32 copy; None: they have one. Raises UltraMemError for an optimizer that is
+    not AdamW.
     """
+    layers = list(layers)
+    rounding = roundings(layers, seed)
     keep = HostAdam if moments == "float32" else functools.partial(CompactHostAdam, moments)
     tables = {
         id(table.stand_in): table
@@ -47,7 +53,9 @@ def train_on_host(optimizer: Any, layers: Iterable[Any], moments: str = "float32
             continue
         distributed = isinstance(single, DistributedOptimizer)
         held = _in_buffers(single) if distributed else _in_groups(single)
-        trained = {id(p): keep(tables[id(p)]) for p in held if id(p) in tables}
+        trained = {
+            id(p): keep(tables[id(p)], rounding[tables[id(p)]]) for p in held if id(p) in tables
+        }
         if trained:
             refuse_other_optimizers(single.optimizer, "--ultramem-table-memory host")
             (DistributedTrainer if distributed else _Trainer)(single, trained).take_over()
@@ -100,11 +108,12 @@ class _Trainer:
     def _tables_in_place(self, loads: bool) -> Iterator[None]:
         """Within it, up to date, where their stand-ins are, with their state."""
         optimizer, places = self.single.optimizer, list(self._places())
+        for _, _, table in places:
+            table.expand()
         lists = self._lists_with_tables()
         before = {name: getattr(self.single, name) for name in lists}
         vars(self.single).update(lists)
         for params, place, table in places:
-            table.expand()
             params[place] = table.master
             optimizer.state.pop(table.home.stand_in, None)
             if table.state:

@@ -89,7 +89,8 @@ def _host_bytes(run: Run, table: Tensor) -> int:
     """Of one number of a table in host memory: it, gradient and copy in float32, moments."""
     assert run.ultramem is not None
     number = table.element_size()
-    return number + 4 + (4 if number < 4 else 0) + moment_bytes(run.ultramem.table_moments)
+    copy = 4 if number < 4 and run.ultramem.table_main_params == "float32" else 0
+    return number + 4 + copy + moment_bytes(run.ultramem.table_moments)
 
 
 def _brought(run: Run, chunk: Any) -> int:
@@ -135,6 +136,8 @@ def optimizer_bytes(run: Run, of_table: bool = False) -> int:
     if of_table and run.ultramem is not None and run.ultramem.table_moments != "float32":
         moments = moment_bytes(run.ultramem.table_moments)
     half = run.transformer.params_dtype.itemsize < 4
+    if of_table and run.ultramem is not None and run.ultramem.table_main_params == "none":
+        half = False
     return int(moments + (args.main_params_dtype.itemsize if half else 0))
 
 
