@@ -84,6 +84,15 @@ def test_forced_where_they_cannot_be_had_they_are_refused(monkeypatch):
     dispatch._choose.cache_clear()
 
 
+def test_a_gpu_without_triton_is_refused_in_one_line(monkeypatch):
+    monkeypatch.delenv("ULTRAMEM_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    dispatch._choose.cache_clear()
+    with pytest.raises(UltraMemError, match=r"on cuda need Triton.*ULTRAMEM_KERNELS=torch"):
+        dispatch.implementation(torch.device("cuda"))
+    dispatch._choose.cache_clear()
+
+
 @pytest.mark.long
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "ultramem_megatron").write_text("a file")

@@ -168,9 +168,11 @@ class MemoryHooks:
         left alone.
         """
         layers = [layer for chunk in model_chunks for layer in memory_layers(chunk)]
-        train_on_host(optimizer, layers)
+        without_copy = self.ultramem.table_main_params == "none"
+        kept = (self.ultramem.table_moments, self.ultramem.seed if without_copy else None)
+        train_on_host(optimizer, layers, *kept)
         if self.ultramem.row_adam:
-            visit_touched_rows(optimizer, layers, self.ultramem.table_moments)
+            visit_touched_rows(optimizer, layers, *kept)
         if not self.moves_few_rows:
             return
         # Half precision trains a float32 copy of each parameter.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultramem_megatron.communication.node_groups import node_groups
 from ultramem_megatron.communication.pausing import Pausing
 from ultramem_megatron.kernels.native.large_pages import ask_for_large_pages
 from ultramem_megatron.memory.config import UltraMemConfig
@@ -99,6 +100,14 @@ class ValueTable(nn.Module):
         if self.rows is not None:
             state.setdefault(f"{prefix}stand_in", self.stand_in.detach())
         super()._load_from_state_dict(state, prefix, *args)
+
+    @property
+    def column_ranks(self) -> Any:
+        """The group of ranks that have other columns of this one's rows; None: it has all."""
+        if self.layout.column_parts == 1:
+            return None
+        rows = self.layout.row_parts
+        return self._group if rows == 1 else node_groups(self._group, rows).across
 
     @property
     def pauses(self) -> int:
