@@ -162,9 +162,9 @@ def test_settings_of_other_kinds_and_sizes_are_refused(tmp_path, opens):
         *parts, last = name.split(".")
         functools.reduce(dict.__getitem__, parts, content)[last] = value
         file.write_text(json.dumps(content))
-        with pytest.raises(UltraMemError, match=r"config\.json does not describe a model") as refused:
+        with pytest.raises(UltraMemError, match=r"config\.json does not describe a model") as error:
             opens(tmp_path / "out")
-        assert "\n" not in str(refused.value), (name, value)
+        assert "\n" not in str(error.value), (name, value)
 
 
 def test_what_else_is_damaged_in_a_folder_is_named(tmp_path):

@@ -69,9 +69,7 @@ def refuse_slips(args: Namespace) -> None:
     for least, names in _WHOLE.items():
         for name, value in _given(args, names):
             most = _MOST_BUILT.get(name, _MOST)
-            _require(
-                least <= value <= most, name, value, f"a whole number from {least} to {most}"
-            )
+            _require(least <= value <= most, name, value, f"a whole number from {least} to {most}")
     for name, (low, high) in _NUMBERS.items():
         for _, value in _given(args, (name,)):
             _require(low <= value <= high, name, value, f"a number from {low:g} to {high:g}")
