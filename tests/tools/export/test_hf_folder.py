@@ -134,22 +134,22 @@ def test_damaged_folders_are_refused_by_name(tmp_path, file, change, message):
         load_hf(tmp_path / "out")
 
 
-_NO_MODEL = [
-    *(("hidden_size", value) for value in (None, -1, 0, 2**70, 1.5, "8", True)),
-    *(("num_hidden_layers", value) for value in (2**31, "2", [])),
-    *(("num_experts", value) for value in (-1, 10**13, 1.5)),
-    *(("head_dim", value) for value in (-1, "x")),
-    *(("dtype", value) for value in (-1, [], "x", "Tensor")),
-    *(("num_key_value_heads", value) for value in (-1, 3)),
-    *(("layer_pattern", value) for value in ([], {}, 7)),
-    *(("memory.num_keys", value) for value in (None, 10**13, "8")),
-    *(("memory.value_expansion", value) for value in (None, float("nan"), "4")),
-    *(("memory.share_order", value) for value in ([], {})),
-    *(("memory.share_values", value) for value in (0, None)),
-    *(("memory.query_conv_kernel", value) for value in (10**13, None)),
-    *(("memory.aux_loss_margin", value) for value in ("x", None)),
-    ("rope_parameters.rope_theta", 0),
-]
+_NO_MODEL: dict[str, list[object]] = {
+    "hidden_size": [None, -1, 0, 2**70, 1.5, "8", True],
+    "num_hidden_layers": [2**31, "2", []],
+    "num_experts": [-1, 10**13, 1.5],
+    "head_dim": [-1, "x"],
+    "dtype": [-1, [], "x", "Tensor"],
+    "num_key_value_heads": [-1, 3],
+    "layer_pattern": [[], {}, 7],
+    "memory.num_keys": [None, 10**13, "8"],
+    "memory.value_expansion": [None, float("nan"), "4"],
+    "memory.share_order": [[], {}],
+    "memory.share_values": [0, None],
+    "memory.query_conv_kernel": [10**13, None],
+    "memory.aux_loss_margin": ["x", None],
+    "rope_parameters.rope_theta": [0],
+}
 
 
 @pytest.mark.parametrize("opens", [load_hf, open_folder])
@@ -157,7 +157,7 @@ def test_settings_of_other_kinds_and_sizes_are_refused(tmp_path, opens):
     save_hf(_plain(), tmp_path / "out", HFTokenizer(), "card")
     file = tmp_path / "out/config.json"
     written = file.read_text()
-    for name, value in _NO_MODEL:
+    for name, value in ((name, value) for name, values in _NO_MODEL.items() for value in values):
         content = json.loads(written)
         *parts, last = name.split(".")
         functools.reduce(dict.__getitem__, parts, content)[last] = value
