@@ -118,7 +118,7 @@ def judge(found: Outcome, expected: Outcome | None) -> str:
     """works, refused, upstream (fails without memories too), DIFFERS or FAILS."""
     kind = found.memories.split(":")[0]
     if kind == "fails":
-        return "FAILS" if found.without.startswith("losses") else "upstream"
+        return "upstream" if found.without.startswith("fails") else "FAILS"
     if kind == "losses" and expected is not None and not _close(*found, *expected):
         return "DIFFERS"
     return {"losses": "works"}.get(kind, kind)

@@ -78,7 +78,6 @@ def test_it_trains_like_one_rank(start: _Start, world_size: int, layout: dict[st
         pytest.param({"ultramem_train_only": "memory"}, id="memories alone", marks=_long),
         pytest.param({"ultramem_share_values": 2}, id="shared tables", marks=_long),
         pytest.param({"ultramem_share_values": 2, **_BESIDE}, id="shared, overlap", marks=_long),
-        pytest.param({"bf16": True, **_BESIDE}, id="bf16, overlap", marks=_long),
         pytest.param(
             {"swiglu": True, "ultramem_replace_mlp": True, "ultramem_spans": "2:2/4:4"},
             id="in place of gated MLPs",
@@ -119,9 +118,10 @@ def test_a_plain_gpt_saves_and_goes_on(tmp_path: Any) -> None:
     assert again.losses == saved.losses[2:]
 
 
+@pytest.mark.parametrize("beside", [{}, _BESIDE], ids=["", "overlap"])
 @_long
-def test_bf16_follows_ddp(tmp_path: Any) -> None:
-    half = {**_NUMBER, **_FSDP2, "bf16": True}
+def test_bf16_follows_ddp(tmp_path: Any, beside: dict[str, Any]) -> None:
+    half = {**_NUMBER, **_FSDP2, **beside, "bf16": True, "eval_iters": 1, "eval_interval": 2}
     saved = run_pretrain(2, _flags(**half, save=tmp_path, save_interval=2))
     again = run_pretrain(2, _flags(**half, load=tmp_path, ckpt_step=2))
     assert again.losses == saved.losses[2:]
