@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+from importlib.util import find_spec
 from typing import Literal, cast, get_args
 
 import torch
@@ -24,7 +25,7 @@ def implementation(device: torch.device) -> Implementation:
     elsewhere; shapes alone on the meta device. The environment variable ULTRAMEM_KERNELS (triton,
     native, torch or reference) forces one of the others; on a CPU `triton` needs Triton's
     interpreter (TRITON_INTERPRET=1). Raises UltraMemError for another value of the variable, and
-    for `native` where it cannot be had.
+    where what is chosen cannot be had.
     """
     return _choose(device.type, os.environ.get(VARIABLE, ""))
 
@@ -50,6 +51,11 @@ def _choose(device: str, forced: str) -> Implementation:
             f"not be compiled (the log says why; CXX names the compiler). Unset {VARIABLE}."
         )
     chosen = cast(Implementation, forced) if forced else _default(device)
+    if chosen == "triton" and find_spec("triton") is None:
+        raise UltraMemError(
+            f"Memory kernels on {device} need Triton, which is not installed here. Install it (the "
+            f"PyTorch of Linux brings it), or set {VARIABLE}=torch, which is slow."
+        )
     reason = f"{VARIABLE} is set" if forced else "the default there"
     logger.info("memory kernels on %s: %s (%s)", device, chosen, reason)
     return chosen

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ultramem_megatron.kernels.adam_rows.history import History
+from ultramem_megatron.kernels.adam_rows.rounding import Rounding
 
 
 class Moments(NamedTuple):
@@ -18,6 +19,8 @@ class Moments(NamedTuple):
     """(N, V): exp_avg_sq."""
     copy: Tensor | None = None
     """(N, V): the values in half precision, which the model reads."""
+    rounding: Rounding | None = None
+    """Of values that are in bfloat16 themselves; none in float32."""
 
 
 class Behind(NamedTuple):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ultramem_megatron.kernels.adam_rows import compact
+from ultramem_megatron.kernels.adam_rows import compact, half
 from ultramem_megatron.kernels.adam_rows.choice import update
 from ultramem_megatron.kernels.adam_rows.compact import CompactMoments
 from ultramem_megatron.kernels.adam_rows.contract import Behind, Moments
@@ -25,7 +25,6 @@ class AdamRows:
         """(N,): 1 for rows that may have a gradient, read since the last step."""
         current = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self._behind = Behind(current, History(device))
-        self._swept = 0
 
     @property
     def begun(self) -> bool:
@@ -48,8 +47,8 @@ class AdamRows:
         if self.begun and history[history.count][2:5] != step[2:5]:
             self.catch_up(moments)  # a history has the same betas and epsilon throughout
         rows = self.touched.nonzero().flatten()
-        if isinstance(moments, CompactMoments):  # those that other ranks have read
-            self._update(moments, rows)
+        if isinstance(moments, CompactMoments) or moments.rounding is not None:
+            self._update(moments, rows)  # those that other ranks have read
         history.append(step)
         self._update(moments, rows, grad)
         self.touched.zero_()
@@ -57,21 +56,23 @@ class AdamRows:
 
     def catch_up(self, moments: AnyMoments) -> None:
         """Bring all rows up to date: the table and its moments are dense AdamW's."""
-        for first in range(0, len(self.touched), _AT_ONCE):
-            self._bring(moments, first, first + _AT_ONCE)
+        every = torch.arange(len(self.touched), device=self.touched.device)
+        for rows in every.split(_AT_ONCE):
+            self._update(moments, rows)
 
     def _sweep(self, moments: AnyMoments) -> None:
-        rows = len(self.touched)
-        share = -(-rows // (SLOTS - 1))
-        self._bring(moments, self._swept, self._swept + share)
-        self._swept = self._swept + share if self._swept + share < rows else 0
-
-    def _bring(self, moments: AnyMoments, first: int, end: int) -> None:
-        rows = torch.arange(first, min(end, len(self.touched)), device=self.touched.device)
-        self._update(moments, rows)
+        """Every row in its turn, which does not depend on how a table is cut."""
+        history, rounding = self._behind.history, moments.rounding
+        turn = history[history.count].number + (0 if rounding is None else rounding.first_row)
+        first, end = -turn % (SLOTS - 1), len(self.touched)
+        if first < end:
+            rows = torch.arange(first, end, SLOTS - 1, device=self.touched.device)
+            self._update(moments, rows)
 
     def _update(self, moments: AnyMoments, rows: Tensor, grad: Tensor | None = None) -> None:
         if isinstance(moments, CompactMoments):
             compact.update(moments, rows, self._behind, grad)
+        elif moments.rounding is not None:
+            half.update(moments, rows, self._behind, grad)
         else:
             update(moments, rows, self._behind, grad)

@@ -2,6 +2,7 @@
 // T tokens, P picks per token, C cores, E groups, V value dim; letters as in reference.py.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "../native/by_row.h"
@@ -52,18 +53,50 @@ void score_gradient(const T* grad, const T* table, const int64_t* rows, const in
     }
 }
 
+// One row of the table's gradient while its picks are added up: in place, or in float32 beside a
+// row of half precision, which is rounded once.
+template <class G>
+class RowSum {
+ public:
+  explicit RowSum(int64_t width) : sums_(width) {}
+
+  float* of(G* row) {
+    row_ = row;
+    for (size_t i = 0; i < sums_.size(); i++) sums_[i] = to_float(row[i]);
+    return sums_.data();
+  }
+
+  void done() {
+    for (size_t i = 0; i < sums_.size(); i++) row_[i] = rounded<G>(sums_[i]);
+  }
+
+ private:
+  std::vector<float> sums_;
+  G* row_ = nullptr;
+};
+
+template <>
+class RowSum<float> {
+ public:
+  explicit RowSum(int64_t) {}
+  float* of(float* row) { return row; }
+  void done() {}
+};
+
 // Adds to target (N, V) and fills score_grad (T, P, C), which may be null. Picks are taken row by
 // row, those of one row in their order: each row comes into cache once, a thread has rows of its
 // own, and no bit depends on the number of threads.
-template <class T>
+template <class T, class G>
 void row_gradient(const T* grad, const T* table, const int64_t* rows, const int64_t* groups,
-                  const float* scores, float* target, float* score_grad, int64_t tokens,
+                  const float* scores, G* target, float* score_grad, int64_t tokens,
                   int64_t picks, int64_t cores, int64_t num_groups, int64_t width, int threads) {
   const int64_t slice = width / cores;
   const ByRow sorted(rows, tokens * picks);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int64_t share = 0; share < threads; share++) {
     const int64_t last = sorted.start(share + 1, threads);
+    RowSum<G> sum(width);
+    float* to = nullptr;
     for (int64_t i = sorted.start(share, threads); i < last; i++) {
       if (i + kAhead < last && sorted.row(i + kAhead) != sorted.row(i + kAhead - 1)) {
         if (score_grad) ask_for(table + sorted.row(i + kAhead) * width, width);
@@ -71,23 +104,28 @@ void row_gradient(const T* grad, const T* table, const int64_t* rows, const int6
       }
       const int64_t p = sorted.pick(i), at = sorted.row(i) * width;
       const T* from = grad + (p / picks * num_groups + groups[p]) * width;
+      if (!to) to = sum.of(target + at);
       for (int64_t c = 0; c < cores; c++) {
         const int64_t first = c * slice;
         const float weight = scores[p * cores + c];
         if (score_grad)
           score_grad[p * cores + c] =
-              dot_and_add(from + first, table + at + first, target + at + first, weight, slice);
+              dot_and_add(from + first, table + at + first, to + first, weight, slice);
         else
-          add(target + at + first, from + first, weight, slice);
+          add(to + first, from + first, weight, slice);
+      }
+      if (i + 1 == last || sorted.row(i + 1) != sorted.row(i)) {
+        sum.done();
+        to = nullptr;
       }
     }
   }
 }
 
 // As row_gradient; target may be null too.
-template <class T>
+template <class T, class G>
 void pool_backward(const T* grad, const T* table, const int64_t* rows, const int64_t* groups,
-                   const float* scores, float* target, float* score_grad, int64_t tokens,
+                   const float* scores, G* target, float* score_grad, int64_t tokens,
                    int64_t picks, int64_t cores, int64_t num_groups, int64_t width, int threads) {
   if (target)
     row_gradient(grad, table, rows, groups, scores, target, score_grad, tokens, picks, cores,
@@ -106,14 +144,31 @@ void pool_backward(const T* grad, const T* table, const int64_t* rows, const int
                                      int64_t threads) {                                          \
     pool(table, rows, groups, scores, out, tokens, picks, cores, num_groups, width,              \
          static_cast<int>(threads));                                                             \
-  }                                                                                              \
+  }
+
+LOOKUP(float32, float)
+LOOKUP(bfloat16, bfloat16)
+
+// NAME: of the table and output gradient, then of the target.
+#define BACKWARD(NAME, T, G)                                                                     \
   extern "C" void lookup_backward_##NAME(                                                        \
       const T* grad, const T* table, const int64_t* rows, const int64_t* groups,                 \
-      const float* scores, float* target, float* score_grad, int64_t tokens, int64_t picks,      \
+      const float* scores, G* target, float* score_grad, int64_t tokens, int64_t picks,          \
       int64_t cores, int64_t num_groups, int64_t width, int64_t threads) {                       \
     pool_backward(grad, table, rows, groups, scores, target, score_grad, tokens, picks, cores,   \
                   num_groups, width, static_cast<int>(threads));                                 \
   }
 
-LOOKUP(float32, float)
-LOOKUP(bfloat16, bfloat16)
+BACKWARD(float32_to_float32, float, float)
+BACKWARD(bfloat16_to_float32, bfloat16, float)
+BACKWARD(bfloat16_to_bfloat16, bfloat16, bfloat16)
+
+// Sets rows (count) of `bytes` bytes of target to zero.
+extern "C" void lookup_clear(char* target, const int64_t* rows, int64_t count, int64_t bytes,
+                             int64_t threads) {
+#pragma omp parallel for num_threads(static_cast<int>(threads))
+  for (int64_t i = 0; i < count; i++) {
+    if (i + kAhead < count) ask_for(target + rows[i + kAhead] * bytes, bytes);
+    std::memset(target + rows[i] * bytes, 0, bytes);
+  }
+}

@@ -41,17 +41,19 @@ def backward(
     target: Tensor | None,
     with_scores: bool,
 ) -> Tensor | None:
-    """As `torch_path.backward`; a `target` in half precision takes that road.
+    """As `torch_path.backward`; a `target` that `takes` does not know takes that road.
 
     Raises IndexError as `pool` does: lookup-dot begins here.
     """
     check_indices(rows, len(table), "table row")
     check_indices(groups, grad.shape[1], "group")
-    native_target = target if target is not None and takes(target) else None
+    native_target = target if target is not None and takes(target, table.dtype) else None
     dots = scores.new_empty(scores.shape, dtype=torch.float32) if with_scores else None
     tensors = (table, rows, groups, scores.float(), native_target, dots)
     sizes = (*scores.shape, grad.shape[1], grad.shape[2])
-    call_for_dtype("lookup_backward", grad.to(table.dtype), *tensors, *sizes)
+    added_to = torch.float32 if native_target is None else native_target.dtype
+    name = f"lookup_backward_{_KINDS[table.dtype]}_to"
+    call_for_dtype(name, grad.to(table.dtype), *tensors, *sizes, dtype=added_to)
     if target is not None and native_target is None:
         torch_path.backward(grad, table, rows, groups, scores, target, with_scores=False)
     return None if dots is None else dots.to(scores.dtype)
@@ -66,16 +68,24 @@ def check_indices(indices: Tensor, size: int, what: str) -> None:
             raise IndexError(f"{what} {index} of {size}")
 
 
-def takes(target: Tensor) -> bool:
-    """Whether C++ can add to it."""
-    return target.dtype == torch.float32 and target.is_contiguous()
+def clear(target: Tensor, rows: Tensor) -> None:
+    """Set `rows`, int64 and of any shape, of a contiguous target to zero."""
+    row_bytes = target.shape[1] * target.element_size()
+    call_native("lookup_clear", target, rows.contiguous(), rows.numel(), row_bytes)
 
 
-def call_for_dtype(name: str, *arguments: Tensor | int | None) -> None:
-    """`name` for the dtype of the first argument."""
+def takes(target: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether C++ can add to it, from a table of `dtype`."""
+    return target.dtype in (torch.float32, dtype) and target.is_contiguous()
+
+
+def call_for_dtype(
+    name: str, *arguments: Tensor | int | None, dtype: torch.dtype | None = None
+) -> None:
+    """`name` for a dtype, by default that of the first argument."""
     first = arguments[0]
     assert isinstance(first, Tensor)
     tensors = (a for a in arguments if isinstance(a, Tensor))
     assert all(a.is_floating_point() or a.dtype == torch.int64 for a in tensors), "int64 indices"
     kept = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
-    call_native(f"{name}_{_KINDS[first.dtype]}", *kept)
+    call_native(f"{name}_{_KINDS[dtype or first.dtype]}", *kept)

@@ -18,6 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ultramem_megatron.kernels.lookup_reduce import native_path
+from ultramem_megatron.kernels.native.large_pages import ask_for_large_pages
+from ultramem_megatron.kernels.native.library import native_library
+
 _LOOKED_AT = 256  # rows
 _buffers = WeakIdKeyDictionary()
 """By table. No attribute of it: those are saved and pickled with it."""
@@ -38,11 +42,12 @@ class _Buffer:
     def clear(self) -> None:
         """All zeros again."""
         untouched = self.version == self.tensor._version and not _there_are_other_ranks()
-        if untouched:
-            self.tensor.index_fill_(0, self.rows.flatten(), 0)
+        few = self.rows.numel() < len(self.tensor)
+        if untouched and few:
+            _clear_rows(self.tensor, self.rows)
             some = self.tensor[:: max(1, len(self.tensor) // _LOOKED_AT)]
             untouched = not bool(some.any())
-        if not untouched:
+        if not (untouched and few):
             self.tensor.zero_()
 
 
@@ -55,7 +60,9 @@ def zeros_for(table: Tensor, rows: Tensor) -> Tensor:
         return torch.zeros_like(table)
     buffer = _buffers.get(table)
     if buffer is None or _is_other(buffer.tensor, table):
-        tensor = torch.zeros_like(table)
+        tensor = torch.empty_like(table)
+        ask_for_large_pages(tensor)
+        tensor.zero_()
         buffer = _buffers[table] = _Buffer(tensor, _holders(tensor), rows)
     elif _holders(buffer.tensor) > buffer.holders:
         return torch.zeros_like(table)
@@ -71,6 +78,13 @@ def added(table: Tensor, gradient: Tensor) -> None:
     buffer = _buffers.get(table)
     if buffer is not None and buffer.tensor.data_ptr() == gradient.data_ptr():
         buffer.version = buffer.tensor._version
+
+
+def _clear_rows(tensor: Tensor, rows: Tensor) -> None:
+    if native_library() is not None and tensor.is_contiguous():
+        native_path.clear(tensor, rows)
+    else:
+        tensor.index_fill_(0, rows.flatten(), 0)
 
 
 def _is_other(tensor: Tensor, table: Tensor) -> bool:

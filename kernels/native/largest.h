@@ -7,6 +7,10 @@
 #include <functional>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 // Integers that order as floats do, both zeros alike.
 inline int32_t ordered(float x) {
   x += 0.0f;
@@ -14,6 +18,21 @@ inline int32_t ordered(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   int32_t key = bits ^ ((bits >> 31) & 0x7fffffff);
   return x != x ? INT_MAX : key;
+}
+
+// A bit for each of 64 keys, set where it reaches the floor.
+inline uint64_t at_least(const int32_t* keys, int32_t floor) {
+  uint64_t passes = 0;
+#ifdef __AVX512F__  // compilers do not find its masks by themselves
+  const __m512i floors = _mm512_set1_epi32(floor);
+  for (int i = 0; i < 64; i += 16) {
+    const __mmask16 found = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(keys + i), floors);
+    passes |= static_cast<uint64_t>(found) << i;
+  }
+#else
+  for (int i = 0; i < 64; i++) passes |= static_cast<uint64_t>(keys[i] >= floor) << i;
+#endif
+  return passes;
 }
 
 // One row at a time; its buffers serve the next row too. Bounds are found by bisection: to count
@@ -105,10 +124,7 @@ class Largest {
     int32_t* __restrict indices = indices_.data();
     int64_t found = 0;
     for (int64_t start = 0; start < columns_; start += kBlock) {
-      uint64_t passes = 0;
-      for (int64_t i = 0; i < kBlock; i++)
-        passes |= static_cast<uint64_t>(keys[start + i] >= floor) << i;
-      for (; passes; passes &= passes - 1) {
+      for (uint64_t passes = at_least(keys + start, floor); passes; passes &= passes - 1) {
         const int64_t i = start + __builtin_ctzll(passes);
         kept[found] = keys[i];
         indices[found++] = static_cast<int32_t>(i);

@@ -1,17 +1,20 @@
 // What lookups do with a row of a table, in float.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "numbers.h"
 
 constexpr int64_t kAhead = 8;  // picks whose rows are asked for before they are needed
-constexpr int64_t kLine = 64;  // bytes
+constexpr int64_t kLine = 64;    // bytes
+constexpr int64_t kAsked = 256;  // bytes, behind which a processor reads on by itself
 
+// The row's first lines: with all of them, more would be asked for than can be under way.
 template <class T>
 inline void ask_for(const T* row, int64_t width) {
   const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < width * static_cast<int64_t>(sizeof(T)); i += kLine)
-    __builtin_prefetch(bytes + i);
+  const int64_t end = std::min(kAsked, width * static_cast<int64_t>(sizeof(T)));
+  for (int64_t i = 0; i < end; i += kLine) __builtin_prefetch(bytes + i);
 }
 
 template <class A, class B>

@@ -110,8 +110,12 @@ def _start(
 
 @triton.jit
 def _normed(values, inside, EPS: tl.constexpr, CENTRED: tl.constexpr, ROW: tl.constexpr):
-    """A row without its gain, zero beyond its end, and what it was multiplied by."""
+    """A row without its gain, zero beyond its end, and what it was multiplied by.
+
+    A row of zeros, as those behind the keys, stays one whatever EPS is.
+    """
     if CENTRED:
         values = tl.where(inside, values - tl.sum(values) / ROW, 0)
-    scale = 1 / tl.sqrt(tl.sum(values * values) / ROW + EPS)
+    square = tl.sum(values * values) / ROW + EPS
+    scale = 1 / tl.sqrt(tl.where(square == 0, 1, square))
     return values * scale, scale

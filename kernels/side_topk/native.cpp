@@ -10,12 +10,19 @@
 
 namespace {
 
-// scores (P, R, T, N) of P pairs of a head and a side, direction (P, R); indices (T, P, m) and
-// picked (T, P, R, m) are `stride` and `picked_stride` numbers apart from token to token.
-template <class T>
+// Where a score lies: numbers from pair to pair, from rank to rank, and so on.
+struct Apart {
+  int64_t pair, rank, token, key;
+};
+
+// scores of P pairs of a head and a side, direction (P, R); indices (T, P, m) and picked
+// (T, P, R, m) are `stride` and `picked_stride` numbers apart from token to token. known: apart.key,
+// for the compiler; 0: any.
+template <int64_t known, class T>
 void select(const T* scores, const float* direction, int64_t* indices, float* picked,
             int64_t pairs, int64_t tokens, int64_t ranks, int64_t keys, int64_t topk,
-            int64_t stride, int64_t picked_stride, int threads) {
+            int64_t stride, int64_t picked_stride, const Apart& apart, int threads) {
+  const int64_t step = known ? known : apart.key;
 #pragma omp parallel num_threads(threads)
   {
     Largest largest(keys, topk);
@@ -23,21 +30,25 @@ void select(const T* scores, const float* direction, int64_t* indices, float* pi
 #pragma omp for collapse(2)
     for (int64_t p = 0; p < pairs; p++)
       for (int64_t t = 0; t < tokens; t++) {
+        const T* own = scores + p * apart.pair + t * apart.token;
         float* __restrict sum = sums.data();
-        for (int64_t r = 0; r < ranks; r++) {
-          const T* __restrict row = scores + ((p * ranks + r) * tokens + t) * keys;
-          const float weight = direction[p * ranks + r];
-          for (int64_t n = 0; n < keys; n++)
-            sum[n] = r == 0 ? to_float(row[n]) * weight : sum[n] + to_float(row[n]) * weight;
-        }
         int32_t* __restrict key = largest.keys();
-        for (int64_t n = 0; n < keys; n++) key[n] = ordered(sum[n]);
+        for (int64_t r = 0; r < ranks; r++) {
+          const T* __restrict row = own + r * apart.rank;
+          const float weight = direction[p * ranks + r];
+          if (r + 1 < ranks)
+            for (int64_t n = 0; n < keys; n++)
+              sum[n] = (r ? sum[n] : 0.0f) + to_float(row[n * step]) * weight;
+          else
+            for (int64_t n = 0; n < keys; n++)
+              key[n] = ordered((r ? sum[n] : 0.0f) + to_float(row[n * step]) * weight);
+        }
         int64_t* best = indices + t * stride + p * topk;
         largest.select(best, false);
         float* found = picked + t * picked_stride + p * ranks * topk;
         for (int64_t r = 0; r < ranks; r++)
           for (int64_t k = 0; k < topk; k++)
-            found[r * topk + k] = to_float(scores[((p * ranks + r) * tokens + t) * keys + best[k]]);
+            found[r * topk + k] = to_float(own[r * apart.rank + best[k] * step]);
       }
   }
 }
@@ -110,12 +121,15 @@ void key_gradient(const float* grad, const int64_t* indices, const T* query, T* 
 }  // namespace
 
 #define SELECT(NAME, T)                                                                           \
-  extern "C" void side_select_##NAME(const T* scores, const float* direction, int64_t* indices,   \
-                                     float* picked, int64_t pairs, int64_t tokens, int64_t ranks, \
-                                     int64_t keys, int64_t topk, int64_t stride,                  \
-                                     int64_t picked_stride, int64_t threads) {                    \
-    select(scores, direction, indices, picked, pairs, tokens, ranks, keys, topk, stride,          \
-           picked_stride, static_cast<int>(threads));                                             \
+  extern "C" void side_select_##NAME(                                                             \
+      const T* scores, const float* direction, int64_t* indices, float* picked, int64_t pairs,    \
+      int64_t tokens, int64_t ranks, int64_t keys, int64_t topk, int64_t stride,                  \
+      int64_t picked_stride, int64_t pair, int64_t rank, int64_t token, int64_t key,              \
+      int64_t threads) {                                                                          \
+    const Apart apart{pair, rank, token, key};                                                    \
+    const auto chosen = key == 1 ? select<1, T> : key == 2 ? select<2, T> : select<0, T>;         \
+    chosen(scores, direction, indices, picked, pairs, tokens, ranks, keys, topk, stride,          \
+           picked_stride, apart, static_cast<int>(threads));                                      \
   }
 
 SELECT(float32, float)

@@ -13,8 +13,15 @@ from ultramem_megatron.kernels.native.library import call_native, native_library
 from ultramem_megatron.kernels.precision import as_multiplied
 from ultramem_megatron.kernels.side_topk.sharing import per_head_and_rank
 
-CACHED_BYTES = 2**21
-"""Of scores in a buffer, for each thread: the second-level cache of one core."""
+CACHED_BYTES = 2**22
+"""Of scores in a buffer, for each thread. With less, products pack the keys more often; with more,
+the selection waits for memory."""
+
+FEW_TOKENS = 32
+"""Up to so many, keys are multiplied as they lie: to copy them takes longer than the products of
+queries and keys of different ranks, which come for nothing."""
+FEW_RANKS = 2
+"""Up to so many: with R ranks such products are R times as many."""
 
 _KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -74,6 +81,9 @@ def _select(
     for all pairs.
     """
     tokens, pairs, ranks, _ = query.shape
+    if 0 < tokens <= FEW_TOKENS and ranks <= FEW_RANKS:
+        _select_in_place(query, keys, directions, indices, scores)
+        return
     num_keys = keys.shape[1]
     room = torch.get_num_threads() * CACHED_BYTES // query.element_size() // (ranks * num_keys)
     together = pairs if tokens * pairs <= room else 1
@@ -82,6 +92,18 @@ def _select(
         own = slice(first, first + together)
         chosen = query[:, own], keys[own], directions[own], indices[:, own], scores[:, own]
         _select_together(*chosen, buffer)
+
+
+def _select_in_place(
+    query: Tensor, keys: Tensor, directions: Tensor, indices: Tensor, scores: Tensor
+) -> None:
+    """As `_select`, with the keys as they lie: every rank of a query by every rank of a key."""
+    tokens, _, ranks, _ = query.shape
+    by_pair = query.transpose(0, 1).flatten(1, 2)
+    found = torch.bmm(by_pair, keys.contiguous().flatten(1, 2).mT)  # (P, T*R, N*R)
+    row = found.shape[2]
+    strides = (tokens * ranks * row, row + 1, ranks * row, ranks)
+    _choose(found, strides, directions, indices, scores, keys.shape[1])
 
 
 def _select_together(
@@ -93,12 +115,26 @@ def _select_together(
     by_rank = query.permute(1, 2, 0, 3).contiguous().flatten(0, 1)
     columns = keys.transpose(1, 2).contiguous().flatten(0, 1).mT
     row = pairs * ranks * num_keys
-    step = max(1, len(buffer) // row)
-    for start in range(0, tokens, step):
-        count = min(step, tokens - start)
+    chunks = -(-tokens // max(1, len(buffer) // row))
+    for chunk in range(chunks):  # of equal size: one of few tokens packs as many keys
+        start, end = (tokens * i // chunks for i in (chunk, chunk + 1))
+        count = end - start
         found = buffer[: count * row].view(-1, count, num_keys)
-        torch.bmm(by_rank[:, start : start + count], columns, out=found)
-        sizes = (pairs, count, ranks, num_keys, indices.shape[-1])
-        strides = (indices.stride(0), scores.stride(0))
-        given = (found, directions, indices[start:], scores[start:])
-        call_native(f"side_select_{_KINDS[query.dtype]}", *given, *sizes, *strides)
+        torch.bmm(by_rank[:, start:end], columns, out=found)
+        strides = (ranks * count * num_keys, count * num_keys, num_keys, 1)
+        _choose(found, strides, directions, indices[start:end], scores[start:end], num_keys)
+
+
+def _choose(
+    found: Tensor,
+    strides: tuple[int, int, int, int],
+    directions: Tensor,
+    indices: Tensor,
+    scores: Tensor,
+    num_keys: int,
+) -> None:
+    """Fill indices and scores from products, `strides` apart by pair, rank, token and key."""
+    (tokens, pairs, topk), ranks = indices.shape, scores.shape[2]
+    sizes = (pairs, tokens, ranks, num_keys, topk, indices.stride(0), scores.stride(0))
+    given = (found, directions, indices, scores)
+    call_native(f"side_select_{_KINDS[found.dtype]}", *given, *sizes, *strides)

@@ -38,14 +38,16 @@ def select_kernel(
     own_heads,
     RANKS: tl.constexpr,
     TOPK: tl.constexpr,
+    CHOSEN: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
     """indices (T, P, m) and picked (T, P, R, m) from scores and directions (P, R).
 
-    by_rank to by_token: strides of the scores; width: A; own_heads: H/G. CHUNK keys are a chunk;
-    CHUNKS and CANDIDATES are powers of two, at least ceil(N / CHUNK) >= m and m * CHUNK.
+    by_rank to by_token: strides of the scores; width: A; own_heads: H/G. CHUNK keys are a chunk, of
+    which the best CHOSEN, m or m + 1, have the best keys. CHUNKS and CANDIDATES are powers of two,
+    at least ceil(N / CHUNK) >= CHOSEN and CHOSEN * CHUNK.
     """
     program = tl.program_id(0).to(tl.int64)  # token * P + pair
     token, pair = program // (2 * num_heads), program % (2 * num_heads)
@@ -58,16 +60,19 @@ def select_kernel(
     index = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     # Masked by the width, which whole vectors divide, not by the number of keys.
     total = _combined(row, rank_stride, direction, index, index < width, RANKS)
-    maxima = tl.reduce(tl.where(index < num_keys, total, float("-inf")), 1, larger)
+    if CHOSEN == TOPK:  # else keys that do not count may bring in a chunk more, and no other
+        total = tl.where(index < num_keys, total, float("-inf"))
+    maxima = tl.reduce(total, 1, larger)
     keys = tl.where(chunk * CHUNK < num_keys, ordered_keys(maxima), ABSENT)
-    best_chunks = mask_of_largest(keys, TOPK)
+    best_chunks = mask_of_largest(keys, CHOSEN)
     slot = tl.cumsum(best_chunks.to(tl.int32), 0) - 1
-    tl.store(indices + slot, chunk.to(tl.int64), mask=best_chunks)  # the output as scratch space
+    scratch = indices.to(tl.pointer_type(tl.int32), bitcast=True)  # the output, of twice as many
+    tl.store(scratch + slot, chunk, mask=best_chunks)
     tl.debug_barrier()
 
     candidate = tl.arange(0, CANDIDATES)
-    listed = candidate < TOPK * CHUNK
-    chunk_of = tl.load(indices + candidate // CHUNK, mask=listed, other=0).to(tl.int32)
+    listed = candidate < CHOSEN * CHUNK
+    chunk_of = tl.load(scratch + candidate // CHUNK, mask=listed, other=0)
     key_index = chunk_of * CHUNK + candidate % CHUNK
     inside = listed & (key_index < num_keys)
     total = _combined(row, rank_stride, direction, key_index, inside, RANKS)

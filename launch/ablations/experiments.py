@@ -12,6 +12,7 @@ from launch.ablations.models import (
     Model,
     ablation,
     dense,
+    in_bfloat16,
     member,
     moe,
     resized,
@@ -260,6 +261,18 @@ EXPERIMENTS: dict[str, Experiment] = {
                 ),
             ),
             "float32",
+            steps=400,
+            evaluations=4,
+        ),
+        Experiment(
+            "main_params",
+            "value tables in bfloat16 with a float32 copy that AdamW trains, and without",
+            tuple(
+                in_bfloat16(ablation(name, ULTRAMEM_ROW, row_adam=True, table_main_params=kept))
+                for name, kept in (("float32 copy", "float32"), ("no copy", "none"))
+            ),
+            "float32 copy",
+            seeds=(1, 2),
             steps=400,
             evaluations=4,
         ),

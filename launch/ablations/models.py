@@ -105,6 +105,11 @@ def with_initial_std(model: Model, std: float) -> Model:
     return replace(model, small={**model.small, **flags}, full={**model.full, **flags})
 
 
+def in_bfloat16(model: Model) -> Model:
+    """The same model trained with --bf16."""
+    return replace(model, small={**model.small, "bf16": True}, full={**model.full, "bf16": True})
+
+
 ULTRAMEM_ROW = "ablation-151m-x10-query-conv"
 
 

@@ -200,5 +200,6 @@ _DRAWINGS: dict[str, tuple[Callable[[Results, Any], None], tuple[float, float]]]
     "figure10": (_draw_figure10, (17, 4)),
     "start": (_draw_start, (13, 4)),
     "moments": (_draw_family, (10, 4)),
+    "main_params": (_draw_family, (10, 4)),
     "figure6b": (_draw_figure6b, (6, 4)),
 }

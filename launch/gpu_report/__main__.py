@@ -3,22 +3,24 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.gpu_report import page
-from ultramem_megatron.errors import exit_on_user_error
+from ultramem_megatron.errors import UltraMemError, exit_on_user_error
 from ultramem_megatron.faults.results_folder import results_folder
 from ultramem_megatron.faults.unseen_gpus import refuse_unseen_gpus
 from ultramem_megatron.tools.gpu_report import AUTHORS, PARTS, parse
 
 _ROOT = Path(__file__).parents[2]
 _FOLDER = "launch.gpu_report.parts"
+_POLL_SECONDS = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_unseen_gpus()
     import torch
 
+    if torch.__version__ < "2.11":  # torch compares versions, not words
+        raise UltraMemError(
+            f"torch {torch.__version__} is installed here; the report wants 2.11 or newer, and the "
+            f"Triton that comes with it."
+        )
     large = torch.cuda.is_available()
     if not large:
         print("There is no NVIDIA GPU here: small shapes on the CPU, which say that all runs.")
@@ -38,44 +45,68 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_parts(folder: Path, parts: dict[str, float], minutes: float, large: bool) -> None:
-    """Each module of `parts` in turn, with its minutes; all in `minutes`."""
+    """Each module of `parts` in turn, with its minutes; all in `minutes`.
+
+    The report is written while they run. On Ctrl-C and SIGTERM the part ends, too: SystemExit.
+    """
     results_folder(folder)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     end = time.monotonic() + 60 * minutes
     found: dict[str, list[dict[str, Any]]] = {}
     for module, limit in parts.items():
         name = module.rpartition(".")[2]
         print(f"{name}:", flush=True)
-        left = end - time.monotonic()
-        seconds = min(60 * limit, left)
-        found[name] = (
-            _rows_of(module, seconds, large)
-            if seconds > 1
-            else [_failure(name, f"not begun: --minutes {minutes:g} are over")]
-        )
-        page.write(folder, found)
+        seconds = min(60 * limit, end - time.monotonic())
+        if seconds <= 1:
+            found[name] = [_failure(name, f"not begun: --minutes {minutes:g} are over")]
+            page.write(folder, found)
+            continue
+        found[name] = []
+        try:
+            with contextlib.closing(_rows_of(module, seconds, large)) as running:
+                for rows in running:
+                    found[name] = rows
+                    page.write(folder, found)
+        except KeyboardInterrupt:
+            found[name] = [*found[name], _failure(name, "ended from outside")]
+            page.write(folder, found)
+            raise SystemExit(130) from None
 
 
-def _rows_of(module: str, seconds: float, large: bool) -> list[dict[str, Any]]:
-    """The rows of a part, and how it ended, where that was not of itself."""
-    name = module.rpartition(".")[2]
+def _rows_of(module: str, seconds: float, large: bool) -> Generator[list[dict[str, Any]]]:
+    """The rows of a part so far, now and then; at last how it ended, if that was not of itself."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "rows"
         file.touch()
-        command = [sys.executable, "-m", "launch.gpu_report.run_part", module, str(file)]
-        threads = {} if large else {"OMP_NUM_THREADS": "1"}
-        env = {**os.environ, **threads, "PYTHONPATH": str(_ROOT)}
-        process = subprocess.Popen(
-            [*command, *(["--large"] if large else [])], env=env, start_new_session=True
-        )
+        process = _started(module, file, large)
+        end, status = time.monotonic() + seconds, None
         try:
-            status = process.wait(seconds)
-            ending = f"ended with status {status}" if status else ""
-        except subprocess.TimeoutExpired:
-            ending = f"stopped after {seconds:.0f} s"
+            while status is None and time.monotonic() < end:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(_POLL_SECONDS)
+                yield _written(file)
         finally:
             _end(process)
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return [*rows, _failure(name, ending)] if ending else rows
+        ending = (
+            f"stopped after {seconds:.0f} s" if status is None else f"ended with status {status}"
+        )
+        if status != 0:
+            yield [*_written(file), _failure(module.rpartition(".")[2], ending)]
+
+
+def _started(module: str, file: Path, large: bool) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "launch.gpu_report.run_part", module, str(file)]
+    threads = {} if large else {"OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **threads, "PYTHONPATH": str(_ROOT)}
+    return subprocess.Popen(
+        [*command, *(["--large"] if large else [])], env=env, start_new_session=True
+    )
+
+
+def _written(file: Path) -> list[dict[str, Any]]:
+    """Without a line that is being written."""
+    text = file.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

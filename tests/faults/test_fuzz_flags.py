@@ -96,6 +96,7 @@ _FLAGS: dict[str, st.SearchStrategy[str]] = {
     "--optimizer": st.sampled_from(["adam", "sgd", "muon", "lion"]),
     "--gpus": _SMALL,
     "--ultramem-table-moments": st.sampled_from(["float32", "int8", "factored", "int4"]),
+    "--ultramem-table-main-params": st.sampled_from(["float32", "none", "bfloat16"]),
 }
 _SWITCHES = [
     "--ultramem-softmax",

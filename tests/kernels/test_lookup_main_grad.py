@@ -23,18 +23,35 @@ def _dense(*seeds):
     return sum(results(lookup_reduce_reference, batch)[1] for batch in batches)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_micro_batches_add_up_in_main_grad(dtype):
-    table = inputs(_SIZES).table.detach().float().requires_grad_()
+@pytest.mark.parametrize(
+    ("table_dtype", "dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_micro_batches_add_up_in_main_grad(table_dtype, dtype):
+    table = inputs(_SIZES, table_dtype).table
     table.main_grad = torch.zeros_like(table, dtype=dtype)
     for seed in (4, 5):
-        case = inputs(_SIZES, torch.float32, seed)
+        case = inputs(_SIZES, table_dtype, seed)
         lookup_reduce(table, *case[1:5]).backward(case.grad)
         assert table.grad_added_to_main_grad
         assert table.grad.is_sparse
         assert table.grad._nnz() == 0
         table.grad = None  # as Megatron's hook does
     assert_close(table.main_grad.double(), _dense(4, 5), main_grad_rounding(dtype, _SIZES))
+
+
+def test_a_gradient_in_half_precision_is_rounded_once_a_backward():
+    case = inputs(_SIZES, torch.bfloat16)
+    table = case.table
+    table.main_grad = torch.zeros_like(table)
+    lookup_reduce(*case[:5]).backward(case.grad)
+    exact = results(lookup_reduce_reference, inputs(_SIZES))[1]
+    assert (table.main_grad == exact.bfloat16()).float().mean() > 0.99
 
 
 def test_without_main_grad_a_table_may_ask_for_a_sparse_gradient():

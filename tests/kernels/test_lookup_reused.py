@@ -14,8 +14,8 @@ from ultramem_megatron.kernels.lookup_reduce import lookup_reduce, lookup_reduce
 _SIZES = Sizes(5, 3, 2, 3, 4, rows=30_000)  # of which some are looked at
 
 
-def _backward(table, seed, lookup=lookup_reduce):
-    case = inputs(_SIZES, seed=seed)
+def _backward(table, seed, lookup=lookup_reduce, sizes=_SIZES):
+    case = inputs(sizes, table.dtype, seed)
     lookup(table, *case[1:5]).backward(case.grad)
     return table.grad
 
@@ -41,6 +41,18 @@ def test_the_next_step_adds_to_the_same_memory():
         _is_right(table, seed)
         table.grad = None
     assert len(places) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [6, 300])
+def test_neither_few_rows_nor_all_keep_what_was_added_before(rows, dtype):
+    sizes = _SIZES._replace(rows=rows)
+    table = inputs(sizes, dtype).table
+    for seed in (4, 5):
+        found = _backward(table, seed, sizes=sizes)
+        alone = _backward(inputs(sizes, dtype).table, seed, sizes=sizes)
+        assert torch.equal(found, alone)
+        table.grad = found = None
 
 
 def test_without_the_private_count_of_torch_every_step_has_memory_of_its_own(monkeypatch):

@@ -84,6 +84,15 @@ def test_forced_where_they_cannot_be_had_they_are_refused(monkeypatch):
     dispatch._choose.cache_clear()
 
 
+def test_a_gpu_without_triton_is_refused_in_one_line(monkeypatch):
+    monkeypatch.delenv("ULTRAMEM_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    dispatch._choose.cache_clear()
+    with pytest.raises(UltraMemError, match=r"on cuda need Triton.*ULTRAMEM_KERNELS=torch"):
+        dispatch.implementation(torch.device("cuda"))
+    dispatch._choose.cache_clear()
+
+
 @pytest.mark.long
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "ultramem_megatron").write_text("a file")
@@ -108,9 +117,12 @@ def _all_ops():
 
 def _rows_far_apart():
     """Picks of three rows whose low bits agree: each row must stay with one thread."""
-    case = inputs(Sizes(400, 40, 1, 64, 2, rows=5000), torch.float32)
-    case.rows.copy_(case.rows % 3 * 2048 + 5)
-    return results(lookup_reduce, case)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        case = inputs(Sizes(400, 40, 1, 64, 2, rows=5000), dtype)
+        case.rows.copy_(case.rows % 3 * 2048 + 5)
+        found += results(lookup_reduce, case)
+    return found
 
 
 @pytest.mark.parametrize("ops", [_all_ops, _rows_far_apart])

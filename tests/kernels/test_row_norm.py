@@ -68,30 +68,30 @@ def test_the_gain_may_be_a_strided_view(forced):
     assert torch.equal(row_norm(x, gain, 1e-5, True), row_norm(x, gain.clone(), 1e-5, True))
 
 
-@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize(("together", "eps"), [(True, 1e-5), (False, 1e-5), (True, 0.0)])
 @pytest.mark.parametrize(
     ("heads", "keys", "ranks", "width", "queries"),
     [(1, 70, 2, 4, 1), (2, 20, 2, 3, 2), (1, 64, 3, 8, 1), (1, 9, 1, 5, 1)],
 )
 def test_keys_come_in_the_order_of_their_products(
-    forced, together, heads, keys, ranks, width, queries, nan_filled_empty
+    forced, together, eps, heads, keys, ranks, width, queries, nan_filled_empty
 ):
     """Ranks are normed together or each alone; behind the keys there are zeros."""
     x = _drawn(heads, 2, keys, ranks, width)
     gain = _drawn(ranks * width if together else width)
 
     def ours(x, gain):
-        normed = normed_keys(x, gain, 1e-5, True, queries)
+        normed = normed_keys(x, gain, eps, True, queries)
         if forced == "triton":
             normed = normed.permute(0, 3, 1, 4, 2, 5).flatten(0, 1)[:, :, :keys]
         return normed
 
     def plain(x, gain):
-        return normed_keys_reference(x, gain, 1e-5, True, queries)
+        return normed_keys_reference(x, gain, eps, True, queries)
 
     _compared(ours, plain, x, gain, torch.float32, 2 * heads * keys + len(gain))
     if forced == "triton":
-        whole = normed_keys(x.float(), gain.float(), 1e-5, True, queries)
+        whole = normed_keys(x.float(), gain.float(), eps, True, queries)
         assert whole.is_contiguous()
         assert whole.shape[4] % 64 == 0
         assert not whole[:, :, :, :, keys:].any()

@@ -11,7 +11,12 @@ import torch
 from tests.closeness import assert_close, assert_rounds_no_worse, relative_error, rounding
 from tests.kernels.compiler import NATIVE
 from ultramem_megatron.kernels import precision
-from ultramem_megatron.kernels.side_topk import kept_keys, side_topk, side_topk_reference
+from ultramem_megatron.kernels.side_topk import (
+    kept_keys,
+    native_path,
+    side_topk,
+    side_topk_reference,
+)
 from ultramem_megatron.kernels.side_topk.eager import EagerSideTopk
 
 # tokens, heads, keys per side, ranks, width of a rank's key, m
@@ -25,14 +30,19 @@ SIZES = [
 ]
 
 
+IN_CHUNKS = pytest.param("native in chunks", marks=NATIVE.marks)
 TRITON = ["triton"] if os.environ.get("TRITON_INTERPRET") else []
 
 
-@pytest.fixture(params=["reference", "torch", NATIVE, *TRITON])
+@pytest.fixture(params=["reference", "torch", NATIVE, IN_CHUNKS, *TRITON])
 def forced(request, monkeypatch):
-    """Each implementation in turn."""
-    monkeypatch.setenv("ULTRAMEM_KERNELS", request.param)
-    return request.param
+    """Each implementation in turn; the native one as for few tokens, and as for many."""
+    name = request.param.split()[0]
+    monkeypatch.setenv("ULTRAMEM_KERNELS", name)
+    if request.param != name:
+        monkeypatch.setattr(native_path, "FEW_TOKENS", 0)
+        monkeypatch.setattr(native_path, "CACHED_BYTES", 1500)  # a few tokens' scores
+    return name
 
 
 def _case(sizes, dtype=torch.float64, integers=False):
@@ -73,6 +83,32 @@ def test_small_integers_with_many_ties_give_the_same_keys(forced, sizes, nan_fil
         assert torch.equal(found[0], wanted[0])
         assert torch.equal(found[1].double(), wanted[1])
         assert (found[0].diff(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("keys", "ranks", "topk"), [(131, 2, 8), (123, 2, 8), (41, 2, 4), (41, 1, 4), (41, 2, 5)]
+)
+def test_what_stands_behind_the_last_key_takes_nobodys_place(forced, keys, ranks, topk):
+    """All scores are below zero, those of the zeros that fill up a chunk are not."""
+    case = _case((2, 2, keys, ranks, 3, topk), torch.float32)
+    query, key_set, directions = (-case[0].abs(), case[1].abs(), case[2].abs())
+    found = side_topk(query, key_set, directions, topk)
+    wanted = side_topk_reference(query, key_set, directions, topk)
+    assert torch.equal(found[0], wanted[0])
+
+
+@pytest.mark.parametrize(
+    ("num_keys", "topk", "chosen"),
+    [(3578, 42, 43), (1056, 128, 128), (42, 42, 42), (41, 5, 6), (9, 1, 1)],
+)
+def test_the_scratch_space_holds_the_chunks_that_are_chosen(num_keys, topk, chosen):
+    """As int32 where the indices come, int64."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    from ultramem_megatron.kernels.side_topk.fused import select_sizes
+
+    sizes = select_sizes(num_keys, topk, 1)
+    assert sizes["CHOSEN"] == chosen <= 2 * topk
+    assert sizes["CHOSEN"] * sizes["CHUNK"] <= sizes["CANDIDATES"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -1,17 +1,22 @@
 """The report for GPU machines: parts that fail, end or hang are rows; without a GPU it runs too."""
 
+import importlib
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from launch.benchmarks.trace import Interval
 from launch.gpu_report import __main__ as report
 from launch.gpu_report.__main__ import main, run_parts
 from launch.gpu_report.known import KNOWN
 from launch.gpu_report.page import targets
-from launch.gpu_report.parts import authors
+from launch.gpu_report.parts import authors, benchmarks, decode, overlap, parity, speed
 from launch.gpu_report.parts.overlap import beside
 from launch.gpu_report.row import Row, attempted
 from tests import ROOT
@@ -20,6 +25,7 @@ from tests.launch.launches import launches_of_a_layer
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.lookup_reduce import lookup_reduce_reference
 from ultramem_megatron.kernels.quantized import FORMATS
+from ultramem_megatron.memory.layer import UltraMemLayer
 from ultramem_megatron.tools.gpu_report import AUTHORS, PARTS, SOURCES
 
 
@@ -58,6 +64,34 @@ def test_parts_that_end_badly_end_nothing_else(tmp_path, monkeypatch):
     assert report["hangs"][-1]["error"] == "stopped after 5 s"
     assert report["fails"][1]["error"].startswith("KeyError: 'x'")
     assert "3 of 6 rows failed" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_ended_from_outside_it_keeps_what_there_is_and_leaves_nothing_running(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import os, time\nfrom launch.gpu_report.row import Row\n"
+        "def rows(large):\n    yield Row(what='begun', value=os.getpid())\n    time.sleep(60)\n"
+    )
+    program = (
+        "import sys; from pathlib import Path; from launch.gpu_report.__main__ import run_parts; "
+        "run_parts(Path(sys.argv[1]), {'slow': 1, 'never': 1}, minutes=1, large=False)"
+    )
+    paths = os.pathsep.join((str(tmp_path), str(ROOT)))
+    report = tmp_path / "report.json"
+    running = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths},
+        cwd=tmp_path,
+    )
+    until = time.monotonic() + 50
+    while not report.exists() or not json.loads(report.read_text())["slow"]:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    running.terminate()
+    assert running.wait(20) == 130
+    first, second = json.loads(report.read_text())["slow"]
+    assert (first["what"], second["error"]) == ("begun", "ended from outside")
+    with pytest.raises(ProcessLookupError):
+        os.kill(first["value"], 0)
 
 
 def test_what_the_time_does_not_suffice_for_is_named(tmp_path):
@@ -168,6 +202,12 @@ def test_wrong_flags_are_refused(words, message, tmp_path):
         main(["--out", str(tmp_path), *words])
 
 
+def test_an_older_torch_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.10.0+cu128"))
+    with pytest.raises(UltraMemError, match=r"torch 2\.10\.0\+cu128 .* wants 2\.11 or newer"):
+        main(["--out", str(tmp_path)])
+
+
 def test_what_ran_beside_something_is_counted_once():
     ours = [Interval("branch", 0, 10), Interval("branch", 20, 30)]
     others = [Interval("a", 5, 8), Interval("b", 6, 22), Interval("c", 29, 40)]
@@ -178,7 +218,7 @@ def test_what_ran_beside_something_is_counted_once():
 def test_what_is_known_is_asked_of_some_part():
     """Names of rows: a row that was renamed would lose its target."""
     from launch.benchmarks.decode import QUICK
-    from launch.gpu_report.parts import decode, eight_bits, kernels, layer
+    from launch.gpu_report.parts import eight_bits, kernels, layer
 
     asked = {
         f"{op} {passes}, {words}, T {tokens}"
@@ -217,6 +257,38 @@ def test_what_is_known_is_asked_of_some_part():
         "host waits",
     )
     assert {name for name in KNOWN if name.startswith(starts)} <= asked
+
+
+@pytest.mark.parametrize("shape", parity._shapes(True), ids=parity._words)
+def test_a_gpus_shapes_are_those_of_layers(shape):
+    with torch.device("meta"):
+        layer = UltraMemLayer(shape.config(), hidden_size=shape.hidden, num_layers=12)
+    assert len(layer.values.weight) == shape.values
+
+
+@pytest.mark.parametrize(
+    ("part", "benchmark"), [(decode, "decode"), (speed, "training"), (overlap, "overlap")]
+)
+def test_benchmarks_take_the_flags_that_a_gpu_gives_them(part, benchmark, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(overlap, "_beside_layers", lambda large: iter(()))
+    asked = []
+
+    def written(name, flags):
+        asked.append(name)
+        parse = importlib.import_module(f"launch.benchmarks.{name}")._parse
+        parse([*flags.split(), "--out", str(tmp_path)])
+        return iter(())
+
+    monkeypatch.setattr(part, "written", written)
+    assert not [row.error for row in part.rows(large=True)]
+    assert asked == [benchmark]
+
+
+def test_a_benchmark_that_cannot_draw_has_measured():
+    assert benchmarks._failure("error: this command needs matplotlib, which is not") == ""
+    assert benchmarks._failure("a\nb\nc\nd") == "b / c / d"
 
 
 def test_every_target_stands_beside_a_predicted_figure():

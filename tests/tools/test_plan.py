@@ -149,12 +149,16 @@ def test_tables_in_host_memory_are_counted_there():
     assert after["activations"] - before["activations"] == 2 * sparse
 
 
-def test_smaller_moments_of_tables_are_counted():
+@pytest.mark.parametrize(
+    ("where", "counted"),
+    [("--ultramem-row-adam", "optimizer"), ("--ultramem-table-memory host", "host")],
+)
+def test_smaller_moments_of_tables_are_counted(where, counted):
     before, after = (
-        _layout(_MEMORY + f"--ultramem-row-adam --ultramem-table-moments {kind} ", 1)
+        _layout(_MEMORY + f"{where} --ultramem-table-moments {kind} ", 1)
         for kind in ("float32", "int8")
     )
-    bytes_ = [plan["layouts"][0]["stages"][0]["optimizer"] for plan in (before, after)]
+    bytes_ = [plan["layouts"][0]["stages"][0][counted] for plan in (before, after)]
     assert bytes_[0] - bytes_[1] == 7 * before["sparse_params"]
 
 

@@ -3,9 +3,11 @@
 import functools
 import importlib
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed
+from torch.distributed import ProcessGroupGloo
 
 from ultramem_megatron.patches import registry
 
@@ -23,12 +25,42 @@ _PRELOADED = (
 def prepare() -> None:
     """Apply what `ultramem train` applies, and what its flag --distributed-backend gloo does."""
     registry.apply_all()
+    c10d: Any = torch.distributed.distributed_c10d
+    c10d.ProcessGroupGloo = OneDeviceGloo
     for name in ("init_process_group", "new_group"):
         over_gloo = _over_gloo(getattr(torch.distributed, name))
-        for module in (torch.distributed, torch.distributed.distributed_c10d):
+        for module in (torch.distributed, c10d):
             setattr(module, name, over_gloo)
     for name in _PRELOADED:
         importlib.import_module(name)
+
+
+class OneDeviceGloo(ProcessGroupGloo):
+    """Groups of gloo that share one device, which is made in the process that first needs it.
+
+    Else each has its own, whose thread wakes a hundred times a second. Upstream's tests forget
+    groups by the hundred and destroy none, so that ranks would soon do nothing else.
+    """
+
+    def __init__(
+        self,
+        store: torch.distributed.Store,
+        rank: int,
+        size: int,
+        timeout: timedelta = torch.distributed.constants.default_pg_timeout,
+        **more: Any,
+    ) -> None:
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # no stub has it
+        options._devices = [_device()]
+        options._timeout = timeout
+        for name, value in more.items():
+            setattr(options, name, value)
+        super().__init__(store, rank, size, options)
+
+
+@functools.cache
+def _device() -> Any:
+    return ProcessGroupGloo.create_device(interface="lo")
 
 
 def _over_gloo(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ what never comes: all ranks are killed then, and new ones go on with the tests t
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -30,6 +31,9 @@ _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 _START_SECONDS = 60.0
 """To import a file of tests."""
+_STACK_BYTES = 2**20
+"""Of a thread. Groups have two or more each and stay until their rank ends: with 8 MiB each, as is
+usual, four tests on four ranks were what 4 GiB a rank have room for."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,7 @@ def _rank_main(plan: Plan, file: str, rank: int, recorder: Recorder, port: int) 
     os.dup2(log, 2)
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
     resource.setrlimit(resource.RLIMIT_DATA, (plan.memory, plan.memory))
+    _small_stacks()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -183,6 +188,14 @@ def _rank_main(plan: Plan, file: str, rank: int, recorder: Recorder, port: int) 
     options += ["-p", "no:hypothesispytest", "--basetemp", str(base), "-o", "addopts=", "-v", "-rN"]
     options += ["--tb", "native"]  # pytest's own reads the source of each frame: slow, and large
     return pytest.main([*options, *plan.pytest_args, f"tests/unit_tests/{file}"], [recorder])
+
+
+def _small_stacks() -> None:
+    """Give the threads that this process starts from now on a stack of `_STACK_BYTES`."""
+    libc, attributes = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+    libc.pthread_attr_init(attributes)
+    libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(_STACK_BYTES))
+    libc.pthread_setattr_default_np(attributes)
 
 
 def _watch(ranks: list[_Rank], plan: Plan, file: str) -> Result | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
-from tests.ranks import run_on_ranks
+from tests.ranks import init_gloo, run_on_ranks
 from tests.upstream import __main__ as command
 from tests.upstream import sandbox
 from tests.upstream.reasons import REASONS, Reasons
@@ -29,9 +29,12 @@ RESULTS = [
     Result("test_z.py::test_1", "skipped", "needs eight"),
 ]
 TESTS_OF_TWO_RANKS = """
-import os, time
+import os, threading, time
 rank = int(os.environ["RANK"])
-def test_first(): pass
+def test_first():
+    end = threading.Event()
+    for _ in range(600): threading.Thread(target=end.wait).start()
+    end.set()
 def test_waits_for_a_rank_that_failed():
     assert rank == 0
     time.sleep(600)
@@ -121,11 +124,28 @@ def test_what_another_test_left_behind_is_tried_without_it(monkeypatch: pytest.M
     assert [result.test for result in again] == tests
 
 
+def _threads_of_ten_groups() -> int:
+    import torch.distributed
+
+    from tests.upstream import backend
+
+    backend.prepare()
+    init_gloo()
+    before = len(os.listdir("/proc/self/task"))
+    groups = [torch.distributed.new_group([0]) for _ in range(10)]
+    return (len(os.listdir("/proc/self/task")) - before) // len(groups)
+
+
+def test_groups_that_upstream_forgets_do_not_wake_a_thread_each():
+    """Two of a group wait for work; the third, of a device of its own, would poll."""
+    assert run_on_ranks(1, _threads_of_ten_groups) == [2]
+
+
 def _run(folder: Path) -> list[tuple[str, str, str]]:
     from tests.upstream import group
 
     group._GRACE_SECONDS = 0.5
-    plan = group.Plan(folder, folder, ranks=2, limit=2.0, memory=2**33)
+    plan = group.Plan(folder, folder, ranks=2, limit=2.0, memory=2**32)
     return [
         (result.test.partition("::")[2], result.outcome, result.error[:14])
         for result in group.run_file(plan, "test_two.py")

@@ -26,6 +26,7 @@ from ultramem_megatron.megatron.optimizer.value_learning_rate import (
     value_overrides,
 )
 from ultramem_megatron.megatron.table_log import TableLog
+from ultramem_megatron.megatron.table_pages import ask_for_table_pages
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.layer import memory_layers
 from ultramem_megatron.memory.size import memory_size, training_flops
@@ -72,6 +73,7 @@ class MemoryHooks:
             (optimizer_config.schedulers, self.make_scheduler),
             (optimizer_built.after, self.visit_rows),
             (optimizer_built.after, sum_over_all_ranks),
+            (optimizer_built.after, ask_for_table_pages),
             (flops.more, self.flops),
             (footprint.more, self.footprint),
             (fsdp_dtensor_state.changes, place_tables),
@@ -166,9 +168,11 @@ class MemoryHooks:
         left alone.
         """
         layers = [layer for chunk in model_chunks for layer in memory_layers(chunk)]
-        train_on_host(optimizer, layers)
+        without_copy = self.ultramem.table_main_params == "none"
+        kept = (self.ultramem.table_moments, self.ultramem.seed if without_copy else None)
+        train_on_host(optimizer, layers, *kept)
         if self.ultramem.row_adam:
-            visit_touched_rows(optimizer, layers, self.ultramem.table_moments)
+            visit_touched_rows(optimizer, layers, *kept)
         if not self.moves_few_rows:
             return
         # Half precision trains a float32 copy of each parameter.

@@ -205,6 +205,7 @@ class MemoryModelBuilder(ModelBuilder[Any, Any]):
             replicas if sharded else 1,
             memory,
             moment_bytes(ultramem.table_moments),
+            ultramem.table_main_params == "float32",
         )
         tables = most_on_one_stage({place.table for place in placements(ultramem)}, transformer)
         print_rank_0(describe_memories(ultramem, transformer.hidden_size))

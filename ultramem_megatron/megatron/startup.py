@@ -31,11 +31,14 @@ class Storage:
     """Where all of it is."""
     moment_bytes: int = 8
     """Adam's two, in float32 or smaller."""
+    copies: bool = True
+    """Whether a parameter in half precision has a float32 copy."""
 
     @property
     def optimizer_bytes(self) -> float:
         """Adam's moments, and a float32 copy where parameters are in half precision."""
-        master = _MASTER_BYTES if self.parameter_bytes < _MASTER_BYTES else 0
+        copied = self.copies and self.parameter_bytes < _MASTER_BYTES
+        master = _MASTER_BYTES if copied else 0
         return (self.moment_bytes + master) / self.optimizer_shards
 
 

@@ -117,6 +117,8 @@ class UltraMemConfig:
     """AdamW visits the rows of a table that are read, with the results of AdamW (row_adam.py)."""
     table_moments: str = "float32"
     """How it keeps moments: float32, AdamW's own, or a name of kernels.adam_rows.compact.KINDS."""
+    table_main_params: str = "float32"
+    """The copy that it trains of tables in bfloat16; none: it trains them, rounding at random."""
     seed: int = 1234
     """Of the initial values; they depend on it, the layer number and the sizes, nothing else."""
 

@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "share_order": get_args(ShareOrder),
     "init": tuple(INITIALISATIONS),
     "table_moments": ("float32", "factored", "bfloat16", "int8"),
+    "table_main_params": ("float32", "none"),
 }
 """Fields of the config that take one of a few words."""
 

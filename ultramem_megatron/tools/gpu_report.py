@@ -18,7 +18,7 @@ from ultramem_megatron.tools.bench import become
 
 PARTS = {
     "environment": 1.0,
-    "parity": 2.0,
+    "parity": 3.0,
     "kernels": 2.0,
     "authors": 3.0,
     "layer": 1.0,

@@ -13,6 +13,7 @@ from launch.benchmarks.kernels.candidate import Candidate, implementations
 from launch.benchmarks.kernels.lookups import table_gradient
 from launch.benchmarks.kernels.plain_layer import plain_layer
 from launch.benchmarks.kernels.shapes import Shape
+from ultramem_megatron.kernels.native.large_pages import ask_for_large_pages
 from ultramem_megatron.megatron.flags.process import open_process
 from ultramem_megatron.memory.layer import UltraMemLayer
 
@@ -102,7 +103,9 @@ def _layer(shape: Shape, device: torch.device) -> UltraMemLayer:
     with torch.device(device), _default_dtype(shape.dtype):
         layer = UltraMemLayer(shape.config(), hidden_size=shape.hidden, num_layers=_LAYERS)
     table = layer.values.weight
-    table.main_grad = torch.zeros(table.shape, device=device)
+    table.main_grad = torch.empty(table.shape, device=device)
+    ask_for_large_pages(table.main_grad)
+    table.main_grad.zero_()
     return layer
 
 

@@ -3,6 +3,8 @@
 import shutil
 import subprocess
 from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 
@@ -18,6 +20,8 @@ def rows(large: bool) -> Iterator[Row]:
     device = torch.device("cuda" if large else "cpu")
     for what, value in environment_columns().items():
         yield Row(what=what, value=value)
+    found = version("triton") if find_spec("triton") else "not installed"
+    yield Row(what="triton", value=found)
     if shutil.which("nvidia-smi"):
         yield from attempted("nvidia-smi", _driver)
     yield Row(what="free memory", value=round(free_memory(device) / 1e9, 1), unit="GB")

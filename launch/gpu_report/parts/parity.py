@@ -25,7 +25,7 @@ _OPS: dict[str, Callable[[Shape, torch.device], list[Candidate]]] = {
     "layer": layers.candidates,
 }
 _PAPER = Shape(hidden=1600, num_keys=1100, topk=42, value_dim=1024)
-_ODD = Shape(hidden=126, num_keys=131, topk=13, value_dim=60, expansion=9, heads=3, cores=3)
+_ODD = Shape(hidden=124, num_keys=131, topk=13, value_dim=60, expansion=9, heads=3, cores=3)
 _WIDE = Shape(hidden=384, num_keys=200, topk=80, value_dim=384, expansion=1, cores=1)
 _TINY = Shape(hidden=32, num_keys=40, topk=6, value_dim=16)
 _DTYPES = (torch.float32, torch.bfloat16)

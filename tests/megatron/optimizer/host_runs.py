@@ -21,6 +21,7 @@ def flags(**changes):
 def tables(run):
     """Every table with its float32 weights and moments, by name, wherever they are."""
     from ultramem_megatron.kernels.reading import UPKEEP, about_to_read_all
+    from ultramem_megatron.megatron.optimizer.host_adam import HostAdam
     from ultramem_megatron.memory.tables.value_table import value_tables
 
     singles = getattr(run.optimizer, "chained_optimizers", [run.optimizer])
@@ -29,7 +30,9 @@ def tables(run):
         for name, table in value_tables(chunk).items():
             about_to_read_all(table.weight)
             keeper = getattr(table.weight, UPKEEP, None)
-            if keeper is not None:
+            if hasattr(keeper, "expand"):
+                keeper.expand()
+            if isinstance(keeper, HostAdam):
                 main, state = keeper.master, keeper.state
             else:
                 main = getattr(table.weight, "main_param", table.weight)

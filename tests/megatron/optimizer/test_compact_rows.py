@@ -3,7 +3,6 @@
 from argparse import Namespace
 
 import pytest
-import torch
 
 from tests.megatron.optimizer.few_reads import few_reads
 from tests.training_runs import run_pretrain
@@ -11,15 +10,16 @@ from tests.whole_model import AFTER_STEPS, assert_same_training, train
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.kernels.adam_rows.compact import KINDS
 from ultramem_megatron.megatron.flags.row_adam_flags import refuse_row_adam
-from ultramem_megatron.megatron.optimizer.row_adam import visit_touched_rows
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.spans import Span
-from ultramem_megatron.memory.tables.value_table import ValueTable
 
 _ROWS = {"ultramem_row_adam": True}
 _NUMBER = {"ultramem_partition": "number"}
+_COLUMNS = {"ultramem_partition": "dimension"}
+_GRID = {"ultramem_partition": "grid", "ultramem_node_size": 2, "global_batch_size": 4}
 _WHOLE = {"ultramem_parallel_size": 1}
 _DISTRIBUTED = {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True}
+_OF_THE_MODEL = ("ultramem_values", "ultramem_value_expansion", "global_batch_size")
 _NEAR = 1e-3
 """Of a loss, after a step with moments of another kind."""
 _LONG = pytest.mark.long
@@ -36,7 +36,22 @@ def _flags(**changes):
     ("world_size", "changes"),
     [
         pytest.param(2, _NUMBER, id="number", marks=_LONG),
-        pytest.param(2, _WHOLE, id="replicas"),
+        pytest.param(2, _COLUMNS, id="dimension"),
+        pytest.param(4, _GRID, id="grid", marks=_LONG),
+        pytest.param(
+            4,
+            {**_COLUMNS, "ultramem_parallel_size": 2, "global_batch_size": 4},
+            id="replicas of columns",
+            marks=_LONG,
+        ),
+        pytest.param(
+            2,
+            {**_COLUMNS, "ultramem_values": "prevalued", "ultramem_value_expansion": 1},
+            id="pre-values, dimension",
+            marks=_LONG,
+        ),
+        pytest.param(2, _WHOLE, id="replicas", marks=_LONG),
+        pytest.param(2, {**_DISTRIBUTED, **_COLUMNS}, id="distributed, dimension", marks=_LONG),
         pytest.param(2, {**_DISTRIBUTED, **_NUMBER}, id="distributed", marks=_LONG),
         pytest.param(
             2,
@@ -50,9 +65,10 @@ def _flags(**changes):
 def test_training_is_that_of_one_rank(world_size, changes, kind):
     """Replicas are the same to rounding of their sums, too (`whole`)."""
     moments = {"ultramem_table_moments": kind}
+    model = {name: changes[name] for name in _OF_THE_MODEL if name in changes}
     ours, alone = (
         train(*each)
-        for each in ((world_size, _flags(**moments, **changes)), (1, _flags(**moments)))
+        for each in ((world_size, _flags(**moments, **changes)), (1, _flags(**moments, **model)))
     )
     # A distributed optimizer's ranks have reduced gradients of their own parts alone.
     assert_same_training(ours, alone, gradients="use_distributed_optimizer" not in changes)
@@ -65,6 +81,9 @@ def test_training_is_that_of_one_rank(world_size, changes, kind):
         pytest.param((1, {}), (1, {}), id="one rank"),
         pytest.param((1, {"bf16": True}), (1, {"bf16": True}), id="bf16", marks=_LONG),
         pytest.param((2, _NUMBER), (2, _WHOLE), id="to another cut", marks=_LONG),
+        pytest.param((2, _COLUMNS), (2, _COLUMNS), id="columns", marks=_LONG),
+        pytest.param((2, _NUMBER), (2, _COLUMNS), id="to columns", marks=_LONG),
+        pytest.param((2, _COLUMNS), (1, {}), id="columns, to one rank", marks=_LONG),
         pytest.param(
             (1, {}),
             (2, {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tL"}),
@@ -113,12 +132,7 @@ def test_a_run_may_change_how_moments_are_kept(first, second, tmp_path):
 @pytest.mark.parametrize(
     ("given", "changes", "message"),
     [
-        ({}, {"row_adam": False}, "--ultramem-table-moments int8 needs --ultramem-row-adam"),
-        (
-            {"ultramem_table_memory": "host"},
-            {"row_adam": False},
-            "int8 cannot be combined with --ultramem-table-memory host",
-        ),
+        ({}, {"row_adam": False}, "--ultramem-table-moments int8 needs --ultramem-row-adam or"),
         ({"use_torch_fsdp2": True}, {}, "int8 cannot be combined with --use-torch-fsdp2"),
     ],
 )
@@ -130,13 +144,3 @@ def test_what_keeps_other_moments_is_refused(given, changes, message):
     design = UltraMemConfig(**{**sizes, "row_adam": True, "table_moments": "int8", **changes})
     with pytest.raises(UltraMemError, match=message):
         refuse_row_adam(Namespace(optimizer="adam", **given), design)
-
-
-def test_groups_of_columns_are_refused():
-    layer, groups = torch.nn.Module(), Namespace(size=lambda: 2, rank=lambda: 0)
-    config = UltraMemConfig(spans=(Span(1, 1),), num_keys=2, key_dim=4, value_dim=4, cores=1)
-    layer.table = ValueTable(config, "dimension", groups)
-    layer.groups, layer.token_group = None, Namespace(size=lambda: 1)
-    single = Namespace(optimizer=torch.optim.AdamW(layer.parameters(), lr=1.0))
-    with pytest.raises(UltraMemError, match="Set --ultramem-partition number"):
-        visit_touched_rows(single, [layer], "int8")

@@ -20,6 +20,7 @@ _RESUMABLE = {
     "value_lr_decay",
     "row_adam",
     "table_moments",
+    "table_main_params",
     "aux_loss_weight",
     "aux_loss_margin",
     "init",

@@ -54,9 +54,12 @@ _CHOICE_HELP = {
     "pre_value_activation": "Activation of a pre-value's product with the input.",
     "values": f"What is read: {VALUES.described()}.",
     "init": f"Initial values: {INITIALISATIONS.described()}.",
-    "table_moments": "How --ultramem-row-adam keeps AdamW's moments. float32: as AdamW, 8 bytes a "
-    "number; factored, bfloat16, int8: 4, 2 and 1, the mean in so many bits and one second moment "
-    "a row.",
+    "table_moments": "How --ultramem-row-adam, or --ultramem-table-memory host, keeps AdamW's "
+    "moments. float32: as AdamW, 8 bytes a number; factored, bfloat16, int8: 4, 2 and 1, the mean "
+    "in so many bits and one second moment a row.",
+    "table_main_params": "With --bf16 and one of the same two: the copy of value tables that AdamW "
+    "trains. float32: 4 bytes a number; none: it trains the tables themselves, and rounds up or "
+    "down at random.",
 }
 _SWITCH_HELP = {
     "replace_mlp": "Layers in which memories stand have no MLP (Memory+, PEER).",
@@ -74,7 +77,7 @@ _SWITCH_HELP = {
     "tables of which a step reads a hundredth or less.",
 }
 
-_TRAINING = (*_NUMBER_HELP, "row_adam", "table_moments")
+_TRAINING = (*_NUMBER_HELP, "row_adam", "table_moments", "table_main_params")
 """Of these, what shapes no tensor and nothing that is read from one."""
 _OF_RUNS = ("table_memory", "overlap", "upcycle", "train_only", "train_rows", "background_reads")
 """Flags that are no fields, and do nothing without memories."""

@@ -17,23 +17,25 @@ _LOOK_AT_ALL = {
 
 def refuse_row_adam(args: Namespace, ultramem: UltraMemConfig) -> None:
     """Raise UltraMemError where rows cannot be left behind."""
-    if ultramem.table_moments != "float32":
-        _refuse_moments(args, ultramem)
+    for name in ("table_moments", "table_main_params"):
+        if getattr(ultramem, name) != "float32":
+            _refuse_state(args, ultramem, name)
+    if ultramem.table_main_params == "none" and not getattr(args, "bf16", False):
+        raise UltraMemError(
+            f"{flag('table_main_params')} none is for tables in bfloat16, and needs --bf16. Add "
+            f"it, or drop the flag."
+        )
     if ultramem.row_adam:
         refuse_rows_behind(args, ultramem, flag("row_adam"))
 
 
-def _refuse_moments(args: Namespace, ultramem: UltraMemConfig) -> None:
-    given = f"{flag('table_moments')} {ultramem.table_moments}"
-    if getattr(args, "ultramem_table_memory", None) == "host":
+def _refuse_state(args: Namespace, ultramem: UltraMemConfig, name: str) -> None:
+    given = f"{flag(name)} {getattr(ultramem, name)}"
+    on_host = getattr(args, "ultramem_table_memory", None) == "host"
+    if not ultramem.row_adam and not on_host:
         raise UltraMemError(
-            f"{given} cannot be combined with --ultramem-table-memory host, which keeps moments in "
-            f"float32. Drop one of the two."
-        )
-    if not ultramem.row_adam:
-        raise UltraMemError(
-            f"{given} needs {flag('row_adam')}: PyTorch's AdamW keeps its own moments, in "
-            f"float32. Add it, or leave the moments in float32."
+            f"{given} needs {flag('row_adam')} or --ultramem-table-memory host: PyTorch's AdamW "
+            f"keeps its own state, in float32. Add one of the two, or drop the flag."
         )
     if getattr(args, "use_torch_fsdp2", False):
         raise UltraMemError(

@@ -1,26 +1,19 @@
-"""AdamW on rows with smaller moments, which Megatron's optimizer state does not hold.
-
-Checkpoints do, in AdamW's own form: while they are written or read, moments are in float32 where
-AdamW has them. So a run may change how they are kept at any checkpoint.
+"""AdamW on rows with smaller moments, of tables on the device; see compact_state.py.
 
 N table rows, V value dim.
 """
 
-import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.kernels.adam_rows.compact import CompactMoments, compact, expand, pack
+from ultramem_megatron.kernels.adam_rows.compact import CompactMoments, compact
+from ultramem_megatron.kernels.adam_rows.rounding import Rounding
+from ultramem_megatron.megatron.optimizer.compact_state import expand_into, rows_over, take_from
 from ultramem_megatron.megatron.optimizer.kept_rows import KeptRows
 from ultramem_megatron.megatron.optimizer.visited_rows import count_step
 from ultramem_megatron.memory.tables.value_table import ValueTable
-
-_NAMES = ("exp_avg", "exp_avg_sq")
-_SAVES, _LOADS = ("sharded_state_dict", "state_dict"), "load_state_dict"
 
 
 class CompactRows(KeptRows):
@@ -33,19 +26,14 @@ class CompactRows(KeptRows):
         table: ValueTable,
         replicas: Any,
         part: Tensor,
+        rounding: Rounding | None = None,
     ) -> None:
         """kind: of kernels.adam_rows.compact.KINDS; else as KeptRows."""
-        if table.layout.column_parts > 1:
-            raise UltraMemError(
-                f"--ultramem-table-moments {kind} has one second moment for all columns of a row, "
-                f"but here ranks have {table.layout.column_parts} groups of columns. Set "
-                f"--ultramem-partition number, or leave the moments in float32."
-            )
-        super().__init__(optimizer, table, replicas, part)
+        super().__init__(optimizer, table, replicas, part, rounding)
         # Without their versions: another micro-batch that waits for its backward read other rows.
         values = part.data.view(self.weight.shape)
         copy = None if self.weight.dtype == part.dtype else self.weight.data
-        self._compact = compact(kind, values, copy)
+        self._compact = compact(kind, values, copy, rows_over(table), rounding)
 
     def _begin_step(self, state: dict[str, Any]) -> int:
         return count_step(state)
@@ -54,44 +42,11 @@ class CompactRows(KeptRows):
         return self._compact
 
     def expand(self) -> None:
-        """Put the moments, up to date, where AdamW has them."""
-        self.catch_up()
-        state = self._optimizer.state.get(self.part)
-        if state:
-            whole = (moment.view_as(self.part) for moment in expand(self._compact))
-            state.update(zip(_NAMES, whole, strict=True))
+        """Also moments."""
+        super().expand()
+        expand_into(self._optimizer.state.get(self.part, {}), self._compact, self.part)
 
-    @torch.no_grad()
     def drop(self, loaded: bool) -> None:
-        """Take them from there; loaded: they are others now."""
-        state = self._optimizer.state.get(self.part, {})
-        mean, square = (state.pop(name, None) for name in _NAMES)
-        if loaded and mean is not None and square is not None:
-            shape = self.weight.shape
-            pack(self._compact, mean.view(shape), square.view(shape))
-
-
-def expand_for_checkpoints(single: Any, tables: Sequence[CompactRows]) -> None:
-    """Let Megatron's optimizer `single` write and read checkpoints with AdamW's own moments."""
-    nested = False
-
-    def wrapped(method: Callable[..., Any], loads: bool) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def with_moments(*args: Any, **kwargs: Any) -> Any:
-            nonlocal nested
-            if nested:
-                return method(*args, **kwargs)
-            nested = True
-            for rows in tables:
-                rows.expand()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                nested = False
-                for rows in tables:
-                    rows.drop(loads)
-
-        return with_moments
-
-    for name in (*_SAVES, _LOADS):
-        setattr(single, name, wrapped(getattr(single, name), name == _LOADS))
+        """Also moments."""
+        super().drop(loaded)
+        take_from(self._optimizer.state.get(self.part, {}), self._compact, loaded)

@@ -138,9 +138,10 @@ def _stand_in(place: ShardedTensor, table: HostAdam) -> ShardedTensor:
 
 def _sharded(place: ShardedTensor, table: HostAdam) -> dict[str, ShardedTensor]:
     """State of a table at its place in the checkpoint, up to date."""
-    table.catch_up()
+    table.expand()
     make_state(table.state, table.master)
     tensors = {"param": table.master, **table.state}
+    table.drop(loaded=False)
     del tensors["step"]  # param_groups have it
     return {
         name: replace(
@@ -157,3 +158,4 @@ def _load(table: HostAdam, tensors: Mapping[str, Tensor], steps: int) -> None:
     for name in ("exp_avg", "exp_avg_sq"):
         table.state[name].copy_(tensors[name])
     table.state["step"].fill_(steps)
+    table.drop(loaded=True)

@@ -18,20 +18,30 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from ultramem_megatron.megatron.optimizer.host_adam import HostAdam
+from ultramem_megatron.megatron.optimizer.host_adam import CompactHostAdam, HostAdam
 from ultramem_megatron.megatron.optimizer.host_distributed import DistributedTrainer
+from ultramem_megatron.megatron.optimizer.table_rounding import roundings
 from ultramem_megatron.megatron.optimizer.visited_rows import refuse_other_optimizers
 from ultramem_megatron.memory.tables.value_table import value_tables
 
 _LISTS = ("float16_groups", "fp32_from_float16_groups", "fp32_from_fp32_groups")
 _OF_CHECKPOINTS = ("sharded_state_dict", "state_dict", "load_state_dict", "reload_model_params")
+_LOADS = "load_state_dict"
 
 
-def train_on_host(optimizer: Any, layers: Iterable[Any]) -> None:
+def train_on_host(
+    optimizer: Any, layers: Iterable[Any], moments: str = "float32", seed: int | None = None
+) -> None:
     """From now on Megatron's `optimizer` trains these memories' tables where they are.
 
-    layers: TransformerMemory. Raises UltraMemError for an optimizer that is not AdamW.
+    layers: TransformerMemory. moments: how they are kept, of
+    `memory.config.UltraMemConfig.table_moments`. seed: of the rounding of tables, in bfloat16, that
+    are to have no float32 copy; None: they have one. Raises UltraMemError for an optimizer that is
+    not AdamW.
     """
+    layers = list(layers)
+    rounding = roundings(layers, seed)
+    keep = HostAdam if moments == "float32" else functools.partial(CompactHostAdam, moments)
     tables = {
         id(table.stand_in): table
         for layer in layers
@@ -43,7 +53,9 @@ def train_on_host(optimizer: Any, layers: Iterable[Any]) -> None:
             continue
         distributed = isinstance(single, DistributedOptimizer)
         held = _in_buffers(single) if distributed else _in_groups(single)
-        trained = {id(p): HostAdam(tables[id(p)]) for p in held if id(p) in tables}
+        trained = {
+            id(p): keep(tables[id(p)], rounding[tables[id(p)]]) for p in held if id(p) in tables
+        }
         if trained:
             refuse_other_optimizers(single.optimizer, "--ultramem-table-memory host")
             (DistributedTrainer if distributed else _Trainer)(single, trained).take_over()
@@ -69,7 +81,9 @@ class _Trainer:
         """Its steps, and what checkpoints are written from and read into."""
         self.single.optimizer.register_step_pre_hook(self._step)
         for name in _OF_CHECKPOINTS:
-            setattr(self.single, name, self._with_tables(getattr(self.single, name)))
+            setattr(
+                self.single, name, self._with_tables(getattr(self.single, name), name == _LOADS)
+            )
 
     @torch.no_grad()
     def _step(self, *_: Any) -> None:
@@ -80,25 +94,26 @@ class _Trainer:
                     table.step(float(parameter.grad), group)
                     parameter.grad = None  # which the optimizer passes over
 
-    def _with_tables(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _with_tables(self, method: Callable[..., Any], loads: bool) -> Callable[..., Any]:
         @functools.wraps(method)
         def with_tables(*args: Any, **kwargs: Any) -> Any:
             if self._in_place:
                 return method(*args, **kwargs)
-            with self._tables_in_place():
+            with self._tables_in_place(loads):
                 return method(*args, **kwargs)
 
         return with_tables
 
     @contextmanager
-    def _tables_in_place(self) -> Iterator[None]:
+    def _tables_in_place(self, loads: bool) -> Iterator[None]:
         """Within it, up to date, where their stand-ins are, with their state."""
         optimizer, places = self.single.optimizer, list(self._places())
+        for _, _, table in places:
+            table.expand()
         lists = self._lists_with_tables()
         before = {name: getattr(self.single, name) for name in lists}
         vars(self.single).update(lists)
         for params, place, table in places:
-            table.catch_up()
             params[place] = table.master
             optimizer.state.pop(table.home.stand_in, None)
             if table.state:
@@ -111,6 +126,7 @@ class _Trainer:
             for params, place, table in places:
                 params[place] = table.home.stand_in
                 table.state = dict(optimizer.state.pop(table.master, {}))
+                table.drop(loads)
             vars(self.single).update(before)
 
     def _places(self) -> Iterator[tuple[list[Tensor], int, HostAdam]]:

@@ -15,19 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultramem_megatron.megatron.optimizer.compact_rows import CompactRows, expand_for_checkpoints
+from ultramem_megatron.megatron.optimizer.checkpoint_form import expand_for_checkpoints
+from ultramem_megatron.megatron.optimizer.compact_rows import CompactRows
 from ultramem_megatron.megatron.optimizer.kept_rows import KeptRows
 from ultramem_megatron.megatron.optimizer.lazy_rows import update_instead
+from ultramem_megatron.megatron.optimizer.table_rounding import roundings
 from ultramem_megatron.megatron.table_steps import trained_parts
 from ultramem_megatron.memory.tables.value_table import ValueTable, value_tables
 
 
-def visit_touched_rows(optimizer: Any, layers: Iterable[Any], moments: str = "float32") -> None:
+def visit_touched_rows(
+    optimizer: Any, layers: Iterable[Any], moments: str = "float32", seed: int | None = None
+) -> None:
     """From now on Megatron's `optimizer` visits only rows of these memories' tables that are read.
 
     layers: TransformerMemory. moments: how they are kept, of
-    `memory.config.UltraMemConfig.table_moments`. Raises UltraMemError where that is impossible.
+    `memory.config.UltraMemConfig.table_moments`. seed: of the rounding of tables, in bfloat16, that
+    are to have no float32 copy; None: they have one. Raises UltraMemError where that is impossible.
     """
+    layers = list(layers)
+    rounding = roundings(layers, seed)
     keep = KeptRows if moments == "float32" else functools.partial(CompactRows, moments)
     tables: dict[int, tuple[ValueTable, Any]] = {}
     for layer in layers:
@@ -39,14 +46,15 @@ def visit_touched_rows(optimizer: Any, layers: Iterable[Any], moments: str = "fl
         if single.optimizer is None:
             continue
         kept = {
-            id(part): keep(single.optimizer, *tables[id(weight)], part)
+            id(part): keep(
+                single.optimizer, *tables[id(weight)], part, rounding[tables[id(weight)][0]]
+            )
             for weight, part in trained_parts(single, weights)
         }
         if kept:
             _take_over(single.optimizer, kept)
-            compact = [rows for rows in kept.values() if isinstance(rows, CompactRows)]
-            if compact:
-                expand_for_checkpoints(single, compact)
+            if seed is not None or moments != "float32":
+                expand_for_checkpoints(single, [*kept.values()])
 
 
 def _take_over(optimizer: torch.optim.Optimizer, kept: Mapping[int, KeptRows]) -> None:

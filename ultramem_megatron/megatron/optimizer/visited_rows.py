@@ -45,7 +45,7 @@ def make_state(state: dict[str, Any], trained: Tensor) -> None:
     """Make the `state` of `trained`, where there is none, as AdamW does at its first step."""
     for name in ("exp_avg", "exp_avg_sq"):
         if name not in state:
-            state[name] = torch.zeros_like(trained)
+            state[name] = torch.zeros_like(trained, dtype=torch.float32)
     state.setdefault("step", torch.zeros((), dtype=torch.float32))
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultramem_megatron.communication.node_groups import node_groups
 from ultramem_megatron.communication.pausing import Pausing
+from ultramem_megatron.kernels.native.large_pages import ask_for_large_pages
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.initialization.draws import Draw
 from ultramem_megatron.memory.tables.contract import PreValues, TableReader
@@ -57,6 +59,7 @@ class ValueTable(nn.Module):
         empty = torch.empty(
             0 if _without_rows.get() else rows, columns, device="cpu" if on_host else None
         )
+        ask_for_large_pages(empty)
         self.weight = nn.Parameter(empty, requires_grad=not on_host)
         self.rows: HostRows | None = None
         if on_host:
@@ -97,6 +100,14 @@ class ValueTable(nn.Module):
         if self.rows is not None:
             state.setdefault(f"{prefix}stand_in", self.stand_in.detach())
         super()._load_from_state_dict(state, prefix, *args)
+
+    @property
+    def column_ranks(self) -> Any:
+        """The group of ranks that have other columns of this one's rows; None: it has all."""
+        if self.layout.column_parts == 1:
+            return None
+        rows = self.layout.row_parts
+        return self._group if rows == 1 else node_groups(self._group, rows).across
 
     @property
     def pauses(self) -> int:

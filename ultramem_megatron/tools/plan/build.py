@@ -87,7 +87,9 @@ def parse(words: Sequence[str], world_size: int | None = None) -> Run:
     _without_transformer_engine(args)
     args.rank, args.world_size = 0, world_size or 1
     if world_size is None:
+        memory = args.ultramem_table_memory  # other flags need it
         lay_on_one_rank(args)
+        args.ultramem_table_memory = memory
     with megatron_refuses():
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(os.environ):
             os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # a launcher's business, not a plan's

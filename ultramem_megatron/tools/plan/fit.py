@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.pipeline.layout import even_sizes, layout_flag, suggest_layout
-from ultramem_megatron.memory.config import UltraMemConfig
+from ultramem_megatron.memory.config import UltraMemConfig, flag
 from ultramem_megatron.memory.placement import uncut
 from ultramem_megatron.memory.tables.partitions import shared_partitions
 from ultramem_megatron.memory.tables.settings import TableSettings
@@ -57,11 +57,13 @@ def work_of(run: Run) -> Work:
             "--fit does not model --ultramem-table-memory host: lay it out yourself, and see what "
             "ultramem plan --gpus N says of it."
         )
-    if run.ultramem is not None and run.ultramem.table_moments != "float32":
-        raise UltraMemError(
-            f"--fit does not model --ultramem-table-moments {run.ultramem.table_moments}: lay it "
-            f"out yourself, and see what ultramem plan --gpus N says of it."
-        )
+    for name in ("table_moments", "table_main_params"):
+        kept = getattr(run.ultramem, name, "float32")
+        if kept != "float32":
+            raise UltraMemError(
+                f"--fit does not model {flag(name)} {kept}: lay it out yourself, and see what "
+                f"ultramem plan --gpus N says of it."
+            )
     if getattr(args, "hybrid_layer_pattern", None):
         raise UltraMemError(
             "--fit does not model --hybrid-layer-pattern: lay it out yourself, and see what "

@@ -25,9 +25,6 @@ from ultramem_megatron.memory.tables.value_table import is_value_table, value_ta
 from ultramem_megatron.tools.plan.build import Run, built_stage
 from ultramem_megatron.tools.plan.shapes_only import shapes_only
 
-_HOST_BYTES = {2: 2 + 4 + 12, 4: 4 + 4 + 8}
-"""By bytes of a number, in host memory: it, its gradient and AdamW's state in float32."""
-
 
 @dataclass(frozen=True)
 class StageCost:
@@ -84,8 +81,16 @@ def stage_cost(run: Run, stage: int) -> StageCost:
             ),
             activations=round(kept / len(chunks) * _chunks_in_flight(run, stage, len(chunks))),
             received={cause: count for cause, count in step.items() if count},
-            host=sum(p.numel() * _HOST_BYTES[p.element_size()] for p in on_host),
+            host=sum(p.numel() * _host_bytes(run, p) for p in on_host),
         )
+
+
+def _host_bytes(run: Run, table: Tensor) -> int:
+    """Of one number of a table in host memory: it, gradient and copy in float32, moments."""
+    assert run.ultramem is not None
+    number = table.element_size()
+    copy = 4 if number < 4 and run.ultramem.table_main_params == "float32" else 0
+    return number + 4 + copy + moment_bytes(run.ultramem.table_moments)
 
 
 def _brought(run: Run, chunk: Any) -> int:
@@ -131,6 +136,8 @@ def optimizer_bytes(run: Run, of_table: bool = False) -> int:
     if of_table and run.ultramem is not None and run.ultramem.table_moments != "float32":
         moments = moment_bytes(run.ultramem.table_moments)
     half = run.transformer.params_dtype.itemsize < 4
+    if of_table and run.ultramem is not None and run.ultramem.table_main_params == "none":
+        half = False
     return int(moments + (args.main_params_dtype.itemsize if half else 0))
 
 
