@@ -81,13 +81,12 @@ def _on_cpu(step: AdamStep, device: torch.device) -> list[Tensor]:
 
 
 def _on_gpu(step: AdamStep, device: torch.device) -> list[Tensor]:
-    """There it computes them on the GPU in float32; beta1 and beta2 in the place of weights."""
+    """There it computes them on the GPU in float32; beta1 and beta2 in the place of weights.
 
-    def number(x: float) -> Tensor:
-        return torch.tensor(x, dtype=torch.float32, device=device)
-
-    beta1, beta2, count = number(step.beta1), number(step.beta2), number(step.number)
-    decay = number(step.lr) * number(step.weight_decay)
-    correction = (1 - beta2.pow(count)).sqrt()
-    size = number(step.lr) / (1 - beta1.pow(count))
-    return [decay, beta1, beta2, number(0.0), correction, number(step.eps), size]
+    All go there at once: the host waits for each transfer.
+    """
+    given = torch.tensor([*step, 0.0], dtype=torch.float32).to(device)
+    lr, weight_decay, beta1, beta2, eps, number, nothing = given.unbind()
+    correction = (1 - beta2.pow(number)).sqrt()
+    size = lr / (1 - beta1.pow(number))
+    return [lr * weight_decay, beta1, beta2, nothing, correction, eps, size]

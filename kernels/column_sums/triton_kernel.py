@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 4096  # numbers that a program of four warps holds
+_TILE = 1024  # numbers that a warp holds
 _COLUMNS = 32
+_TALL = 2**15
+"""From so many numbers of a program on, as of few columns, it has sixteen warps instead of four."""
 
 
 def column_sums(parts: Tensor, dtype: torch.dtype, rows: int = 1) -> Tensor:
@@ -20,10 +22,16 @@ def column_sums(parts: Tensor, dtype: torch.dtype, rows: int = 1) -> Tensor:
     """
     count, width = parts.shape
     out = torch.empty(width // rows, rows, dtype=dtype, device=parts.device)
-    sums_kernel[(triton.cdiv(width, _COLUMNS),)](
-        parts, out, count, width, rows, BLOCK_N=_TILE // _COLUMNS, BLOCK_D=_COLUMNS
-    )
+    sizes = sums_sizes(count, width)
+    sums_kernel[(triton.cdiv(width, sizes["BLOCK_D"]),)](parts, out, count, width, rows, **sizes)
     return out
+
+
+def sums_sizes(count: int, width: int) -> dict[str, int]:
+    """Launch constants. A program's rows take turns, of which each waits for memory."""
+    columns = min(_COLUMNS, max(4, triton.next_power_of_2(width)))
+    warps = 16 if count * columns > _TALL else 4
+    return {"BLOCK_N": _TILE * warps // columns, "BLOCK_D": columns, "num_warps": warps}
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -36,6 +36,38 @@ void pool(const T* table, const int64_t* rows, const int64_t* groups, const floa
   }
 }
 
+// As pool, of a table in 8 bits: codes (N, V), and scales (N, blocks) of neighbouring ones.
+template <class T, class Code>
+void pool_coded(const Code* codes, const float* scales, const int64_t* rows, const int64_t* groups,
+                const float* scores, T* out, int64_t tokens, int64_t picks, int64_t cores,
+                int64_t num_groups, int64_t width, int64_t blocks, int threads) {
+  const int64_t slice = width / cores, block = width / blocks, end = tokens * picks;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(num_groups * width);
+#pragma omp for
+    for (int64_t t = 0; t < tokens; t++) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t p = t * picks; p < (t + 1) * picks; p++) {
+        if (p + kAhead < end) {
+          ask_for(codes + rows[p + kAhead] * width, width);
+          ask_for(scales + rows[p + kAhead] * blocks, blocks);
+        }
+        const Code* row = codes + rows[p] * width;
+        float* to = sums.data() + groups[p] * width;
+        for (int64_t i = 0, next; i < width; i = next) {
+          const int64_t c = i / slice, b = i / block;
+          next = std::min((c + 1) * slice, (b + 1) * block);
+          const float weight = to_float(rounded<T>(scores[p * cores + c]));
+          add_coded<T>(to + i, row + i, scales[rows[p] * blocks + b], weight, next - i);
+        }
+      }
+      T* __restrict result = out + t * num_groups * width;
+      for (int64_t i = 0; i < num_groups * width; i++) result[i] = rounded<T>(sums[i]);
+    }
+  }
+}
+
 // Fills score_grad (T, P, C).
 template <class T>
 void score_gradient(const T* grad, const T* table, const int64_t* rows, const int64_t* groups,
@@ -148,6 +180,21 @@ void pool_backward(const T* grad, const T* table, const int64_t* rows, const int
 
 LOOKUP(float32, float)
 LOOKUP(bfloat16, bfloat16)
+
+// NAME: of the codes, then of the output.
+#define CODED(NAME, Code, T)                                                                     \
+  extern "C" void lookup_coded_##NAME(                                                           \
+      const Code* codes, const float* scales, const int64_t* rows, const int64_t* groups,        \
+      const float* scores, T* out, int64_t tokens, int64_t picks, int64_t cores,                 \
+      int64_t num_groups, int64_t width, int64_t blocks, int64_t threads) {                      \
+    pool_coded(codes, scales, rows, groups, scores, out, tokens, picks, cores, num_groups,       \
+               width, blocks, static_cast<int>(threads));                                        \
+  }
+
+CODED(int8_to_float32, int8_t, float)
+CODED(int8_to_bfloat16, int8_t, bfloat16)
+CODED(fp8_to_float32, e4m3, float)
+CODED(fp8_to_bfloat16, e4m3, bfloat16)
 
 // NAME: of the table and output gradient, then of the target.
 #define BACKWARD(NAME, T, G)                                                                     \

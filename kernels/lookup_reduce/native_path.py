@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ultramem_megatron.kernels.lookup_reduce import torch_path
 from ultramem_megatron.kernels.native.library import call_native, native_library
+from ultramem_megatron.kernels.quantized import QuantizedRows, format_of
 
 _KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -29,6 +30,28 @@ def pool(table: Tensor, rows: Tensor, groups: Tensor, scores: Tensor, num_groups
     out = table.new_empty(tokens, num_groups, table.shape[1])
     sizes = (tokens, picks, cores, num_groups, table.shape[1])
     call_for_dtype("lookup_pool", table, rows, groups, scores.float(), out, *sizes)
+    return out
+
+
+def pool_quantized(
+    table: QuantizedRows,
+    rows: Tensor,
+    groups: Tensor,
+    scores: Tensor,
+    num_groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `quantized.lookup_quantized`, of a table on the CPU; dtype: float32 or bfloat16."""
+    codes, scales = (part.contiguous() for part in table)
+    check_indices(rows, len(codes), "table row")
+    check_indices(groups, num_groups, "group")
+    tokens, picks, cores = scores.shape
+    width, blocks = codes.shape[1], scales.shape[1]
+    out = torch.empty(tokens, num_groups, width, dtype=dtype)
+    picked = (rows.contiguous(), groups.contiguous(), scores.float().contiguous())
+    sizes = (tokens, picks, cores, num_groups, width, blocks)
+    name = f"lookup_coded_{format_of(codes)}_to_{_KINDS[dtype]}"
+    call_native(name, codes, scales, *picked, out, *sizes)
     return out
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ultramem_megatron.kernels.dispatch import implementation
+from ultramem_megatron.kernels.lookup_reduce import native_path
 from ultramem_megatron.kernels.lookup_reduce.autograd import lookup_reduce
 from ultramem_megatron.kernels.quantized import QuantizedRows
 
@@ -21,10 +22,13 @@ def lookup_quantized(
 ) -> Tensor:
     """`lookup_reduce` (T, E, V) in `dtype` of the values that codes and scales stand for.
 
-    Without a graph. Triton's kernels decode in registers, also of tables in pinned host memory;
-    elsewhere the rows that are read are decoded first, each once.
+    Without a graph. Triton's and C++'s kernels decode in registers, Triton's also of tables in
+    pinned host memory; elsewhere the rows that are read are decoded first, each once.
     """
-    if implementation(scores.device) == "triton":
+    chosen = implementation(scores.device)
+    if chosen == "native" and dtype in (torch.float32, torch.bfloat16):
+        return native_path.pool_quantized(table, rows, groups, scores, num_groups, dtype)
+    if chosen == "triton":
         from ultramem_megatron.kernels.lookup_reduce import triton_forward  # needs Triton installed
 
         return triton_forward.pool_quantized(table, rows, groups, scores, num_groups, dtype)

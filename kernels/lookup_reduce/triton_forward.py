@@ -6,8 +6,9 @@ in registers. Addresses are 64-bit: a table may be larger than 2^31 bytes.
 The sums are a matrix product: (groups x picks), a pick's score in the row of its group, times
 (picks x columns). For tables in half precision tensor cores do it, at no loss: of the sixteen
 rows that they want at least, half hold the scores as rounded to the table's dtype, half what the
-rounding left. Other tables multiply and add. Of tables in 8 bits, codes are decoded in registers:
-scales multiply scores, and what bfloat16 holds exactly goes to tensor cores.
+rounding left (so beside float16 they may be up to twice its largest number). Other tables multiply
+and add. Of tables in 8 bits, codes are decoded in registers: scales multiply scores, and what
+bfloat16 holds exactly goes to tensor cores.
 
 N table rows, V value dim, W = V/C columns of a core, T tokens, P picks per token, C cores,
 E groups.
@@ -253,7 +254,10 @@ def pool_kernel(
             score *= scale.to(PRECISE)
         member = group[None, :] == (slot_m % GROUPS)[:, None]
         if TENSOR_CORES:
-            rounded = score.to(value_pw.dtype).to(PRECISE)
+            first_part = score
+            if value_pw.dtype == tl.float16:  # infinity would leave NaN for the other part
+                first_part = tl.clamp(score, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+            rounded = first_part.to(value_pw.dtype).to(PRECISE)
             part = tl.where(
                 (slot_m < GROUPS)[:, None], rounded[None, :], (score - rounded)[None, :]
             )

@@ -31,6 +31,15 @@ inline void add(float* __restrict to, const T* __restrict row, float weight, int
   for (int64_t i = 0; i < width; i++) to[i] += weight * to_float(row[i]);
 }
 
+// As add, of the codes of a row and what multiplies them; values are rounded as T.
+template <class T, class Code>
+inline void add_coded(float* __restrict to, const Code* __restrict codes, float scale, float weight,
+                      int64_t width) {
+#pragma omp simd
+  for (int64_t i = 0; i < width; i++)
+    to[i] += weight * to_float(rounded<T>(to_float(codes[i]) * scale));
+}
+
 // dot(from, row), and adds weight times `from` to `to`.
 template <class T>
 inline float dot_and_add(const T* __restrict from, const T* __restrict row, float* __restrict to,

@@ -20,6 +20,8 @@ the selection waits for memory."""
 FEW_TOKENS = 32
 """Up to so many, keys are multiplied as they lie: to copy them takes longer than the products of
 queries and keys of different ranks, which come for nothing."""
+FEW_RANKS = 2
+"""Up to so many: with R ranks such products are R times as many."""
 
 _KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -79,7 +81,7 @@ def _select(
     for all pairs.
     """
     tokens, pairs, ranks, _ = query.shape
-    if 0 < tokens <= FEW_TOKENS:
+    if 0 < tokens <= FEW_TOKENS and ranks <= FEW_RANKS:
         _select_in_place(query, keys, directions, indices, scores)
         return
     num_keys = keys.shape[1]

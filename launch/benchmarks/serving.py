@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
             export([*scale.common, *scale.models[model]], Path(made) / model)
         for number, model in product(range(options.rounds), MODELS):
             print(f"round {number + 1}: {model}", file=sys.stderr)
-            found[model].append(_served(Path(made) / model, options))
+            found[model].append(served(Path(made) / model, options.vllm, _asked(options)))
     last = found[MODELS[0]][-1]
     columns = {**environment_columns(), "torch": last["torch"], "vllm": last["vllm"]}
     del columns["threads"]  # this process', not vLLM's
@@ -98,24 +98,31 @@ def _size(sizes: Any) -> Row:
     return {"parameters": sizes.total, "flops_per_token": sizes.flops_per_token}
 
 
-def _served(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What launch/serving/measure.py finds, in a process of vLLM's own."""
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
     asked = {name: getattr(options, name) for name in ("batches", "prompt", "tokens", "repeats")}
-    asked["dtype"] = _DTYPES[options.scale]
-    file = folder / "seconds.json"
+    return {**asked, "dtype": _DTYPES[options.scale]}
+
+
+def served(folder: Path, vllm: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """What launch/serving/measure.py finds when `asked`, in a process of vLLM's own.
+
+    Raises UltraMemError where vLLM fails.
+    """
     script = str(_ROOT / "launch" / "serving" / "measure.py")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(options.vllm), script, str(folder), str(file), json.dumps(asked)],
-        env={**env, **_OWN, "HF_MODULES_CACHE": str(folder / "modules")},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        last = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-        raise UltraMemError(f"{options.vllm} ended with status {done.returncode}:\n{last}")
-    found: dict[str, Any] = json.loads(file.read_text())
+    with tempfile.TemporaryDirectory() as made:
+        file = Path(made) / "seconds.json"
+        done = subprocess.run(
+            [str(vllm.absolute()), script, str(folder.resolve()), str(file), json.dumps(asked)],
+            env={**env, **_OWN, "HF_MODULES_CACHE": made},
+            cwd=made,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            last = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+            raise UltraMemError(f"{vllm} ended with status {done.returncode}:\n{last}")
+        found: dict[str, Any] = json.loads(file.read_text())
     return found
 
 

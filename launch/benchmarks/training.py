@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from launch.benchmarks.training_figure import draw
 from launch.benchmarks.training_models import SCALES, Scale
 from ultramem_megatron.errors import CommandParser, UltraMemError, exit_on_user_error
 from ultramem_megatron.faults.results_folder import results_folder
-from ultramem_megatron.tools.rows import write
+from ultramem_megatron.tools.rows import write_as_made
 
 _WARM_UP = 3  # steps of each run that are not counted
 _MOST_UNEQUAL = 0.02
@@ -76,28 +76,26 @@ def _seconds(flags: Sequence[str], steps: int) -> dict[str, Any]:
     return found
 
 
-def measure(scale: Scale, name: str, steps: int, rounds: int) -> list[dict[str, Any]]:
-    """One row per model."""
-    sizes = check_equal(scale)
+def measure(scale: Scale, name: str, steps: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """One row per model, when it has run in the last round; the dense one is the first."""
+    sizes, tokens, of_dense = check_equal(scale), _tokens_per_step(scale), 0.0
     runs: dict[str, list[dict[str, Any]]] = {model: [] for model in scale.models}
     for number in range(rounds):
         for model, flags in scale.models.items():
             runs[model].append(_seconds([*scale.common, *flags], steps))
             median = statistics.median(runs[model][-1]["step"][_WARM_UP:])
             print(f"round {number + 1}  {model:<9} {1e3 * median:9.1f} ms a step", file=sys.stderr)
-    tokens = _tokens_per_step(scale)
-    rows = [_row(model, found, sizes[model], tokens) for model, found in runs.items()]
-    of_dense = next(row for row in rows if row["model"] == "dense")["tokens_per_second"]
-    return [
-        {
-            "scale": name,
-            **row,
-            "times_dense": round(row["tokens_per_second"] / of_dense, 3),
-            "rounds": rounds,
-            **environment_columns(),
-        }
-        for row in rows
-    ]
+            if number + 1 < rounds:
+                continue
+            row = _row(model, runs[model], sizes[model], tokens)
+            of_dense = row["tokens_per_second"] if model == "dense" else of_dense
+            yield {
+                "scale": name,
+                **row,
+                "times_dense": round(row["tokens_per_second"] / of_dense, 3),
+                "rounds": rounds,
+                **environment_columns(),
+            }
 
 
 def _tokens_per_step(scale: Scale) -> int:
@@ -155,9 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return draw(options.plot)
     logging.disable(logging.WARNING)  # Megatron's, of what this machine lacks
     results_folder(options.out)
-    rows = measure(SCALES[options.scale], options.scale, options.steps, options.rounds)
     file = options.out / "training.csv"
-    write(file, rows)
+    made = measure(SCALES[options.scale], options.scale, options.steps, options.rounds)
+    rows = write_as_made(file, made)
     draw(file)
     for row in rows:
         print(

@@ -101,6 +101,16 @@ def test_scores_keep_their_precision_beside_a_table_of_less(dtype, units):
     assert error <= 1.01 * units * torch.finfo(dtype).eps  # of the output's rounding alone
 
 
+def test_scores_that_float16_cannot_hold():
+    table = torch.full((1, 16), 0.25, dtype=torch.float16)
+    scores = torch.tensor([1e5, -1e5, 65519.0, 2e5, float("nan")]).view(1, 5, 1)
+    rows, apart = torch.zeros(1, 5, dtype=torch.int64), torch.arange(5).unsqueeze(0)
+    found = lookup_reduce(table, rows, apart, scores, 5)[0, :, 0]
+    assert torch.equal(found[:3], (scores[0, :3, 0] / 4).half())
+    assert found[3] == float("inf")
+    assert found[4].isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_micro_batches_add_up_in_main_grad(dtype):
     sizes = Sizes(6, 9, 2, 8, 4)

@@ -32,6 +32,7 @@ _OPS = (
     "grid_shuffle",
     "read_statistics",
     "adam_rows",
+    "quantized",
 )
 
 _ASK = """

@@ -19,7 +19,7 @@ _CHECKS = (
     "test_tucker_topk.py",
     "test_causal_convolution.py",
     "test_small_svd.py test_grid_shuffle.py test_rank_one_filter.py test_query_centring.py"
-    " test_row_norm.py test_read_statistics.py test_paged_attention.py",
+    " test_row_norm.py test_read_statistics.py test_paged_attention.py test_column_sums.py",
 )
 
 
@@ -73,7 +73,7 @@ def test_convolution_compiles_to_vector_loads_without_spills(capability):
 
 def test_what_is_small_compiles_without_spills():
     """Shuffle, decomposition, filter, running mean, sums of parts."""
-    from ultramem_megatron.kernels.column_sums.triton_kernel import sums_kernel
+    from ultramem_megatron.kernels.column_sums.triton_kernel import sums_kernel, sums_sizes
     from ultramem_megatron.kernels.grid_shuffle.triton_kernel import shuffle_kernel
     from ultramem_megatron.kernels.query_centring.triton_kernels import (
         add_parts_kernel,
@@ -97,13 +97,13 @@ def test_what_is_small_compiles_without_spills():
     own = dict.fromkeys(("mean", "updates", "sums"), "*fp32")
     constants = {"MOMENTUM": 0.9, "BLOCK": 1024}
     assert compile_for(90, mean_kernel, own, constants, any_number={"channels": "i32"}).spilled == 0
-    for kernel, own, loose in (
-        (add_parts_kernel, ("parts", "sums"), ("number", "count")),
-        (sums_kernel, ("parts", "out"), ("count", "rows")),
+    for kernel, own, loose, constants in (
+        (add_parts_kernel, ("parts", "sums"), ("number", "count"), {"BLOCK_N": 128, "BLOCK_D": 32}),
+        (sums_kernel, ("parts", "out"), ("count", "rows"), sums_sizes(129, 2048)),
+        (sums_kernel, ("parts", "out"), ("count", "rows"), sums_sizes(8192, 16)),  # of the cores
     ):
         types = {**dict.fromkeys(own, "*fp32"), "width": "i32", "channels": "i32"}
         types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
-        constants = {"BLOCK_N": 128, "BLOCK_D": 32}
         built = compile_for(90, kernel, types, constants, any_number=dict.fromkeys(loose, "i32"))
         assert built.spilled == 0
         assert "ld.global.v4.b32" in built.ptx

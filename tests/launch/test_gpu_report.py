@@ -1,6 +1,8 @@
 """The report for GPU machines: parts that fail, end or hang are rows; without a GPU it runs too."""
 
+import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from launch.gpu_report import __main__ as report
 from launch.gpu_report.__main__ import main, run_parts
 from launch.gpu_report.known import KNOWN
 from launch.gpu_report.page import targets
-from launch.gpu_report.parts import authors, parity
+from launch.gpu_report.parts import authors, benchmarks, decode, overlap, parity, speed
 from launch.gpu_report.parts.overlap import beside
 from launch.gpu_report.row import Row, attempted
 from tests import ROOT
@@ -217,7 +219,7 @@ def test_what_ran_beside_something_is_counted_once():
 def test_what_is_known_is_asked_of_some_part():
     """Names of rows: a row that was renamed would lose its target."""
     from launch.benchmarks.decode import QUICK
-    from launch.gpu_report.parts import decode, eight_bits, kernels, layer
+    from launch.gpu_report.parts import eight_bits, kernels, layer
 
     asked = {
         f"{op} {passes}, {words}, T {tokens}"
@@ -258,11 +260,49 @@ def test_what_is_known_is_asked_of_some_part():
     assert {name for name in KNOWN if name.startswith(starts)} <= asked
 
 
+@pytest.mark.parametrize("wrong", [0.5, math.nan])
+def test_results_that_are_wrong_are_errors(wrong):
+    right = {"output": torch.ones(4), "keys": torch.ones(4)}
+    found = {"output": torch.ones(4), "keys": torch.full((4,), 1 + wrong)}
+    assert parity._worst("layer, float32", right, right).value == 0
+    for what in ("layer, float32", "layer, bfloat16"):
+        row = parity._worst(what, found, right)
+        assert row.error.startswith(f"keys is off by {wrong:.1e}, relative")
+    near = {"output": torch.ones(4), "keys": torch.full((4,), 1.1)}
+    assert parity._worst("layer, float32", near, right).error
+    assert parity._worst("layer, bfloat16", near, right).unit == "relative, of keys"
+
+
 @pytest.mark.parametrize("shape", parity._shapes(True), ids=parity._words)
 def test_a_gpus_shapes_are_those_of_layers(shape):
     with torch.device("meta"):
         layer = UltraMemLayer(shape.config(), hidden_size=shape.hidden, num_layers=12)
     assert len(layer.values.weight) == shape.values
+
+
+@pytest.mark.parametrize(
+    ("part", "benchmark"), [(decode, "decode"), (speed, "training"), (overlap, "overlap")]
+)
+def test_benchmarks_take_the_flags_that_a_gpu_gives_them(part, benchmark, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(overlap, "_beside_layers", lambda large: iter(()))
+    asked = []
+
+    def written(name, flags):
+        asked.append(name)
+        parse = importlib.import_module(f"launch.benchmarks.{name}")._parse
+        parse([*flags.split(), "--out", str(tmp_path)])
+        return iter(())
+
+    monkeypatch.setattr(part, "written", written)
+    assert not [row.error for row in part.rows(large=True)]
+    assert asked == [benchmark]
+
+
+def test_a_benchmark_that_cannot_draw_has_measured():
+    assert benchmarks._failure("error: this command needs matplotlib, which is not") == ""
+    assert benchmarks._failure("a\nb\nc\nd") == "b / c / d"
 
 
 def test_every_target_stands_beside_a_predicted_figure():

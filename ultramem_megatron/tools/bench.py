@@ -22,6 +22,7 @@ BENCHMARKS = {
     "overlap": "exchanges between ranks with and without --ultramem-overlap",
     "recipes": "every case of the matrix of Megatron's flags, with memories and without",
     "tables": "decoding from tables on disk, with caches of their rows",
+    "table_formats": "an exported folder with tables in float32, bfloat16, int8 and fp8",
     "optimizer": "AdamW on the rows that a step reads beside AdamW on all",
     "checkpoint": "seconds and bytes of saving and loading a table, in the background too",
     "data": "seconds and memory of preparing text, beside Megatron's own script",

@@ -30,7 +30,7 @@ def rows(large: bool) -> Iterator[Row]:
         yield Row(what="overlap", value="left out: exchanges want two GPUs, here is one")
     else:
         flags = (
-            "--steps 4"
+            "--steps 4 --delay-ms 0"
             if large
             else "--steps 1 --layers 4 --span 2:3 --tokens 32 --num-keys 32 --delay-ms 0"
         )

@@ -1,7 +1,6 @@
 """The training benchmark: fair models, what a run records, and what is written of it."""
 
 import csv
-import itertools
 
 import pytest
 
@@ -64,11 +63,12 @@ def test_rows_are_medians_without_warm_up_and_say_on_what_they_were_taken(tmp_pa
         for n, model in enumerate(SCALES["tiny"].models, start=1)
     }
     monkeypatch.setattr(training, "check_equal", lambda scale: sizes)
-    seconds = itertools.count(1)
+    ran = []
 
     def run(flags, steps):
         assert steps == 3
-        slow = next(seconds)  # 1..4 in the first round, 5..8 in the second
+        ran.append(flags)
+        slow = len(ran)  # 1..4 in the first round, 5..8 in the second
         return {
             "step": [99.0] * 3 + [slow, slow + 0.5, slow + 1.0],
             "optimizer": [99.0] * 3 + [0.25] * 3,
@@ -76,7 +76,10 @@ def test_rows_are_medians_without_warm_up_and_say_on_what_they_were_taken(tmp_pa
         }
 
     monkeypatch.setattr(training, "_seconds", run)
-    rows = training.measure(SCALES["tiny"], "tiny", 3, 2)
+    made = training.measure(SCALES["tiny"], "tiny", 3, 2)
+    rows = [next(made)]
+    assert len(ran) == 5  # there before the others have run
+    rows += made
     assert [row["model"] for row in rows] == ["dense", "moe", "pkm", "ultramem"]
     dense, moe = rows[:2]
     # Steps 1, 1.5, 2, 5, 5.5, 6 seconds, of 2 x 32 tokens.

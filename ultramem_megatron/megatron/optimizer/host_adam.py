@@ -48,10 +48,8 @@ class HostAdam(VisitedRows):
             self.master = self.weight.detach().float()
 
     def drop(self, loaded: bool) -> None:
-        """After `expand`; loaded: what it put there is other now."""
+        """After `expand`; loaded: what it put there is other now, as the weights are."""
         if self.rounding is not None:
-            if loaded:
-                self.weight.data.copy_(self.master)
             self.master = self.weight
 
     def _begin_step(self) -> int:

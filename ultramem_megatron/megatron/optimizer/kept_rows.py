@@ -68,10 +68,8 @@ class KeptRows(VisitedRows):
             self.part.data = self.weight.data.float().view(self.part.shape)
 
     def drop(self, loaded: bool) -> None:
-        """After `expand`: take it from there; loaded: it is other now."""
+        """After `expand`: take it from there; loaded: it is other now, as the weights are."""
         if self.rounding is not None:
-            if loaded:
-                self.weight.data.copy_(self.part.data.view(self.weight.shape))
             self._without_copy()
 
     def _without_copy(self) -> None:
