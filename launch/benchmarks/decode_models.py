@@ -85,7 +85,8 @@ def _paper(
     """The paper's trio of one size; experts, keys: numbers of those with fewer of them."""
     dense, ultramem = f"dense-{size}", f"ultramem-{size}-x12"
     return Scale(
-        trio=(_preset("dense", dense), _preset("moe", moe), _preset("ultramem", ultramem)),
+        # Experts last: they take longest, and a run may be cut short.
+        trio=(_preset("dense", dense), _preset("ultramem", ultramem), _preset("moe", moe)),
         fewer=(
             *(_preset("moe", moe, "--num-experts", str(n)) for n in experts),
             *(_preset("ultramem", ultramem, "--ultramem-num-keys", str(n)) for n in keys),

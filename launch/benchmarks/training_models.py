@@ -73,9 +73,9 @@ SCALES: dict[str, Scale] = {
     "151m": Scale(
         {
             "dense": _preset("dense-151m", "--ffn-hidden-size 5024"),
-            "moe": _preset("moe-151m-2in32"),
-            "pkm": _preset("pkm-151m-x10"),
             "ultramem": _preset("ultramem-151m-x12"),
+            "pkm": _preset("pkm-151m-x10"),
+            "moe": _preset("moe-151m-2in32"),  # last: it takes longest
         },
         _words(_TRAINING + "--vocab-size 50277 --micro-batch-size 4 --global-batch-size 8 --bf16"),
     ),

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -257,6 +258,19 @@ def test_what_is_known_is_asked_of_some_part():
         "host waits",
     )
     assert {name for name in KNOWN if name.startswith(starts)} <= asked
+
+
+@pytest.mark.parametrize("wrong", [0.5, math.nan])
+def test_results_that_are_wrong_are_errors(wrong):
+    right = {"output": torch.ones(4), "keys": torch.ones(4)}
+    found = {"output": torch.ones(4), "keys": torch.full((4,), 1 + wrong)}
+    assert parity._worst("layer, float32", right, right).value == 0
+    for what in ("layer, float32", "layer, bfloat16"):
+        row = parity._worst(what, found, right)
+        assert row.error.startswith(f"keys is off by {wrong:.1e}, relative")
+    near = {"output": torch.ones(4), "keys": torch.full((4,), 1.1)}
+    assert parity._worst("layer, float32", near, right).error
+    assert parity._worst("layer, bfloat16", near, right).unit == "relative, of keys"
 
 
 @pytest.mark.parametrize("shape", parity._shapes(True), ids=parity._words)
