@@ -54,7 +54,8 @@ def quantize(folder: Path, out: Path, kind: str, block: int | None) -> None:
     check_block("--block", block, *widths)
     state = _quantized(hf_folder.read_weights(folder, "cpu"), kind, block)
     config.value_quantization = {"format": kind, "block": block}
-    hf_folder.with_weights(config, state).save_pretrained(out, max_shard_size=hf_folder.SHARD)
+    model = hf_folder.with_weights(config, state, f"The weights in {folder} do not fit config.json")
+    model.save_pretrained(out, max_shard_size=hf_folder.SHARD)
     for file in sorted(folder.iterdir()):
         written = file.name == "config.json" or file.name.endswith(_WRITTEN_ANEW)
         if file.is_file() and not written:
