@@ -1,8 +1,10 @@
 """What an exported folder holds, what is refused, and what is read back from it."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import resource
 
 import pytest
 import torch
@@ -10,13 +12,17 @@ import torch
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.spans import Span
+from ultramem_megatron.tools.edit.edits import Edit
+from ultramem_megatron.tools.edit.write import write_edited
 from ultramem_megatron.tools.export.__main__ import main
+from ultramem_megatron.tools.export.files import save_plain
 from ultramem_megatron.tools.export.hf.modeling_ultramem import UltraMemGPTForCausalLM
 from ultramem_megatron.tools.export.hf_folder import load_hf, save_hf
 from ultramem_megatron.tools.export.hf_tokenizer import HFTokenizer
 from ultramem_megatron.tools.export.huggingface import hf_config
 from ultramem_megatron.tools.export.opened_folder import open_folder
 from ultramem_megatron.tools.export.plain_model import PlainConfig, PlainGPT
+from ultramem_megatron.tools.quantize import quantize
 
 
 def _plain(num_keys=8, value_dim=8, **others):
@@ -180,6 +186,33 @@ def test_what_else_is_damaged_in_a_folder_is_named(tmp_path):
     (tmp_path / "out/model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
     with pytest.raises(UltraMemError, match=r"index\.json cannot be read"):
         load_hf(tmp_path / "out")
+
+
+@contextlib.contextmanager
+def _files_of_at_most(size):
+    """As on a disk without room: larger ones cannot be written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_folder_that_cannot_be_written_whole_is_named(tmp_path):
+    plain = _plain()
+    save_hf(plain, tmp_path / "hf", HFTokenizer(), "card")
+    size = (tmp_path / "hf/model.safetensors").stat().st_size // 2
+    writes = {
+        "again": lambda out: save_hf(plain, out, HFTokenizer(), "card"),
+        "plain": lambda out: save_plain(plain, out),
+        "int8": lambda out: quantize(tmp_path / "hf", out, "int8", None),
+        "edited": lambda out: write_edited(tmp_path / "hf", out, [Edit(1, 3, 0.0)]),
+    }
+    for name, write in writes.items():
+        message = f"{name} could not be written: .*too large.* not whole"
+        with _files_of_at_most(size), pytest.raises(UltraMemError, match=message):
+            write(tmp_path / name)
 
 
 def test_weights_without_sums_that_are_damaged_or_lie_elsewhere_are_refused(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.faults.results_folder import results_folder
+from ultramem_megatron.faults.results_folder import results_folder, written_whole
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.spans import parse_spans
 from ultramem_megatron.tools.export.described import check_described
@@ -37,9 +37,10 @@ def save_plain(model: PlainGPT, folder: str | Path, notes: dict[str, Any] | None
     fields = dataclasses.asdict(model.config)
     if model.config.ultramem is not None:
         fields["ultramem"]["spans"] = "/".join(map(str, model.config.ultramem.spans))
-    save_file(_stored(model), folder / _WEIGHTS)
     content = {"format": FORMAT, "model": fields, "notes": notes or {}}
-    (folder / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    with written_whole(folder):
+        save_file(_stored(model), folder / _WEIGHTS)
+        (folder / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load_plain(folder: str | Path, device: str | torch.device = "cpu") -> PlainGPT:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.faults.results_folder import written_whole
 from ultramem_megatron.tools.export import hf
 from ultramem_megatron.tools.export.described import check_described
 from ultramem_megatron.tools.export.hf.configuration_ultramem import UltraMemGPTConfig
@@ -66,11 +67,12 @@ def save_hf(
     tokenizer.configure(model)
     model.config.auto_map = _AUTO_MAP
     setattr(model.config, _TRAINED_WITH, tokenizer.flags)
-    model.save_pretrained(folder, max_shard_size=shard)
-    tokenizer.save(folder)
-    copy_sources(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    finish(folder)
+    with written_whole(folder):
+        model.save_pretrained(folder, max_shard_size=shard)
+        tokenizer.save(folder)
+        copy_sources(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        finish(folder)
 
 
 def copy_sources(folder: Path) -> None:
