@@ -7,6 +7,15 @@ refuse() {
     exit 2
 }
 
+# take_no_words SCRIPT WORD...: of a script without options; --help shows how it begins.
+take_no_words() {
+    if [[ ${2:-} == --help || ${2:-} == -h ]]; then
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"
+        exit 0
+    fi
+    [[ $# == 1 ]] || refuse "$1 takes no options; $2 was given. --help says more."
+}
+
 # require_number NAME VALUE LEAST [MOST]
 # The text is looked at first: in (( )) bash would evaluate it, and run commands that stand in it.
 require_number() {

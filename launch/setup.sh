@@ -9,6 +9,8 @@ venv=$root/.venv
 stamp=$venv/.made-from         # says what a complete .venv was made from
 unfinished=$venv/.unfinished   # there while packages are being installed
 being_made=$root/.venv.making  # there while .venv is being made, which empties it
+# shellcheck source=launch/settings.sh
+source "$root/launch/settings.sh"
 # shellcheck source=launch/find_python.sh
 source "$root/launch/find_python.sh"
 
@@ -79,6 +81,7 @@ is_ours_to_empty() {
 }
 
 main() {
+    take_no_words "$0" "$@"
     is_current && return
     if is_link_to_anothers; then
         echo "error: .venv is a link to the environment of $(head -n 1 "$stamp"), which installing here" \

@@ -44,6 +44,7 @@ PATCH_MODULES = (
     "defects.recompute_without_engine",
     "defects.latent_positions",
     "defects.mamba_static_batch",
+    "defects.later_tokens_over_context",
     # What memory layers need.
     "doors.optimizer_config",
     "doors.optimizer_built",
@@ -59,6 +60,7 @@ PATCH_MODULES = (
     "defects.megatron_fsdp_gated_names",
     "defects.megatron_fsdp_loss_scale",
     "defects.megatron_fsdp_params_norm",
+    "defects.megatron_fsdp_cut_rows",
     "doors.gradient_streams",
     "defects.fsdp2_token_loss",
     "defects.fsdp2_checkpoints",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.ranks import run_on_ranks
+from ultramem_megatron.tools.verify_parallel.shards import whole_tensors
 
 _TINY_GPT: dict[str, Any] = {
     "num_layers": 2,
@@ -184,7 +185,7 @@ def _pretrain_rank(
         if stop.code:
             raise
     if parameters:
-        run.parameters = _collect(trained[0].model, _up_to_date)
+        run.parameters = whole_tensors(trained[0].model, _up_to_date)
     if on_finish is not None:
         run.finished = on_finish(trained[0])
     return run
@@ -224,7 +225,7 @@ def _record(run: RankRun, gradients_at: int | None, initial_parameters: bool) ->
     def recorded_train(step: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         trained.append(Trained(model, optimizer, training.get_args()))
         if initial_parameters:
-            run.initial_parameters = _collect(model, lambda parameter: parameter)
+            run.initial_parameters = whole_tensors(model, lambda parameter: parameter)
         _snapshot_gradients(run, trained[0], gradients_at)
         return train(step, model, optimizer, *args, **kwargs)
 
@@ -254,43 +255,7 @@ def _snapshot_gradients(run: RankRun, trained: Trained, at: int | None) -> None:
 
     def recorded_step(*args: Any, **kwargs: Any) -> Any:
         if trained.args.curr_iteration + 1 == at:
-            run.gradients = _collect(trained.model, lambda p: getattr(p, "main_grad", p.grad))
+            run.gradients = whole_tensors(trained.model, lambda p: getattr(p, "main_grad", p.grad))
         return step(*args, **kwargs)
 
     trained.optimizer.step = recorded_step
-
-
-def _collect(model: list[Any], of: Callable[[Any], Any]) -> dict[str, Any]:
-    found = {}
-    for chunk_index, chunk in enumerate(model):
-        prefix = f"{chunk_index}." if chunk_index else ""
-        if hasattr(chunk, "stop_communication"):  # Megatron-FSDP's wrapper
-            chunk.module._replace_param_with_distributed_if_needed()
-        for name, parameter in chunk.named_parameters():
-            value = of(parameter)
-            if hasattr(parameter, "orig_param"):
-                if value is not None or parameter.requires_grad:
-                    found[prefix + name] = _whole_of_flat(parameter, value)
-            elif value is not None:
-                found[prefix + name] = _whole(value.detach()).clone()
-    return found
-
-
-def _whole(tensor: Any) -> Any:
-    """A shard of FSDP2's with those of the other ranks; any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _whole_of_flat(parameter: Any, value: Any) -> Any:
-    """The shards of Megatron-FSDP's, which cuts flat buffers; None: a shard without a number."""
-    import torch
-    import torch.distributed as dist
-
-    flat = getattr(parameter, "megatron_fsdp_slice", None)
-    if flat is None:
-        return value._local_tensor.detach().clone()
-    whole = torch.zeros(parameter.orig_param.numel())
-    if value is not None:
-        whole[flat] = value._local_tensor.detach().flatten()
-    dist.all_reduce(whole, group=parameter.device_mesh.get_group(0))
-    return whole.view(parameter.orig_param.shape)

@@ -62,7 +62,7 @@ def _moved_by(mean, square, step):
     return tl.div_rn(size * mean, tl.div_rn(tl.sqrt_rn(square), root) + eps)
 
 
-@triton.jit(do_not_specialize=["count", "width"])
+@triton.jit(do_not_specialize=["count"])
 def adam_rows_kernel(
     values,
     means,

@@ -118,15 +118,17 @@ def judge(found: Outcome, expected: Outcome | None) -> str:
     """works, refused, upstream (fails without memories too), DIFFERS or FAILS."""
     kind = found.memories.split(":")[0]
     if kind == "fails":
-        return "FAILS" if found.without.startswith("losses") else "upstream"
+        return "upstream" if found.without.startswith("fails") else "FAILS"
     if kind == "losses" and expected is not None and not _close(*found, *expected):
         return "DIFFERS"
     return {"losses": "works"}.get(kind, kind)
 
 
 def _close(memories: str, without: str, expected: str, expected_without: str) -> bool:
-    """Whether losses agree, or do not agree without memories either."""
-    return _agree(memories, expected) or not _agree(without, expected_without)
+    """Whether losses agree, or do not agree without memories either, where Megatron has both."""
+    plain = (without, expected_without)
+    both = all(outcome.startswith("losses") for outcome in plain)
+    return _agree(memories, expected) or (both and not _agree(*plain))
 
 
 def _agree(found: str, expected: str) -> bool:

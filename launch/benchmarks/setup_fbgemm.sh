@@ -9,10 +9,13 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 env=${FBGEMM_ENV:-$root/.venv-fbgemm}
 packages=("fbgemm-gpu-cpu==1.9.0" "torch==2.14.1" "numpy")
 stamp=$env/.made-from
+# shellcheck source=launch/settings.sh
+source "$root/launch/settings.sh"
 # shellcheck source=launch/find_python.sh
 source "$root/launch/find_python.sh"
 
 main() {
+    take_no_words "$0" "$@"
     if [[ -f $stamp ]] && [[ $(<"$stamp") == "${packages[*]}" ]]; then
         return
     fi
@@ -29,4 +32,4 @@ main() {
     echo "FBGEMM is in $env."
 }
 
-main
+main "$@"

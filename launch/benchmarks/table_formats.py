@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,10 @@ def measure(options: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory() as made:
         folders = _folders(options, Path(made))
         found = _transformers(folders, options)
+        own = {"transformers": {"transformers": version("transformers"), "vllm": ""}}
         if options.vllm is not None:
-            found |= _vllm(folders, options)
+            served_pairs, own["vllm"] = _vllm(folders, options)
+            found |= served_pairs
         sizes = {kind: _table_bytes(folder) for kind, folder in folders.items()}
     columns = environment_columns()
     return [
@@ -93,6 +96,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
             **_medians(pairs, batch, options),
             "rounds": options.rounds,
             **columns,
+            **own[engine],
         }
         for (engine, kind, batch), pairs in found.items()
     ]
@@ -183,15 +187,18 @@ def _seconds(model: Any, ids: Any, tokens: int) -> float:
 
 def _vllm(
     folders: dict[str, Path], options: argparse.Namespace
-) -> dict[tuple[str, str, int], list[tuple[float, float]]]:
+) -> tuple[dict[tuple[str, str, int], list[tuple[float, float]]], Row]:
+    """Also the columns that its environment changes."""
     asked = {name: getattr(options, name) for name in ("batches", "prompt", "tokens")}
     found: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
     for kind, folder in folders.items():
         dtype = "bfloat16" if kind == "bfloat16" else "float32"
         given = {**asked, "repeats": options.rounds, "dtype": dtype}
-        seconds = served(folder, options.vllm, given)["seconds"]
+        answer = served(folder, options.vllm, given)
+        seconds = answer["seconds"]
         found |= {("vllm", kind, batch): seconds[str(batch)] for batch in options.batches}
-    return found
+    versions = {"torch": answer["torch"], "transformers": "", "vllm": answer["vllm"]}
+    return found, {"threads": "", **versions}
 
 
 if __name__ == "__main__":

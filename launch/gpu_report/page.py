@@ -34,15 +34,22 @@ def write(folder: Path, parts: Parts) -> None:
 
 
 def page(parts: Parts) -> str:
-    """Markdown."""
-    sections = ["# GPU report", _WORDS]
+    """Markdown: all targets first, then part by part."""
+    failed = sum(bool(row["error"]) for rows in parts.values() for row in rows)
+    count = f"{failed} of {sum(map(len, parts.values()))} rows failed."
+    sections = ["# GPU report", _WORDS, count, f"## All targets\n\n{_reached(parts)}"]
     for name, rows in parts.items():
         lines = [_line(row) for row in rows] or ["| nothing | | | | | |"]
         sections.append("\n".join([f"## {name}\n", _HEAD, *lines]))
-    failed = sum(bool(row["error"]) for rows in parts.values() for row in rows)
-    sections.append(f"{failed} of {sum(map(len, parts.values()))} rows failed.")
-    sections.append(f"## All targets\n\n{targets()}")
     return "\n\n".join(sections) + "\n"
+
+
+def _reached(parts: Parts) -> str:
+    """Markdown: every target beside what this report measured."""
+    here = {row["what"]: row for rows in parts.values() for row in rows}
+    asked = [what for what, known in KNOWN.items() if known.target]
+    unseen = {"value": "not measured", "unit": "", "error": ""}
+    return "\n".join([_HEAD, *(_line(here.get(what, {"what": what, **unseen})) for what in asked)])
 
 
 def targets() -> str:

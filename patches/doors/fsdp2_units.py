@@ -4,12 +4,17 @@ Its units cut every parameter of a layer over these ranks. One with `allreduce=F
 tag of what fewer ranks have in common (a part of a value table), stays as it is; its gradient is
 summed over those ranks when a step's gradients are finished, as Megatron's DDP does it. Any other
 is cut along the dimension that its tag `SHARD_DIM` names, or else the first.
+
+A module that is marked as WHOLE is a unit of its own within its layer's. It computes beside later
+layers, when its layer's is given back: whoever calls it gathers it, FSDP2 gives it back when
+backward is done.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
+from ultramem_megatron.patches.doors.megatron_fsdp_parts import WHOLE
 from ultramem_megatron.patches.patch import Editor, Patch
 
 SHARD_DIM = "fsdp2_shard_dim"
@@ -32,6 +37,11 @@ def _placement(parameter: Any) -> Any:
 
 def _without_them(fully_shard: Callable[..., Any]) -> Callable[..., Any]:
     def sharded(module: Any, *, mesh: Any, **settings: Any) -> Any:
+        from torch.distributed.fsdp import FSDPModule
+
+        for child in [*module.modules()][1:]:
+            if getattr(child, WHOLE, False) and not isinstance(child, FSDPModule):
+                sharded(child, mesh=mesh, **settings)
         left_out = {parameter for parameter in module.parameters() if stays_whole(parameter)}
         for parameter in left_out:  # units move only their own
             parameter.data = parameter.data.to(mesh.device_type)

@@ -21,8 +21,8 @@ from ultramem_megatron.patches.patch import Editor, Patch
 KEPT_TAGS = {"allreduce"}
 """Attributes of parameters that the optimizer's have too; who needs another one adds its name."""
 
-WHOLE = "megatron_fsdp_whole"
-"""Attribute of a module whose parameters are gathered once a step."""
+WHOLE = "fsdp_whole"
+"""Attribute of a module whose parameters stay gathered until backward is done; FSDP2's, too."""
 
 _FSDP = "megatron.core.distributed.fsdp"
 _BUFFER = f"{_FSDP}.src.megatron_fsdp.param_and_grad_buffer"

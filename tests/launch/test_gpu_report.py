@@ -16,7 +16,7 @@ from launch.benchmarks.trace import Interval
 from launch.gpu_report import __main__ as report
 from launch.gpu_report.__main__ import main, run_parts
 from launch.gpu_report.known import KNOWN
-from launch.gpu_report.page import targets
+from launch.gpu_report.page import page, targets
 from launch.gpu_report.parts import authors, benchmarks, decode, overlap, parity, speed
 from launch.gpu_report.parts.overlap import beside
 from launch.gpu_report.row import Row, attempted
@@ -260,7 +260,7 @@ def test_what_is_known_is_asked_of_some_part():
     assert {name for name in KNOWN if name.startswith(starts)} <= asked
 
 
-@pytest.mark.parametrize("wrong", [0.5, math.nan])
+@pytest.mark.parametrize("wrong", [0.9, math.nan])
 def test_results_that_are_wrong_are_errors(wrong):
     right = {"output": torch.ones(4), "keys": torch.ones(4)}
     found = {"output": torch.ones(4), "keys": torch.full((4,), 1 + wrong)}
@@ -303,6 +303,16 @@ def test_benchmarks_take_the_flags_that_a_gpu_gives_them(part, benchmark, monkey
 def test_a_benchmark_that_cannot_draw_has_measured():
     assert benchmarks._failure("error: this command needs matplotlib, which is not") == ""
     assert benchmarks._failure("a\nb\nc\nd") == "b / c / d"
+
+
+def test_the_page_begins_with_all_targets_and_what_they_met():
+    asked = "host waits, preset, T 8192"
+    row = {"what": asked, "value": 0, "unit": "", "error": ""}
+    first, part = page({"layer": [row]}).split("## layer")
+    assert "| host waits, preset, T 8192 | 0  | 2 | 0 | 0 |  |" in first
+    assert "| launches, preset, T 8192 | not measured  | 186 | 38 | <= 60 |  |" in first
+    assert first.count("not measured  |") == 16
+    assert part.count(asked) == 1
 
 
 def test_every_target_stands_beside_a_predicted_figure():

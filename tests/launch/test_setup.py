@@ -104,7 +104,7 @@ def machine(tmp_path: Path) -> Machine:
         assert found, f"{tool} is needed by this test"
         (tmp_path / "tools" / tool).symlink_to(found)
     (made.checkout / "launch").mkdir(parents=True)
-    for name in ("setup.sh", "find_python.sh", "fetch_pip.py"):
+    for name in ("setup.sh", "settings.sh", "find_python.sh", "fetch_pip.py"):
         shutil.copy(ROOT / "launch" / name, made.checkout / "launch" / name)
     (made.checkout / "requirements.txt").write_text("torch==1\n")
     (made.checkout / "pyproject.toml").write_text("[project]\n")
@@ -250,6 +250,20 @@ def test_two_calls_at_once_install_once(machine: Machine) -> None:
     assert [process.returncode for process in both] == [0, 0]
     assert [call.split()[0] for call in machine.calls] == ["venv", "pip"]
     assert output.count("Waiting for another set-up") == 1
+
+
+@pytest.mark.parametrize("script", ["setup.sh", "serving/setup.sh", "benchmarks/setup_fbgemm.sh"])
+def test_words_that_a_script_does_not_know_install_nothing(script: str, tmp_path: Path) -> None:
+    """--dry-run made an environment of 6 GB."""
+    elsewhere = {name: str(tmp_path / "made") for name in ("VLLM_ENV", "FBGEMM_ENV")}
+    command, environment = ["bash", str(ROOT / "launch" / script)], {**os.environ, **elsewhere}
+    for word, status, said in (("--dry-run", 2, "--dry-run was given"), ("--help", 0, script)):
+        ended = subprocess.run(
+            [*command, word], env=environment, capture_output=True, text=True, timeout=20
+        )
+        assert ended.returncode == status
+        assert said in ended.stdout + ended.stderr
+    assert not (tmp_path / "made").exists()
 
 
 def taken(machine: Machine) -> str:

@@ -23,6 +23,7 @@ from tests.training_runs import run_pretrain, tiny_gpt
 from tests.whole_model import AFTER_STEPS, assert_same_training, train
 
 _FSDP2 = {"use_torch_fsdp2": True, "ckpt_format": "torch_dist"}
+_BESIDE = {"ultramem_overlap": True}
 _long = pytest.mark.long
 
 
@@ -45,6 +46,17 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> _Start:
         pytest.param(4, {**_SP, **_DIMENSION}, id="TP2 SP", marks=_long),
         pytest.param(4, {**_NUMBER, "context_parallel_size": 2}, id="CP2", marks=_long),
         pytest.param(2, {**_NUMBER, "overlap_grad_reduce": True}, id="overlap", marks=_long),
+        pytest.param(2, {**_DIMENSION, **_BESIDE}, id="overlap of memories", marks=_long),
+        pytest.param(
+            4, {"ultramem_parallel_size": 2, **_BESIDE}, id="P2 of 4, overlap", marks=_long
+        ),
+        pytest.param(4, {**_TP, **_NUMBER, **_BESIDE}, id="TP2, overlap", marks=_long),
+        pytest.param(
+            2,
+            {**_NUMBER, **_BESIDE, **_RECOMPUTE, "recompute_num_layers": 2},
+            id="overlap, recompute",
+            marks=_long,
+        ),
         pytest.param(
             2,
             {**_NUMBER, "torch_fsdp2_no_reshard_after_forward": True},
@@ -65,6 +77,7 @@ def test_it_trains_like_one_rank(start: _Start, world_size: int, layout: dict[st
         pytest.param({"ultramem_row_adam": True}, id="row Adam", marks=_long),
         pytest.param({"ultramem_train_only": "memory"}, id="memories alone", marks=_long),
         pytest.param({"ultramem_share_values": 2}, id="shared tables", marks=_long),
+        pytest.param({"ultramem_share_values": 2, **_BESIDE}, id="shared, overlap", marks=_long),
         pytest.param(
             {"swiglu": True, "ultramem_replace_mlp": True, "ultramem_spans": "2:2/4:4"},
             id="in place of gated MLPs",
@@ -73,7 +86,7 @@ def test_it_trains_like_one_rank(start: _Start, world_size: int, layout: dict[st
     ],
 )
 def test_it_trains_like_ddp(flags: dict[str, Any]) -> None:
-    expected = train(2, _flags(**_NUMBER, **flags))
+    expected = train(2, _flags(**_NUMBER, **{**flags, "ultramem_overlap": False}))
     assert_same_training(train(2, _flags(**_NUMBER, **flags, **_FSDP2)), expected)
 
 
@@ -105,9 +118,10 @@ def test_a_plain_gpt_saves_and_goes_on(tmp_path: Any) -> None:
     assert again.losses == saved.losses[2:]
 
 
+@pytest.mark.parametrize("beside", [{}, _BESIDE], ids=["", "overlap"])
 @_long
-def test_bf16_follows_ddp(tmp_path: Any) -> None:
-    half = {**_NUMBER, **_FSDP2, "bf16": True}
+def test_bf16_follows_ddp(tmp_path: Any, beside: dict[str, Any]) -> None:
+    half = {**_NUMBER, **_FSDP2, **beside, "bf16": True, "eval_iters": 1, "eval_interval": 2}
     saved = run_pretrain(2, _flags(**half, save=tmp_path, save_interval=2))
     again = run_pretrain(2, _flags(**half, load=tmp_path, ckpt_step=2))
     assert again.losses == saved.losses[2:]

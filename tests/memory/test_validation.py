@@ -28,6 +28,12 @@ def _validate(**changes):
         ({"value_lr_decay": 1e-300}, "--ultramem-value-lr-decay is 1e-300; it must be a fraction"),
         ({"value_expansion": -1}, "Use 1 or 4"),
         ({"value_expansion": 5}, "Use 4 or 9"),
+        ({"query_conv_kernel": 10**13}, "--ultramem-query-conv-kernel is 10000000000000; it must"),
+        ({"key_dim": 2**31, "tucker_rank": 1}, "a whole number <= 2147483647"),
+        ({"num_keys": "24"}, "--ultramem-num-keys is '24'; it must be a whole number"),
+        ({"share_query": 1}, "--ultramem-share-query is 1; it must be true or false"),
+        ({"share_order": []}, "--ultramem-share-order is []; it must be one of block, ring"),
+        ({"share_values": float("inf")}, "--ultramem-share-values is inf; it must be a number"),
         (
             {"replace_mlp": True, "spans": (Span(2, 2), Span(3, 5))},
             "--ultramem-spans 3:5 with --ul",

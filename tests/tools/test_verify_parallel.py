@@ -92,6 +92,12 @@ _EXPERTS = {
     "moe_token_dispatcher_type": "allgather",
 }
 
+_MEGATRON_FSDP = {
+    "use_megatron_fsdp": True,
+    "data_parallel_sharding_strategy": "optim_grads_params",
+    "ckpt_format": "fsdp_dtensor",
+}
+
 
 @pytest.mark.parametrize(
     ("model", "first", "second"),
@@ -113,13 +119,19 @@ _EXPERTS = {
             marks=pytest.mark.long,
         ),
         pytest.param(
+            {"swiglu": True, **_MEGATRON_FSDP},
+            (1, ""),
+            (2, "--ultramem-partition number"),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
             {"swiglu": True, **_EXPERTS},
             (2, "--expert-model-parallel-size 2"),
             (4, "--expert-model-parallel-size 4"),
             marks=pytest.mark.long,
         ),
     ],
-    ids=["tables", "grid", "gated shards", "FSDP2", "experts"],
+    ids=["tables", "grid", "gated shards", "FSDP2", "Megatron-FSDP", "experts"],
 )
 def test_two_layouts_agree(model, first, second, capsys):
     common = tiny_gpt(

@@ -2,7 +2,8 @@
 
 A transformer layer is a unit: its parameters, a memory's keys and projections among them, are cut
 over the data- and context-parallel ranks and whole only while the layer computes. Value tables are
-not part of it; they stay over their own groups (patches/doors/fsdp2_units.py).
+not part of it; they stay over their own groups (patches/doors/fsdp2_units.py). With
+--ultramem-overlap a memory is a unit of its own, whole until backward is done.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,7 +42,7 @@ class Unit(Protocol):
 def units(model: nn.Module) -> dict[UltraMemLayer, FSDPModule]:
     """The unit of each memory layer of a model; none without FSDP2."""
     return {
-        memory: unit
+        memory: memory if isinstance(memory, FSDPModule) else unit
         for unit in model.modules()
         if isinstance(unit, FSDPModule)
         for memory in unit.children()

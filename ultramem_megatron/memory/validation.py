@@ -16,6 +16,7 @@ from ultramem_megatron.memory.initialization import INITIALISATIONS
 from ultramem_megatron.memory.retrieval import RETRIEVALS
 from ultramem_megatron.memory.sharing import check_sharing
 from ultramem_megatron.memory.spans import check_spans
+from ultramem_megatron.memory.typed_fields import wrong_fields
 from ultramem_megatron.memory.values import VALUES
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -41,6 +42,10 @@ _NUMBERS = {
 }
 """Far beyond what anybody trained with; a loss, a rate or a step within them stays finite."""
 
+_MOST = 2**31 - 1
+_MOST_TAPS = 1024
+"""Each is read on its own; the authors have 5."""
+
 
 def validate(config: UltraMemConfig, *, hidden_size: int, num_layers: int) -> None:
     """Raise UltraMemError, naming flag, value, what is allowed and what to change."""
@@ -58,6 +63,8 @@ def check_design(config: UltraMemConfig, *, hidden_size: int, num_layers: int) -
 
     Their layers may have an odd number of heads, the last with a query alone.
     """
+    for field, what in wrong_fields(config):
+        _require(False, field, f"{getattr(config, field)!r:.80}", what)
     _check_ranges(config)
     check_spans(config.spans, num_layers)
     _check_replacing(config)
@@ -71,15 +78,10 @@ def check_design(config: UltraMemConfig, *, hidden_size: int, num_layers: int) -
 
 def _check_ranges(config: UltraMemConfig) -> None:
     for field in ("num_keys", "key_dim", "value_dim", "topk", "heads", "tucker_rank", "cores"):
-        _require(getattr(config, field) >= 1, field, getattr(config, field), "a whole number >= 1")
+        _require_whole(config, field, 1)
     for field in ("side_topk", "pre_value_dim"):
-        _require(getattr(config, field) >= 0, field, getattr(config, field), "a whole number >= 0")
-    _require(
-        config.query_conv_kernel >= 0,
-        "query_conv_kernel",
-        config.query_conv_kernel,
-        "a whole number >= 0 (0: no convolution)",
-    )
+        _require_whole(config, field, 0)
+    _require_whole(config, "query_conv_kernel", 0, _MOST_TAPS, " (0: no convolution)")
     for field, (least, most, what) in _NUMBERS.items():
         value = getattr(config, field)
         _require(least <= value <= most, field, value, f"{what}, from {least:g} to {most:g}")
@@ -90,6 +92,14 @@ def _check_ranges(config: UltraMemConfig) -> None:
             getattr(config, field),
             "one of " + ", ".join(allowed),
         )
+
+
+def _require_whole(
+    config: UltraMemConfig, field: str, least: int, most: int = _MOST, note: str = ""
+) -> None:
+    value = getattr(config, field)
+    _require(value >= least, field, value, f"a whole number >= {least}{note}")
+    _require(value <= most, field, value, f"a whole number <= {most}")
 
 
 def _require(holds: bool, field: str, value: object, allowed: str) -> None:

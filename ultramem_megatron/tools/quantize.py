@@ -42,6 +42,7 @@ def quantize(folder: Path, out: Path, kind: str, block: int | None) -> None:
     kind: int8 or fp8 (e4m3). block: values of a row with a scale in common, None for all. Raises
     UltraMemError.
     """
+    from ultramem_megatron.faults.results_folder import written_whole
     from ultramem_megatron.kernels.quantized import check_block
     from ultramem_megatron.tools.export import hf_folder
 
@@ -54,14 +55,16 @@ def quantize(folder: Path, out: Path, kind: str, block: int | None) -> None:
     check_block("--block", block, *widths)
     state = _quantized(hf_folder.read_weights(folder, "cpu"), kind, block)
     config.value_quantization = {"format": kind, "block": block}
-    hf_folder.with_weights(config, state).save_pretrained(out, max_shard_size=hf_folder.SHARD)
-    for file in sorted(folder.iterdir()):
-        written = file.name == "config.json" or file.name.endswith(_WRITTEN_ANEW)
-        if file.is_file() and not written:
-            shutil.copyfile(file, out / file.name)
-    _say_so(out / "README.md", kind, block)
-    hf_folder.copy_sources(out)
-    hf_folder.finish(out)
+    model = hf_folder.with_weights(config, state, f"The weights in {folder} do not fit config.json")
+    with written_whole(out):
+        model.save_pretrained(out, max_shard_size=hf_folder.SHARD)
+        for file in sorted(folder.iterdir()):
+            written = file.name == "config.json" or file.name.endswith(_WRITTEN_ANEW)
+            if file.is_file() and not written:
+                shutil.copyfile(file, out / file.name)
+        _say_so(out / "README.md", kind, block)
+        hf_folder.copy_sources(out)
+        hf_folder.finish(out)
 
 
 def _quantized(state: "dict[str, Tensor]", kind: str, block: int | None) -> "dict[str, Tensor]":

@@ -58,6 +58,8 @@ def get_batch(
     data_iterator: Iterator[dict[str, Any]] | None,
     config: TransformerConfig,
     vp_stage: int | None = None,
+    *,
+    evaluates: bool = False,
 ) -> Batch:
     """Next micro-batch, as this rank needs it.
 
@@ -68,6 +70,7 @@ def get_batch(
         data_iterator: iterator of Megatron's data loader; used on tensor-parallel rank 0.
         config: the model's; tells where multi-token prediction takes place.
         vp_stage: virtual pipeline stage of the model chunk, None without virtual stages.
+        evaluates: whether it is of --eval-micro-batch-size.
 
     Returns:
         One entry for every key of `_BATCH_KEYS`.
@@ -77,7 +80,10 @@ def get_batch(
     needs_tokens = stage_needs_tokens(config, vp_stage)
     if not needs_tokens and not packed:
         return dict.fromkeys(_BATCH_KEYS)
-    batch = _broadcast_batch(args, data_iterator, packed, _holds_mtp(config, vp_stage))
+    samples = args.micro_batch_size
+    if evaluates:  # not of its own before megatron-core 0.19
+        samples = getattr(args, "eval_micro_batch_size", samples)
+    batch = _broadcast_batch(args, data_iterator, samples, _holds_mtp(config, vp_stage))
     batch = flatten_batch_for_packed_sequences(batch)
     if not needs_tokens:  # a middle stage learns the document boundaries and nothing else
         boundaries = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
@@ -94,7 +100,7 @@ def get_batch(
 
 
 def _broadcast_batch(
-    args: Namespace, data_iterator: Iterator[dict[str, Any]] | None, packed: bool, holds_mtp: bool
+    args: Namespace, data_iterator: Iterator[dict[str, Any]] | None, samples: int, holds_mtp: bool
 ) -> Batch:
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: Batch = {}
@@ -109,14 +115,14 @@ def _broadcast_batch(
         Batch,
         get_batch_on_this_tp_rank(
             batch,
-            has_cu_seqlens=packed,
+            has_cu_seqlens=args.dataloader_inter_document_masking,
             is_hybrid_cp=False,
             create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
             broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
             broadcast_group=parallel_state.get_tensor_model_parallel_group(),
             cp_size=args.context_parallel_size,
             tp_rank=tp_rank,
-            micro_batch_size=args.micro_batch_size,
+            micro_batch_size=samples,
             seq_length=args.seq_length,
             mtp_on_this_rank=holds_mtp,
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,

@@ -86,7 +86,8 @@ def forward_step(
     timers("batch-generator", log_level=2).start()
     with _straggler(bdata=True):
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
-        batch = get_batch(data_iterator, get_model_config(model), vp_stage)
+        config = get_model_config(model)
+        batch = get_batch(data_iterator, config, vp_stage, evaluates=not model.training)
     documents = packed_sequence(batch, args.seq_length)
     timers("batch-generator").stop()
 

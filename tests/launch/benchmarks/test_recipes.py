@@ -50,8 +50,10 @@ _LOSSES, _OTHERS, _FAILS = "losses: 6.25 6.19", "losses: 6.25 6.20", "fails: Key
         (("losses: 6.25", _LOSSES), (_LOSSES, _LOSSES), "DIFFERS"),
         ((_OTHERS, _OTHERS), (_LOSSES, _LOSSES), "works"),  # Megatron's own differ as well
         ((_OTHERS, "refused: no"), (_LOSSES, "refused: no"), "DIFFERS"),
+        ((_OTHERS, "refused: no"), (_LOSSES, _LOSSES), "DIFFERS"),
         ((_FAILS, _LOSSES), None, "FAILS"),
-        ((_FAILS, "refused: no"), None, "upstream"),
+        ((_FAILS, "refused: no"), None, "FAILS"),
+        ((_FAILS, _FAILS), None, "upstream"),
         (("refused: --no", _LOSSES), (_LOSSES, _LOSSES), "refused"),
     ],
 )

@@ -59,5 +59,7 @@ class TestWithVLLM:
         wide = (*_FEW, "--scale", "small")  # vLLM's attention on CPUs knows heads from 32
         given = ["--out", str(tmp_path), "--vllm", str(VLLM), *wide]
         run_on_ranks(1, main, given, timeout=900)
-        engines = [row["engine"] for row in _rows(tmp_path)]
+        rows = _rows(tmp_path)
+        engines = [row["engine"] for row in rows]
         assert engines == ["transformers"] * len(FORMATS) + ["vllm"] * len(FORMATS)
+        assert [bool(row["vllm"]) for row in rows] == [engine == "vllm" for engine in engines]

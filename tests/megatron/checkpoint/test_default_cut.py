@@ -42,6 +42,7 @@ def _args(global_batch_size: int, **changes: object) -> Namespace:
         "muon_tp_mode": "blockwise",
         "ultramem_train_rows": None,
         "use_distributed_optimizer": True,
+        "use_layer_wise_distributed_optimizer": False,
         **changes,
     }
     return Namespace(**flags)
@@ -52,7 +53,7 @@ def resume(monkeypatch: pytest.MonkeyPatch):
     """Checks a run with a batch eight times as large against a checkpoint of 512 sequences."""
     before = settings_from_args(_args(512), _DESIGN)
 
-    def check(kind: str = "dp_reshardable", **changes: object) -> None:
+    def check(kind: str | None = "dp_reshardable", **changes: object) -> None:
         fakes = {
             "is_torch_dist": lambda _: True,
             "stored_layout": lambda _: Namespace(),
@@ -85,7 +86,7 @@ def test_a_state_that_cannot_follow_is_refused_with_the_flags_of_the_cut_before(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_distributed_optimizer": False},
+        {"use_distributed_optimizer": False, "kind": None},
         {"kind": "fully_reshardable"},
         {"no_load_optim": True},
         {"finetune": True},

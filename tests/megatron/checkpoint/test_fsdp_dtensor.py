@@ -11,8 +11,10 @@ from torch import Tensor
 from tests.closeness import assert_close
 from tests.decoding import LOGITS
 from tests.ranks import RanksFailed, run_on_ranks
-from tests.training_runs import TrainingRun, run_pretrain, tiny_gpt
+from tests.tools.test_evaluate import _evaluate
+from tests.training_runs import Trained, TrainingRun, run_pretrain, tiny_gpt
 from tests.whole_model import train, whole
+from ultramem_megatron.data import indexed
 
 _FSDP = {
     "use_megatron_fsdp": True,
@@ -31,6 +33,17 @@ _SIZES = {"num_layers": 4, "num_attention_heads": 4}
 _SHARED = {"swiglu": True, "ultramem_share_values": 2, **_MEMORY}
 _EXPERTS = {"num_experts": 2, "disable_bias_linear": True, **_SHARED}
 _EXPERTS["moe_router_load_balancing_type"] = "none"
+_LATENT = {
+    "multi_latent_attention": True,
+    "disable_bias_linear": True,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_head_dim": 8,
+    "v_head_dim": 12,
+    "qk_pos_emb_head_dim": 4,
+    **_MEMORY,
+}
+_TOKENS = torch.arange(17)
 _long = pytest.mark.long
 
 
@@ -44,16 +57,23 @@ def _loaded(folder: str, layout: Any) -> dict[str, Tensor]:
     return {name: weight.data for name, weight in unwrap_model(model).named_parameters()}
 
 
-@torch.no_grad()
 def _logits(folder: str, layout: Any) -> Tensor:
     from ultramem_megatron.inference.layout import InferenceLayout
     from ultramem_megatron.inference.loading import load_model
 
-    model, _ = load_model(folder, layout=InferenceLayout(*layout))
-    tokens = torch.arange(16).reshape(2, 8)
+    return _forward(load_model(folder, layout=InferenceLayout(*layout))[0])
+
+
+def _own_logits(trained: Trained) -> Tensor:
+    return _forward(trained.model[0].eval())
+
+
+@torch.no_grad()
+def _forward(model: Any) -> Tensor:
+    tokens = _TOKENS[:-1].reshape(2, 8)
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
     logits: Tensor = model(tokens, torch.arange(8).expand(2, -1), mask, runtime_gather_output=True)
-    return logits
+    return logits.float()
 
 
 @pytest.mark.parametrize(
@@ -69,6 +89,33 @@ def test_weights_are_those_that_were_trained(tmp_path: Path, flags: dict[str, An
     run = train(2, tiny_gpt(**_SIZES, **_FSDP, **flags, save=tmp_path))
     (loaded,) = run_on_ranks(1, _loaded, str(tmp_path), ())
     _assert_same(loaded, _bare(run, "parameters"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(_SHARED, id="shards of all"),
+        pytest.param({**_SHARED, "data_parallel_sharding_strategy": "no_shard"}, id="no shards"),
+        pytest.param({**_MEMORY, "ultramem_overlap": True}, id="overlap"),
+        pytest.param({**_MEMORY, "tensor_model_parallel_size": 2}, id="TP2"),
+        pytest.param({**_EXPERTS, "expert_model_parallel_size": 2}, id="experts over ranks"),
+        pytest.param(_LATENT, id="latent attention"),
+    ],
+)
+@_long
+def test_it_answers_as_the_model_that_was_trained(tmp_path: Path, flags: dict[str, Any]) -> None:
+    folder = tmp_path / "checkpoint"
+    run = run_pretrain(
+        2, tiny_gpt(**{**_SIZES, **_FSDP, **flags}, save=folder), on_finish=_own_logits
+    )
+    own = run.ranks[0].finished
+    (logits,) = run_on_ranks(1, _logits, str(folder), ())
+    assert_close(logits, own, LOGITS)
+    indexed.write(tmp_path / "data", [_TOKENS.tolist()], 512)
+    data = ("--data", str(tmp_path / "data"), "--window", "8")
+    ((evaluated,),) = run_on_ranks(1, _evaluate, tmp_path, *data)
+    loss = torch.nn.functional.cross_entropy(own.flatten(0, 1), _TOKENS[1:])
+    assert evaluated["loss"] == pytest.approx(float(loss), rel=LOGITS)
 
 
 @_long

@@ -85,6 +85,16 @@ def test_experts_over_ranks_do_not_follow_experts_on_one(tmp_path):
     assert run_pretrain(2, weights).losses[0] == pytest.approx(losses[2], abs=1e-4)
 
 
+def test_what_megatron_finds_no_state_for_is_refused(saved):
+    """It ended in a KeyError, and in a list of groups."""
+    folder, _ = saved
+    without = _flags(use_distributed_optimizer=None, load=folder, ckpt_step=2)
+    with pytest.raises(RanksFailed, match="it was saved with --use-distributed-optimizer"):
+        run_pretrain(1, without)
+    with pytest.raises(RanksFailed, match=r"--lr was 0\.001, here it is 0\.0005"):
+        run_pretrain(2, _flags(lr=5e-4, load=folder, ckpt_step=2))
+
+
 @pytest.mark.parametrize(
     ("folder", "message"),
     [

@@ -58,11 +58,6 @@ _MEMORY = {"num_layers": 6, "ultramem_spans": "2:3/4:6", "ultramem_num_keys": 9,
             {"use_megatron_fsdp": True, "ckpt_format": "fsdp_dtensor", "ultramem_row_adam": True},
             "--ultramem-row-adam cannot be combined with --use-megatron-fsdp",
         ),
-        (
-            1,
-            {"use_torch_fsdp2": True, "ultramem_overlap": True},
-            "--ultramem-overlap cannot be combined with --use-torch-fsdp2",
-        ),
         (2, {"use_torch_fsdp2": True, "pipeline_model_parallel_size": 2}, "with pipeline paral"),
         (
             2,

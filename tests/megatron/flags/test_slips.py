@@ -28,6 +28,7 @@ _SLIPS = {
     **{f"{name}=0": ({name: 0}, f"--{name.replace('_', '-')} 0: must be a") for name in _SIZES},
     "negative": ({"hidden_size": -32}, "--hidden-size -32: must be a whole number from 1 to 2147"),
     "seed": ({"seed": 2**63}, "--seed 9223372036854775808: must be a whole number from 0 to"),
+    "layers": ({"num_layers": 2**31 - 1}, "--num-layers 2147483647: must be a whole number from"),
     "workers": ({"num_workers": -1}, "--num-workers -1: must be a whole number from 0"),
     "dropout": ({"hidden_dropout": 2}, "--hidden-dropout 2.0: must be a number from 0 to 1."),
     "nan": ({"clip_grad": "nan"}, "--clip-grad nan: must be a number"),

@@ -181,10 +181,24 @@ def test_a_read_and_its_backward_touch_rows_and_nothing_of_the_tables_size():
 )
 def test_what_needs_tables_on_the_device_is_refused(changes, message):
     design = UltraMemConfig(spans=(Span(1, 2),), num_keys=4, key_dim=4, value_dim=4)
-    given = Namespace(optimizer="adam", ultramem_table_memory="host", cuda_graph_impl="none")
+    given = Namespace(
+        optimizer="adam", ultramem_table_memory="host", cuda_graph_impl="none", async_save=False
+    )
     refuse_table_memory(given, design)
     vars(given).update(changes)
     with pytest.raises(UltraMemError, match=message):
         refuse_table_memory(given, design)
     given.ultramem_table_memory = "device"
     refuse_table_memory(given, design)
+
+
+def test_beside_a_gpu_no_other_process_writes_them(monkeypatch):
+    """torch hands tensors of the host to it in memory that both write and read."""
+    design = UltraMemConfig(spans=(Span(1, 2),), num_keys=4, key_dim=4, value_dim=4)
+    given = Namespace(
+        optimizer="adam", ultramem_table_memory="host", cuda_graph_impl="none", async_save=True
+    )
+    refuse_table_memory(given, design)  # on a CPU a fork has what was there
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UltraMemError, match="--async-save cannot be combined with --ultramem-tab"):
+        refuse_table_memory(given, design)

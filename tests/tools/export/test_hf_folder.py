@@ -1,6 +1,10 @@
 """What an exported folder holds, what is refused, and what is read back from it."""
 
+import contextlib
 import dataclasses
+import functools
+import json
+import resource
 
 import pytest
 import torch
@@ -8,12 +12,17 @@ import torch
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.spans import Span
+from ultramem_megatron.tools.edit.edits import Edit
+from ultramem_megatron.tools.edit.write import write_edited
 from ultramem_megatron.tools.export.__main__ import main
+from ultramem_megatron.tools.export.files import save_plain
 from ultramem_megatron.tools.export.hf.modeling_ultramem import UltraMemGPTForCausalLM
 from ultramem_megatron.tools.export.hf_folder import load_hf, save_hf
 from ultramem_megatron.tools.export.hf_tokenizer import HFTokenizer
 from ultramem_megatron.tools.export.huggingface import hf_config
+from ultramem_megatron.tools.export.opened_folder import open_folder
 from ultramem_megatron.tools.export.plain_model import PlainConfig, PlainGPT
+from ultramem_megatron.tools.quantize import quantize
 
 
 def _plain(num_keys=8, value_dim=8, **others):
@@ -129,6 +138,81 @@ def test_damaged_folders_are_refused_by_name(tmp_path, file, change, message):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(UltraMemError, match=message):
         load_hf(tmp_path / "out")
+
+
+_NO_MODEL: dict[str, list[object]] = {
+    "hidden_size": [None, -1, 0, 2**70, 1.5, "8", True],
+    "num_hidden_layers": [2**31, "2", []],
+    "num_experts": [-1, 10**13, 1.5],
+    "head_dim": [-1, "x"],
+    "dtype": [-1, [], "x", "Tensor"],
+    "num_key_value_heads": [-1, 3],
+    "layer_pattern": [[], {}, 7],
+    "memory.num_keys": [None, 10**13, "8"],
+    "memory.value_expansion": [None, float("nan"), "4"],
+    "memory.share_order": [[], {}],
+    "memory.share_values": [0, None],
+    "memory.query_conv_kernel": [10**13, None],
+    "memory.aux_loss_margin": ["x", None],
+    "rope_parameters.rope_theta": [0],
+}
+
+
+@pytest.mark.parametrize("opens", [load_hf, open_folder])
+def test_settings_of_other_kinds_and_sizes_are_refused(tmp_path, opens):
+    save_hf(_plain(), tmp_path / "out", HFTokenizer(), "card")
+    file = tmp_path / "out/config.json"
+    written = file.read_text()
+    for name, value in ((name, value) for name, values in _NO_MODEL.items() for value in values):
+        content = json.loads(written)
+        *parts, last = name.split(".")
+        functools.reduce(dict.__getitem__, parts, content)[last] = value
+        file.write_text(json.dumps(content))
+        with pytest.raises(UltraMemError, match=r"config\.json does not describe a model") as error:
+            opens(tmp_path / "out")
+        assert "\n" not in str(error.value), (name, value)
+
+
+def test_what_else_is_damaged_in_a_folder_is_named(tmp_path):
+    save_hf(_plain(), tmp_path / "out", HFTokenizer(), "card")
+    (tmp_path / "out/SHA256SUMS").write_bytes(b"\xff\xfe")
+    (tmp_path / "out/generation_config.json").write_text("[")
+    with pytest.raises(UltraMemError, match=r"generation_config\.json cannot be read"):
+        open_folder(tmp_path / "out")
+    config = tmp_path / "out/config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 50', '"vocab_size": 60'))
+    with pytest.raises(UltraMemError, match=r"do not fit config\.json: .* has shape \(50, 16\)"):
+        open_folder(tmp_path / "out")
+    (tmp_path / "out/model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
+    with pytest.raises(UltraMemError, match=r"index\.json cannot be read"):
+        load_hf(tmp_path / "out")
+
+
+@contextlib.contextmanager
+def _files_of_at_most(size):
+    """As on a disk without room: larger ones cannot be written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_folder_that_cannot_be_written_whole_is_named(tmp_path):
+    plain = _plain()
+    save_hf(plain, tmp_path / "hf", HFTokenizer(), "card")
+    size = (tmp_path / "hf/model.safetensors").stat().st_size // 2
+    writes = {
+        "again": lambda out: save_hf(plain, out, HFTokenizer(), "card"),
+        "plain": lambda out: save_plain(plain, out),
+        "int8": lambda out: quantize(tmp_path / "hf", out, "int8", None),
+        "edited": lambda out: write_edited(tmp_path / "hf", out, [Edit(1, 3, 0.0)]),
+    }
+    for name, write in writes.items():
+        message = f"{name} could not be written: .*too large.* not whole"
+        with _files_of_at_most(size), pytest.raises(UltraMemError, match=message):
+            write(tmp_path / name)
 
 
 def test_weights_without_sums_that_are_damaged_or_lie_elsewhere_are_refused(tmp_path):

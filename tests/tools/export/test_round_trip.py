@@ -139,7 +139,17 @@ def _damaged(exported, tmp_path, file, change):
         (
             "config.json",
             lambda b: b.replace(b'"pattern": null', b'"pattern": "*-*"'),
-            r"does not describe a model: the pattern \*-\* has not 4 layers",
+            r"does not describe a model: the pattern '\*-\*' has not 4 layers",
+        ),
+        (
+            "config.json",
+            lambda b: b.replace(b'"num_layers": 4', b'"num_layers": 4000000000'),
+            r"does not describe a model: num_layers is 4000000000",
+        ),
+        (
+            "config.json",
+            lambda b: b.replace(b'"value_dim": 16', b'"value_dim": "16"'),
+            r"does not describe a model: --ultramem-value-dim is '16'",
         ),
         (
             "config.json",

@@ -11,6 +11,9 @@ Experts over ranks stand in an optimizer of their own, experts on one rank with 
 lists of groups of the two do not fit.
 
 Fine-tuning by rows has a state of value tables alone.
+
+Megatron finds the groups of an optimizer's state by their rates, and has one form of state with the
+distributed optimizer, another without.
 """
 
 import re
@@ -30,6 +33,7 @@ _MODEL_PARALLEL = (
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
 )
+_RATES = ("lr", "min_lr")
 _WEIGHTS_ALONE = "or go on once with --no-load-optim (weights alone)"
 
 
@@ -48,7 +52,10 @@ def check_optimizer_layout(
     _check_muon(source, args, stored)
     _check_experts(source, args, stored)
     _check_train_rows(source, args, stored)
-    if not args.use_distributed_optimizer or _kind(str(folder)) != "dp_reshardable":
+    _check_rates(source, args, stored)
+    kind = _kind(str(folder))
+    _check_distributed(source, args, kind)
+    if not args.use_distributed_optimizer or kind != "dp_reshardable":
         return
     rows, columns = _saved_parts(str(folder), ultramem.num_values)
     mine = tables.kind.parts(tables.size, tables.node)
@@ -104,6 +111,30 @@ def _check_train_rows(source: Source, args: Namespace, stored: Namespace) -> Non
             f"{source}: the run that saved it {had} --ultramem-train-rows, whose optimizer has a "
             f"state of value tables alone, which does not fit another's. Add --finetune to start "
             f"from its weights, {_WEIGHTS_ALONE}."
+        )
+
+
+def _check_rates(source: Source, args: Namespace, stored: Namespace) -> None:
+    changed = [
+        f"--{name.replace('_', '-')} was {getattr(stored, name)}, here it is {getattr(args, name)}"
+        for name in _RATES
+        if hasattr(stored, name) and getattr(stored, name) != getattr(args, name)
+    ]
+    if changed:
+        raise UltraMemError(
+            f"{source}: {'; '.join(changed)}, and Megatron finds an optimizer's state by its "
+            f"rates, --override-opt_param-scheduler or not. Give those of before, {_WEIGHTS_ALONE}."
+        )
+
+
+def _check_distributed(source: Source, args: Namespace, kind: str | None) -> None:
+    """kind: of the state of a distributed optimizer, also a layer-wise one; None: of another."""
+    here = args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer
+    if bool(here) != (kind is not None):
+        had, here, do = ("with", "without", "Add") if kind else ("without", "with", "Drop")
+        raise UltraMemError(
+            f"{source}: it was saved {had} --use-distributed-optimizer, and Megatron does not load "
+            f"that optimizer's state {here} it. {do} the flag, {_WEIGHTS_ALONE}."
         )
 
 

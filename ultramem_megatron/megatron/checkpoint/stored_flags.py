@@ -115,6 +115,8 @@ LAYOUT_FLAGS = (
     "optimizer",
     "muon_tp_mode",
     "ultramem_train_rows",
+    "lr",
+    "min_lr",
 )
 """Of how a run was laid out, what decides whether its optimizer's state fits another one."""
 

@@ -5,8 +5,6 @@ from argparse import Namespace
 from ultramem_megatron.errors import UltraMemError
 
 _REASONS = {
-    "ultramem_overlap": "a memory that computes beside later layers would lose its weights, which "
-    "its own layer gives back when it is done",
     "cuda_graph_impl": "graphs hold the addresses of weights, which come and go with each layer",
     "ultramem_train_rows": "rows are chosen by gradients in the buffers of Megatron's DDP",
 }

@@ -166,6 +166,15 @@ def _others(args: Namespace) -> Iterator[str]:
             "--full-validation: Megatron ends in a TypeError when it evaluates one set so. Add "
             "--multiple-validation-sets, or drop it."
         )
+    over_ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1
+    samples = getattr(args, "eval_micro_batch_size", args.micro_batch_size)
+    if args.full_validation and over_ranks and samples != 1:
+        yield (
+            f"--eval-micro-batch-size {samples} (by default --micro-batch-size) "
+            f"with --full-validation and tensor- or pipeline-parallel ranks, to which Megatron "
+            f"sends samples one by one. Add --eval-micro-batch-size 1 and a "
+            f"--eval-global-batch-size that is a multiple of the data-parallel ranks."
+        )
     if args.multiple_validation_sets and not args.full_validation and args.eval_iters:
         yield (
             "--multiple-validation-sets: Megatron evaluates several sets as wholes only. Add "

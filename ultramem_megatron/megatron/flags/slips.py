@@ -45,6 +45,8 @@ _WHOLE = {
 }
 """Least value -> flags."""
 _MOST = 2**31 - 1
+_MOST_BUILT = {"num_layers": 10_000, "num_experts": 10_000}
+"""Modules, which are built one by one."""
 _NUMBERS = {
     "lr": (0, 1e6),
     "min_lr": (0, 1e6),
@@ -66,9 +68,8 @@ def refuse_slips(args: Namespace) -> None:
     """Raise UltraMemError for numbers that no training can have. args: parsed, not yet checked."""
     for least, names in _WHOLE.items():
         for name, value in _given(args, names):
-            _require(
-                least <= value <= _MOST, name, value, f"a whole number from {least} to {_MOST}"
-            )
+            most = _MOST_BUILT.get(name, _MOST)
+            _require(least <= value <= most, name, value, f"a whole number from {least} to {most}")
     for name, (low, high) in _NUMBERS.items():
         for _, value in _given(args, (name,)):
             _require(low <= value <= high, name, value, f"a number from {low:g} to {high:g}")

@@ -3,6 +3,8 @@
 from argparse import Namespace
 from collections.abc import Mapping
 
+import torch
+
 from ultramem_megatron.errors import UltraMemError
 from ultramem_megatron.megatron.flags.row_adam_flags import refuse_rows_behind
 from ultramem_megatron.memory.config import UltraMemConfig
@@ -33,4 +35,10 @@ def refuse_table_memory(args: Namespace, ultramem: UltraMemConfig) -> None:
             raise UltraMemError(
                 f"{shown} cannot be combined with {_GIVEN}: {reason}. Drop one of the two."
             )
+    if args.async_save and torch.cuda.is_available():
+        raise UltraMemError(
+            f"--async-save cannot be combined with {_GIVEN} beside a GPU: the process that writes "
+            f"would share the tables' memory with the steps after it, and store what they make of "
+            f"them. Drop one of the two."
+        )
     refuse_rows_behind(args, ultramem, _GIVEN)

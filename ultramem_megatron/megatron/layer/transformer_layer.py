@@ -21,6 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ultramem_megatron.communication.branch import Branch
 from ultramem_megatron.errors import UltraMemError
@@ -235,6 +236,8 @@ class MemoryLayerMixin:
     ) -> Tensor | Branch:
         assert self.memory is not None
         assert memory_input is not None, "the pre-MLP norm did not run"
+        if isinstance(self.memory, FSDPModule):  # a unit of its own, which only a call would gather
+            self.memory.unshard()
         if self.training:
             # Once per optimizer step would do; with unchanged cores repeating it changes nothing.
             self.memory.after_step()

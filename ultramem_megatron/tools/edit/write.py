@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.faults.results_folder import results_folder
+from ultramem_megatron.faults.results_folder import results_folder, written_whole
 from ultramem_megatron.tools.edit.edits import Edit, shared_edits
 from ultramem_megatron.tools.export.hf_folder import SUMS, finish, read_config, refuse_full
 
@@ -47,13 +47,14 @@ def write_edited(folder: Path, out: Path, edits: Sequence[Edit]) -> None:
     files = sorted(folder.glob("*.safetensors"))
     changed = [row for file in files for row in _changed(file, edits, holders)]
     results_folder(out)
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name != SUMS:
-            shutil.copyfile(file, out / file.name)
-    for name, tensor, row, content in changed:
-        _rows(out / name, tensor, "r+")[row] = content
-    _say_so(out / "README.md", [*map(str, edits), *shared_edits(edits, holders)])
-    finish(out)
+    with written_whole(out):
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and file.name != SUMS:
+                shutil.copyfile(file, out / file.name)
+        for name, tensor, row, content in changed:
+            _rows(out / name, tensor, "r+")[row] = content
+        _say_so(out / "README.md", [*map(str, edits), *shared_edits(edits, holders)])
+        finish(out)
 
 
 def _changed(file: Path, edits: Sequence[Edit], holders: dict[int, str]) -> Iterator[_Row]:

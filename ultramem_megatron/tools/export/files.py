@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
-from ultramem_megatron.faults.results_folder import results_folder
+from ultramem_megatron.faults.results_folder import results_folder, written_whole
 from ultramem_megatron.memory.config import UltraMemConfig
 from ultramem_megatron.memory.spans import parse_spans
+from ultramem_megatron.tools.export.described import check_described
 from ultramem_megatron.tools.export.plain_model import PlainConfig, PlainGPT
 
 FORMAT = "ultramem_megatron plain GPT, version 1"
@@ -36,9 +37,10 @@ def save_plain(model: PlainGPT, folder: str | Path, notes: dict[str, Any] | None
     fields = dataclasses.asdict(model.config)
     if model.config.ultramem is not None:
         fields["ultramem"]["spans"] = "/".join(map(str, model.config.ultramem.spans))
-    save_file(_stored(model), folder / _WEIGHTS)
     content = {"format": FORMAT, "model": fields, "notes": notes or {}}
-    (folder / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    with written_whole(folder):
+        save_file(_stored(model), folder / _WEIGHTS)
+        (folder / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load_plain(folder: str | Path, device: str | torch.device = "cpu") -> PlainGPT:
@@ -73,9 +75,11 @@ def read_config(folder: str | Path) -> tuple[PlainConfig, dict[str, Any]]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UltraMemError(f"{file} is not of the format {FORMAT!r}.")
     try:
-        return _config_from(content["model"]), content["notes"]
-    except (KeyError, TypeError) as error:
-        raise UltraMemError(f"{file} does not describe a model: {error}.") from error
+        config = _config_from(content["model"])
+        check_described(config)
+        return config, content["notes"]
+    except (UltraMemError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UltraMemError(f"{file} does not describe a model: {error}") from error
 
 
 def _config_from(fields: dict[str, Any]) -> PlainConfig:
@@ -83,10 +87,7 @@ def _config_from(fields: dict[str, Any]) -> PlainConfig:
     if ultramem is not None:
         spans = parse_spans(ultramem["spans"], fields["num_layers"])
         ultramem = UltraMemConfig(**{**ultramem, "spans": spans})
-    config = PlainConfig(**{**fields, "ultramem": ultramem})
-    if config.pattern is not None and len(config.pattern) != config.num_layers:
-        raise TypeError(f"the pattern {config.pattern} has not {config.num_layers} layers")
-    return config
+    return PlainConfig(**{**fields, "ultramem": ultramem})
 
 
 def _stored(model: PlainGPT) -> dict[str, Tensor]:

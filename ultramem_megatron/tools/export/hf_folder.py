@@ -1,5 +1,6 @@
 """A model in the folder that transformers opens, and read back without running what is in it."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,11 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ultramem_megatron.errors import UltraMemError
+from ultramem_megatron.faults.results_folder import written_whole
 from ultramem_megatron.tools.export import hf
+from ultramem_megatron.tools.export.described import check_described
 from ultramem_megatron.tools.export.hf.configuration_ultramem import UltraMemGPTConfig
 from ultramem_megatron.tools.export.hf.modeling_ultramem import UltraMemGPTForCausalLM
 from ultramem_megatron.tools.export.hf_tokenizer import HFTokenizer, has_tokenizer
 from ultramem_megatron.tools.export.huggingface import (
+    check_tensors,
     hf_config,
     hf_state,
     plain_config,
@@ -31,6 +35,8 @@ SHARD = "5GB"
 """Largest file of weights."""
 SUMS = "SHA256SUMS"
 _TRAINED_WITH = "megatron_tokenizer"
+_NOT_A_MODEL = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+"""What transformers, and a configuration's own arithmetic, raise for settings of other kinds."""
 _AUTO_MAP = {
     "AutoConfig": "configuration_ultramem.UltraMemGPTConfig",
     "AutoModel": "modeling_ultramem.UltraMemGPTModel",
@@ -61,11 +67,12 @@ def save_hf(
     tokenizer.configure(model)
     model.config.auto_map = _AUTO_MAP
     setattr(model.config, _TRAINED_WITH, tokenizer.flags)
-    model.save_pretrained(folder, max_shard_size=shard)
-    tokenizer.save(folder)
-    copy_sources(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    finish(folder)
+    with written_whole(folder):
+        model.save_pretrained(folder, max_shard_size=shard)
+        tokenizer.save(folder)
+        copy_sources(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        finish(folder)
 
 
 def copy_sources(folder: Path) -> None:
@@ -76,22 +83,28 @@ def copy_sources(folder: Path) -> None:
 
 def hf_model(plain: PlainGPT) -> UltraMemGPTForCausalLM:
     """The same model for transformers, on the same tensors where they need not be cut."""
-    model = with_weights(hf_config(plain.config), hf_state(plain))
+    problem = "Export without hf: the model for transformers has not the tensors of this one"
+    model = with_weights(hf_config(plain.config), hf_state(plain), problem)
     check_same(plain, lambda tokens: model(tokens).logits, "those of the model for transformers")
     return model
 
 
-def with_weights(config: UltraMemGPTConfig, state: dict[str, Tensor]) -> UltraMemGPTForCausalLM:
-    """The model of these tensors, which it keeps. Raises UltraMemError where it has others."""
+def with_weights(
+    config: UltraMemGPTConfig, state: dict[str, Tensor], problem: str
+) -> UltraMemGPTForCausalLM:
+    """The model of these tensors, which it keeps.
+
+    Raises UltraMemError where it has others: `problem`, and their names.
+    """
     with torch.device("meta"):
         model = UltraMemGPTForCausalLM(config)
-    given = model.load_state_dict(state, assign=True, strict=False)
-    missing = set(given.missing_keys) - set(model.all_tied_weights_keys)
-    if missing or given.unexpected_keys:
-        raise UltraMemError(
-            f"The model for transformers has not the tensors of this one: "
-            f"{', '.join(sorted([*missing, *given.unexpected_keys])[:3])}. Export it without hf."
-        )
+    tied = model.all_tied_weights_keys
+    wanted = model.state_dict().items()
+    try:
+        check_tensors(state, {name: t for name, t in wanted if name in state or name not in tied})
+    except UltraMemError as error:
+        raise UltraMemError(f"{problem}: {error}") from None
+    model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     return model.eval()
 
@@ -144,8 +157,10 @@ def read_config(
         )
     try:
         config = UltraMemGPTConfig.from_dict(content)
-        plain_config(config)
-    except (UltraMemError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if not isinstance(config.dtype, torch.dtype | None):
+            raise TypeError(f"dtype is {config.dtype!r:.80}, no type of numbers.")
+        check_described(dataclasses.replace(plain_config(config), dtype="float32"))
+    except (UltraMemError, *_NOT_A_MODEL) as error:
         raise UltraMemError(f"{file} does not describe a model: {error}") from error
     return content, config
 
@@ -156,7 +171,7 @@ def read_weights(folder: Path, device: str) -> dict[str, Tensor]:
     names: Iterable[str] = ["model.safetensors"]
     try:
         if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted({*map(os.fspath, json.loads(index.read_text())["weight_map"].values())})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UltraMemError(f"{index} cannot be read: {error}. Copy the folder again.") from error
     state: dict[str, Tensor] = {}
@@ -200,7 +215,7 @@ def _sum(path: Path) -> str:
 def check_sums(folder: Path) -> None:
     """Raise UltraMemError for weights that are not as they were written, where their sums are."""
     try:
-        lines = (folder / SUMS).read_text().splitlines()
+        lines = (folder / SUMS).read_text(errors="replace").splitlines()
     except OSError:
         return
     for line in lines:

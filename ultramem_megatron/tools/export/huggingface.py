@@ -181,7 +181,7 @@ def plain_state(config: PlainConfig, state: Mapping[str, Tensor]) -> dict[str, T
     with torch.device("meta"):
         wanted = PlainGPT(config).state_dict()
     parts = {name: hf_parts(config, name, tensor) for name, tensor in wanted.items()}
-    _check(state, {name: part for found in parts.values() for name, part in found.items()})
+    check_tensors(state, {name: part for found in parts.values() for name, part in found.items()})
     joined = {}
     for name, found in parts.items():
         given = [state[part] for part in found]
@@ -200,7 +200,8 @@ def _join_qkv(config: PlainConfig, parts: list[Tensor]) -> Tensor:
     return torch.cat(by_group, dim=1).flatten(0, 2)
 
 
-def _check(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise UltraMemError, naming the first of them, for tensors or shapes that are not wanted."""
     problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
     problems += [f"{name} is not expected" for name in found.keys() - wanted.keys()]
     problems += [

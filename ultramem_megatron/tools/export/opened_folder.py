@@ -55,10 +55,23 @@ def open_folder(folder: Path) -> OpenedFolder:
     """Open what `ultramem export --to hf` or `ultramem quantize` wrote. Raises UltraMemError."""
     _, config = read_config(folder, quantized=True)
     check_sums(folder)
-    model = with_weights(config, read_weights(folder, "cpu"))
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    problem = f"The weights in {folder} do not fit config.json"
+    model = with_weights(config, read_weights(folder, "cpu"), problem)
+    model.generation_config = _generation_config(folder, model.generation_config)
     return OpenedFolder(model, _tokenizer(folder, config) if has_tokenizer(folder) else None)
+
+
+def _generation_config(folder: Path, default: GenerationConfig) -> GenerationConfig:
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return default
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UltraMemError(
+            f"{file} cannot be read: {str(error).splitlines()[0]:.200}. Copy the folder again, or "
+            f"remove the file."
+        ) from error
 
 
 def _tokenizer(folder: Path, config: UltraMemGPTConfig) -> Any:

@@ -77,7 +77,9 @@ def _line(each: Prediction) -> str:
 def _flags(preset: str | None, best: Prediction, run: Run, machine: Machine) -> list[str]:
     words = layout_words(run, best.layout, machine.gpus)
     words += ["--ultramem-overlap"] * (best.hidden > 0)
-    counted = " ".join(filter(None, ("ultramem plan", preset, f"--gpus {machine.gpus}")))
+    counted = " ".join(
+        filter(None, ("ultramem plan", preset, f"--gpus {machine.gpus} <your flags> <these>"))
+    )
     return ["", "flags of the first:", f"  {shlex.join(words)}", f"counted exactly by: {counted}"]
 
 

@@ -76,10 +76,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[list
         raise UltraMemError(
             f"{', '.join(sorted(taken))}: set by this command itself; use --steps for the length."
         )
-    if any("--use-megatron-fsdp" in flags for flags in sets):
+    if any("--use-megatron-fsdp" in flags for flags in sets[1:]):
         raise UltraMemError(
             "--use-megatron-fsdp: it reads checkpoints of its own format alone, so that the two "
-            "layouts cannot start from one. Leave it out; --use-torch-fsdp2 can be compared."
+            "layouts cannot start from one. Give it to both, with the common flags, or neither."
         )
     return options, [*common, *_OVERRIDES], sets[1:]
 
@@ -154,7 +154,8 @@ def _train_both(
     from ultramem_megatron.tools.verify_parallel.compare import recorded
 
     checkpoint = folder / "start"
-    length = ["--train-iters", str(options.steps + 1), "--ckpt-format", "torch_dist"]
+    file_format = "fsdp_dtensor" if "--use-megatron-fsdp" in common else "torch_dist"
+    length = ["--train-iters", str(options.steps + 1), "--ckpt-format", file_format]
     print(f"making a start: one step on {options.ranks[0]} ranks", flush=True)
     save = ["--save", str(checkpoint), "--save-interval", "1", "--exit-interval", "1"]
     launch(options.ranks[0], [*common, *layouts[0], *length, *save], folder / "making")

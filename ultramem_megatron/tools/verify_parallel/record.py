@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from ultramem_megatron.errors import exit_on_user_error
 from ultramem_megatron.kernels.reading import about_to_read_all
+from ultramem_megatron.tools.verify_parallel.shards import whole_tensors
 from ultramem_megatron.tools.verify_parallel.whole_model import pieces
 from ultramem_megatron.training.pretrain import main
 
@@ -70,11 +70,7 @@ class Recorder:
         optimizer.step = first_step
 
     def _tensors(self, of: Any) -> dict[str, torch.Tensor]:
-        return {
-            f"{index}.{name}" if index else name: _whole(of(parameter)).detach().float().clone()
-            for index, chunk in enumerate(self.model)
-            for name, parameter in chunk.named_parameters()
-        }
+        return {name: whole.float() for name, whole in whole_tensors(self.model, of).items()}
 
     def save(self, folder: Path) -> None:
         """Write this rank's file."""
@@ -89,11 +85,6 @@ class Recorder:
             "pieces": where,
         }
         torch.save(content, folder / f"rank{os.environ['RANK']}.pt")
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A shard of FSDP2's with those of the other ranks, a collective; any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 if __name__ == "__main__":
