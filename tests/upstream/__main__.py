@@ -1,6 +1,7 @@
 """Upstream's unit tests, a file at a time; called by tests/upstream.sh."""
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -89,6 +90,7 @@ def _run(plan: Plan, source: Path, files: Sequence[str], store: Store, reasons: 
         return
     sandbox.fill(plan.sandbox, source)
     backend.prepare()
+    gc.freeze()  # what is imported by now: ranks need not look through it, nor copy it
     for number, file in enumerate(files, 1):
         results = _again(plan, file, run_file(plan, file), reasons)
         # A file without tests is remembered too.

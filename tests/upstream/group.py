@@ -184,8 +184,10 @@ def _rank_main(plan: Plan, file: str, rank: int, recorder: Recorder, port: int) 
     if recorder.wanted is not None:
         sandbox.start_distributed()
     base = plan.sandbox / "tmp" / f"rank{rank}"
-    options = ["-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    options += ["-p", "no:hypothesispytest", "--basetemp", str(base), "-o", "addopts=", "-v", "-rN"]
+    options = ["-c", os.devnull, "--rootdir", ".", "--basetemp", str(base), "-o", "addopts="]
+    for plugin in ("cacheprovider", "xdist", "hypothesispytest", "anyio"):
+        options += ["-p", f"no:{plugin}"]
+    options += ["-v", "-rN"]
     options += ["--tb", "native"]  # pytest's own reads the source of each frame: slow, and large
     return pytest.main([*options, *plan.pytest_args, f"tests/unit_tests/{file}"], [recorder])
 

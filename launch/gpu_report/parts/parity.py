@@ -30,8 +30,8 @@ _ODD = Shape(hidden=124, num_keys=131, topk=13, value_dim=60, expansion=9, heads
 _WIDE = Shape(hidden=384, num_keys=200, topk=80, value_dim=384, expansion=1, cores=1)
 _TINY = Shape(hidden=32, num_keys=40, topk=6, value_dim=16)
 _DTYPES = (torch.float32, torch.bfloat16)
-_ALLOWED, _ALLOWED_IN_HALVES = 1e-2, 0.3
-"""Half precision makes many keys score alike, of which any may be picked."""
+_ALLOWED, _ALLOWED_IN_HALVES = 1e-2, 0.5
+"""Half precision makes many keys score alike, of which any may be picked: of one token, much."""
 
 
 def rows(large: bool) -> Iterator[Row]:
