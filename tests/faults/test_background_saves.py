@@ -2,14 +2,17 @@
 
 import functools
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from tests.ranks import RanksFailed
 from tests.training_runs import IN_BACKGROUND, run_pretrain, tiny_gpt
 
 _SLOW = 1.0  # seconds; a step takes hundredths
@@ -65,3 +68,22 @@ def test_training_goes_on_and_what_is_written_is_of_its_iteration(tmp_path, capf
         found, wanted = _tensors(behind, iteration), _tensors(waited, iteration)
         assert found.keys() == wanted.keys()
         assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+def _kill_the_writer() -> None:
+    """In the rank: the process that writes iteration 4 is killed when it begins."""
+    rank = os.getpid()
+
+    def hook(event: str, arguments: tuple) -> None:
+        file = str(arguments[0]) if event == "open" else ""
+        if "iter_0000004" in file and file.endswith(".distcp") and os.getpid() != rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def test_a_writer_that_is_killed_ends_the_run_by_name(tmp_path):
+    flags = tiny_gpt(**_FLAGS, save=tmp_path, **IN_BACKGROUND)
+    with pytest.raises(RanksFailed, match=r"the process that wrote a checkpoint .* was killed"):
+        run_pretrain(1, flags, before=_kill_the_writer)
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"

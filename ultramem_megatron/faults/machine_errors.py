@@ -39,6 +39,8 @@ def explained(args: Namespace, flags: Sequence[str]) -> Iterator[None]:
             error.add_note(_about_memory(args, flags))
         elif any(map(_is_shared_memory, _chain(error))):
             error.add_note(_about_shared_memory(args))
+        elif any(map(_is_lost_writer, _chain(error))):
+            error.add_note(_about_writer(args))
         elif any(map(_is_failed_write, _chain(error))):
             error.add_note(_about_space(args))
         raise
@@ -125,6 +127,20 @@ def _about_shared_memory(args: Namespace) -> str:
 def _is_failed_write(error: BaseException) -> bool:
     # Processes that write shards print their errors; what arrives is this class, and empty.
     return isinstance(error, CheckpointException) or os.strerror(errno.ENOSPC) in str(error)
+
+
+def _is_lost_writer(error: BaseException) -> bool:
+    """What Megatron says of a process that wrote in the background and left nothing behind."""
+    return "results_queue should not be empty" in str(error)
+
+
+def _about_writer(args: Namespace) -> str:
+    return (
+        f"ultramem_megatron: the process that wrote a checkpoint to {args.save} (--async-save) was "
+        f"killed, most often by the system, for the memory that it needs besides.\n"
+        f"The newest complete checkpoint is untouched: start the same command again, if need be "
+        f"without --async-save."
+    )
 
 
 def _about_space(args: Namespace) -> str:
