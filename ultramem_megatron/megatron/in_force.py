@@ -20,6 +20,7 @@ from ultramem_megatron.memory.tables.settings import TableSettings
 from ultramem_megatron.patches import registry
 
 _WIDTH, _LABEL = 100, 22
+_CONTINUED = " " * 6
 _ROOT = Path(__file__).resolve().parents[2]
 _RUN_FLAGS = (
     "table_memory",
@@ -99,7 +100,7 @@ def block(found: Mapping[str, str]) -> str:
         if len(cell) >= _WIDTH // 2:
             lines += filter(None, [waiting])
             lines += textwrap.wrap(
-                cell, _WIDTH, subsequent_indent=" " * (_LABEL + 2), break_long_words=False
+                cell, _WIDTH, subsequent_indent=_CONTINUED, break_long_words=False
             )
             waiting = ""
         elif waiting:
