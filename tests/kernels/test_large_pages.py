@@ -1,12 +1,20 @@
 """Large pages: they are there, and nothing that lies in them changes."""
 
+import platform
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.layers import HIDDEN, small_config
+from ultramem_megatron.kernels.native import large_pages
 from ultramem_megatron.kernels.native.large_pages import LEAST, ask_for_large_pages
+from ultramem_megatron.megatron import table_pages
+from ultramem_megatron.memory.layer import UltraMemLayer
 
+_LINUX = tuple(int(word) for word in re.findall(r"\d+", platform.release())[:2])
+_moves_pages = pytest.mark.skipif(_LINUX < (6, 1), reason="MADV_COLLAPSE is of Linux 6.1")
 _ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -24,9 +32,10 @@ def _large_bytes(tensor):
 
 
 @pytest.mark.skipif(
-    not _ENABLED.exists() or "[never]" in _ENABLED.read_text(), reason="this system has none"
+    not _ENABLED.exists() or "[never]" in _ENABLED.read_text(),
+    reason="large pages are switched off here",
 )
-@pytest.mark.parametrize("filled", [True, False])
+@pytest.mark.parametrize("filled", [pytest.param(True, marks=_moves_pages), False])
 def test_a_tensor_comes_to_lie_in_large_pages_and_keeps_its_numbers(filled):
     tensor = torch.empty(LEAST // 4 + 123)
     if filled:
@@ -40,10 +49,25 @@ def test_a_tensor_comes_to_lie_in_large_pages_and_keeps_its_numbers(filled):
     assert torch.equal(tensor, torch.arange(len(tensor)).float())
 
 
-def test_what_has_none_is_left_alone():
-    for tensor in (
-        torch.ones(3),
-        torch.ones(2, LEAST // 4)[:, ::2],
-        torch.empty(LEAST, device="meta"),
-    ):
+def test_others_are_not_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(large_pages, "_madvise", lambda: lambda *given: asked.append(given))
+    strided = torch.ones(2, LEAST // 4)[:, ::2]
+    for tensor in (torch.ones(3), strided, torch.empty(LEAST, device="meta")):
         ask_for_large_pages(tensor, filled=True)
+    assert not asked
+
+
+def test_tables_and_their_gradients_are_moved_when_the_optimizer_is_there(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        table_pages, "ask_for_large_pages", lambda tensor, filled: asked.append((tensor, filled))
+    )
+    layer = UltraMemLayer(small_config(), hidden_size=HIDDEN, num_layers=2)
+    table = layer.values.weight
+    table.main_grad = torch.zeros_like(table)
+    table_pages.ask_for_table_pages(None, [layer])
+    assert [(tensor.data_ptr(), filled) for tensor, filled in asked] == [
+        (table.data_ptr(), True),
+        (table.main_grad.data_ptr(), True),
+    ]

@@ -1,12 +1,14 @@
-"""The serving benchmark: its models, its table, its refusals; where vLLM is, the whole of it."""
+"""The serving benchmark: its models, its table, its refusals, which the one of formats shares."""
 
 import csv
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from launch.benchmarks import table_formats
 from launch.benchmarks.serving import MODELS, main, table
 from launch.benchmarks.training_models import SCALES
 from tests.launch.served import NEEDS_VLLM, VLLM
@@ -48,9 +50,12 @@ def test_times_are_medians_of_rounds_and_repeats() -> None:
         (["--vllm", "nowhere/python"], "nowhere/python is not there. Run bash launch/serving"),
     ],
 )
-def test_wrong_flags_are_refused(tmp_path: Path, flags: list[str], message: str) -> None:
+@pytest.mark.parametrize("benchmark", [main, table_formats.main])
+def test_wrong_flags_are_refused(
+    tmp_path: Path, benchmark: Callable[[list[str]], None], flags: list[str], message: str
+) -> None:
     with pytest.raises(UltraMemError, match=message):
-        main(["--out", str(tmp_path), *flags])
+        benchmark(["--out", str(tmp_path), *flags])
 
 
 class TestWithVLLM:

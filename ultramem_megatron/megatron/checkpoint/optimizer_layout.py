@@ -18,6 +18,7 @@ distributed optimizer, another without.
 
 import re
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 from ultramem_megatron.errors import UltraMemError
@@ -66,17 +67,22 @@ def check_optimizer_layout(
             f"({_flags(rows, columns)}), {_WEIGHTS_ALONE}; saved with "
             f"--dist-ckpt-optim-fully-reshardable it loads into any."
         )
-    changed = [
-        f"--{name.replace('_', '-')} was {getattr(stored, name)}, here it is {getattr(args, name)}"
-        for name in _MODEL_PARALLEL
-        if hasattr(stored, name) and getattr(stored, name) != getattr(args, name)
-    ]
+    changed = _changed(args, stored, _MODEL_PARALLEL)
     if changed:
         raise UltraMemError(
-            f"{source}: {'; '.join(changed)}, and the state of its distributed optimizer cannot "
+            f"{source}: {changed}, and the state of its distributed optimizer cannot "
             f"follow. Go on with the same layout, {_WEIGHTS_ALONE}; saved with "
             f"--dist-ckpt-optim-fully-reshardable it loads into any."
         )
+
+
+def _changed(args: Namespace, stored: Namespace, names: Sequence[str]) -> str:
+    """Of flags by these names, those that a run was saved with otherwise, in words; or nothing."""
+    return "; ".join(
+        f"--{name.replace('_', '-')} was {getattr(stored, name)}, here it is {getattr(args, name)}"
+        for name in names
+        if hasattr(stored, name) and getattr(stored, name) != getattr(args, name)
+    )
 
 
 def _check_muon(source: Source, args: Namespace, stored: Namespace) -> None:
@@ -115,14 +121,10 @@ def _check_train_rows(source: Source, args: Namespace, stored: Namespace) -> Non
 
 
 def _check_rates(source: Source, args: Namespace, stored: Namespace) -> None:
-    changed = [
-        f"--{name.replace('_', '-')} was {getattr(stored, name)}, here it is {getattr(args, name)}"
-        for name in _RATES
-        if hasattr(stored, name) and getattr(stored, name) != getattr(args, name)
-    ]
+    changed = _changed(args, stored, _RATES)
     if changed:
         raise UltraMemError(
-            f"{source}: {'; '.join(changed)}, and Megatron finds an optimizer's state by its "
+            f"{source}: {changed}, and Megatron finds an optimizer's state by its "
             f"rates, --override-opt_param-scheduler or not. Give those of before, {_WEIGHTS_ALONE}."
         )
 
